@@ -1,0 +1,9 @@
+"""Tensors in, tensors out: the read, the patch and everything captured by the compiler.
+
+Nothing here knows text, files or configuration, and nothing here imports ``brain``.
+
+* ``read.py``: step 1, the forward pass that writes nothing
+* ``patch.py``: step 0/4, the only module that writes tensors in place
+* ``choose.py``: steps 1 to 3 after the read: next token, brightness, what to cull
+* ``capture.py``: which graphs exist, and proof that there are no others
+"""

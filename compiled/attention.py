@@ -1,0 +1,97 @@
+"""Split attention over a read-only cache and the new tokens, with the attention mass.
+
+Scores against the cache and against the new tokens are computed apart and normalised together by
+one shared softmax, so the cache is never concatenated with anything.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled.products import dot_rows, mix_rows, streams_rows
+
+
+class Visibility(NamedTuple):
+    """Who sees whom, and which new tokens count."""
+
+    cached: Tensor  # [T, bucket] bool: new token i sees slot s
+    new: Tensor  # [T, T] bool: new token i sees new token j
+    live: Tensor  # [T] float32: 1 for a token that was asked for, 0 for padding
+
+
+def visibility(valid: Tensor, position: Tensor, positions: Tensor, length: Tensor) -> Visibility:
+    """The one causal rule.
+
+    Slot s is visible to new token i iff ``valid[s] and position[s] < positions[i]``; new token j
+    is visible to new token i iff ``positions[j] <= positions[i]``. Two refinements:
+
+    * A new token *supersedes* the row cached at its own position: that row is hidden from every
+      new token. Without this, re-reading two neighbouring cached tokens at once would show the
+      first of them to the second twice.
+    * Tokens from ``length`` on are padding: nobody sees them but themselves.
+
+    Every new token sees itself, so no softmax is ever empty.
+
+    ``valid`` [bucket] bool, ``position`` [bucket] int64, ``positions`` [T] int64,
+    ``length`` [] int64.
+    """
+    num_tokens = positions.shape[0]
+    index = torch.arange(num_tokens, device=positions.device)
+    live = index < length  # [T]
+    superseded = ((position[None] == positions[:, None]) & live[:, None]).any(0)  # [bucket]
+    cached = (valid & ~superseded)[None] & (position[None] < positions[:, None])  # [T, bucket]
+    earlier = live[None] & (positions[None] <= positions[:, None])  # [T, T]
+    new = earlier | (index[None] == index[:, None])
+    return Visibility(cached, new, live.to(torch.float32))
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    visible: Visibility,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped-query attention (Ainslie et al. 2023) of T new tokens.
+
+    ``query`` [T, heads, head_dim]; ``keys``, ``values`` [kv_heads, bucket, head_dim];
+    ``new_keys``, ``new_values`` [kv_heads, T, head_dim].
+
+    Returns the attended values [T, heads * head_dim] in the query's dtype, and the attention mass
+    in float32, summed over heads and live queries: of every slot [bucket], of every new token [T].
+    A hidden slot's probability is exactly zero, whatever finite bytes lie in it.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = keys.shape[0]
+    group = num_heads // num_kv_heads
+    streaming = streams_rows(query, num_tokens)
+    # Query heads that share a key head lie side by side, so no key is ever repeated.
+    grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    grouped = grouped.reshape(num_kv_heads, group * num_tokens, head_dim)
+
+    shape = (num_kv_heads, group, num_tokens, -1)
+    scale = 1.0 / math.sqrt(head_dim)
+    cached_scores = dot_rows(grouped, keys, streaming).view(shape) * scale
+    new_scores = dot_rows(grouped, new_keys, streaming).view(shape) * scale
+    cached_scores = cached_scores.masked_fill(~visible.cached, -math.inf)
+    new_scores = new_scores.masked_fill(~visible.new, -math.inf)
+
+    highest = torch.maximum(cached_scores.amax(-1, keepdim=True), new_scores.amax(-1, keepdim=True))
+    cached_share = torch.exp(cached_scores - highest)  # [kv_heads, group, T, bucket]
+    new_share = torch.exp(new_scores - highest)  # [kv_heads, group, T, T]
+    total = cached_share.sum(-1, keepdim=True) + new_share.sum(-1, keepdim=True)
+    cached_share = cached_share / total
+    new_share = new_share / total
+
+    rows = (num_kv_heads, group * num_tokens, -1)
+    attended = mix_rows(cached_share.view(rows), values, streaming)
+    attended = attended + mix_rows(new_share.view(rows), new_values, streaming)
+    attended = attended.view(shape).permute(2, 0, 1, 3).reshape(num_tokens, num_heads * head_dim)
+
+    live = visible.live[:, None]  # [T, 1]
+    mass = (cached_share * live).sum((0, 1, 2))  # [bucket]
+    own_mass = (new_share * live).sum((0, 1, 2))  # [T]
+    return attended.to(query.dtype), mass, own_mass

@@ -1,0 +1,305 @@
+"""Which graphs exist, and proof that there are no others.
+
+A brain needs a fixed set of graphs: the read for every (width, bucket), the choice, the patch of
+a tick, and for every width above 1 the patch of an edit and the surprise of its tokens. With
+``engine="compiled"`` each is captured once by ``torch.compile(fullgraph=True, dynamic=False)``: in
+CUDA-graph mode on CUDA, through Inductor alone on a CPU. A graph break or a second compilation of
+any of them is an error, not a slow path. With ``engine="eager"`` the same functions are called
+directly, at the exact width asked for.
+
+This module does not know what a tick is, except that ``begin_step`` starts one.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from compiled.choose import Choice, Forced, KeepScore, choose
+from compiled.llama import LlamaConfig, Weights
+from compiled.patch import Plan, RowColumns, patch
+from compiled.read import Reading, read
+from compiled.sample import Sampling, SamplingMethod, surprises
+from compiled.score import Brightness, Forgetting
+from compiled.state import NOWHERE, Cursor, State
+
+CUDA_GRAPH_WARMUP_RUNS = 3
+"""A CUDA graph runs once to warm up, once to record, and only then is replayed."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Everything but tensors that shapes the graphs of one brain."""
+
+    config: LlamaConfig
+    method: SamplingMethod
+    brightness: Brightness
+    forgetting: Forgetting
+    keep_score: KeepScore
+    widths: tuple[int, ...] = (1, 16, 128)  # ascending, from 1; the last is the prefill chunk
+    smallest_bucket: int = 1024  # slots
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for widths or a bucket that cannot form a set."""
+        widths = self.widths
+        if len(widths) < 2 or widths[0] != 1 or list(widths) != sorted(set(widths)):
+            raise ValueError(f"widths must be ascending and start 1, N, …, not {list(widths)}")
+        if self.smallest_bucket < 1:
+            raise ValueError(f"smallest_bucket must be at least 1, not {self.smallest_bucket}")
+
+
+@dataclass
+class Capture:
+    """One captured graph and its history."""
+
+    name: str
+    seconds: float = 0.0  # wall time of all its compilations
+    modules: list[GraphModule] = field(default_factory=list)  # one for each compilation
+
+    @property
+    def compilations(self) -> int:
+        """How often it was compiled: 1 after warm-up, for ever."""
+        return len(self.modules)
+
+
+def buckets(capacity: int, smallest: int) -> tuple[int, ...]:
+    """Prefix lengths of the capacity axis that have graphs: powers of two from ``smallest`` up,
+    and the capacity itself. Every bucket is at most the capacity.
+    """
+    sizes = []
+    size = 1 << (smallest - 1).bit_length()
+    while size < capacity:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, capacity)
+
+
+def smallest_at_least(sizes: tuple[int, ...], needed: int) -> int:
+    """The first of the ascending sizes that holds ``needed``. Raises ValueError if none does."""
+    for size in sizes:
+        if size >= needed:
+            return size
+    raise ValueError(f"{needed} is more than the largest of {sizes}")
+
+
+class Graphs:
+    """The functions of ``compiled/`` bound to one brain's tensors, eager or captured.
+
+    Holds no state of its own besides the record of compilations.
+    """
+
+    def __init__(
+        self,
+        behaviour: Behaviour,
+        weights: Weights,
+        state: State,
+        cursor: Cursor,
+        sampling: Sampling,
+        *,
+        compiled: bool,
+    ) -> None:
+        self.behaviour = behaviour
+        self.weights, self.state, self.cursor, self.sampling = weights, state, cursor, sampling
+        self.compiled = compiled
+        self.buckets = buckets(state.capacity, behaviour.smallest_bucket)
+        self.widths = tuple(width for width in behaviour.widths if width <= state.capacity)
+        if len(self.widths) < 2:
+            self.widths = (1, state.capacity) if state.capacity > 1 else (1, 1)
+        self.device = state.valid.device
+        self.captures: dict[str, Capture] = {}
+        self._callables: dict[str, Callable[..., Any]] = {}
+        if compiled:
+            # Without the mark, replays would copy these into graph memory, cache included.
+            for tensor in (*weights, *state, *cursor, *sampling):
+                torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens one read takes."""
+        return self.widths[-1]
+
+    def begin_step(self) -> None:
+        """Marks the start of a step for CUDA graphs: before a read, never between it and the
+        patch that consumes it. Invalidates everything the previous step returned.
+        """
+        if self.compiled and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    def width_for(self, num_tokens: int) -> int:
+        """The width that a call with this many tokens is padded to."""
+        return smallest_at_least(self.widths, num_tokens) if self.compiled else num_tokens
+
+    def edit_width_for(self, num_tokens: int) -> int:
+        """The same for a patch that edits, whose graphs exist for widths above 1 only."""
+        return self.width_for(max(num_tokens, self.widths[1])) if self.compiled else num_tokens
+
+    def read(
+        self, tokens: Tensor, positions: Tensor, length: Tensor, *, high_water: int
+    ) -> Reading:
+        """``read`` over the smallest bucket that holds every row below ``high_water``."""
+        arguments = (self.weights, self.state, tokens, positions, length)
+        if not self.compiled or tokens.shape[0] > self.chunk:
+            # Nothing to capture: the exact prefix. Wider reads than the chunk come one at a time.
+            return read(self.behaviour.config, *arguments, bucket=max(1, high_water))
+        bucket = smallest_at_least(self.buckets, max(1, high_water))
+        graph = self._graph(
+            f"read T={tokens.shape[0]} bucket={bucket}",
+            functools.partial(_bound_read, self.behaviour.config, bucket),
+        )
+        reading: Reading = graph(*arguments)
+        return reading
+
+    def choose(self, reading: Reading, forced: Forced) -> Choice:
+        """``choose`` after a read of one token."""
+        graph = self._graph("choose", functools.partial(_bound_choose, self.behaviour))
+        choice: Choice = graph(self.state, self.cursor, reading, self.sampling, forced)
+        return choice
+
+    def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """``surprises`` of the tokens of an edit."""
+        nats: Tensor = self._graph(f"surprise T={targets.shape[0]}", surprises)(logits, targets)
+        return nats
+
+    def patch(self, plan: Plan) -> None:
+        """``patch``: a tick's, or an edit's where the plan pins or erases."""
+        kind = "tick" if plan.erase is None else "edit"
+        name = f"patch {kind} W={plan.rows.token_id.shape[0]}"
+        self._graph(name, patch)(self.state, self.cursor, plan)
+
+    def expected(self) -> tuple[str, ...]:
+        """Names of all graphs that this brain can ever need, in order of warm-up."""
+        reads = [f"read T={width} bucket={size}" for width in self.widths for size in self.buckets]
+        kinds = ("surprise T", "patch edit W")
+        edits = [f"{kind}={width}" for width in self.widths[1:] for kind in kinds]
+        # One slot has one width, and so nothing to name twice.
+        return tuple(dict.fromkeys((*reads, "choose", "patch tick W=1", *edits)))
+
+    def warm_up(self) -> Iterator[str]:
+        """Compiles every graph, yielding each one's name before it is compiled.
+
+        Leaves every byte of the state and the cursor as it was: reads write nothing, and the
+        patches are empty. Does nothing in eager mode.
+        """
+        if not self.compiled:
+            return
+        runs = CUDA_GRAPH_WARMUP_RUNS if self.device.type == "cuda" else 1
+        for width in self.widths:
+            for bucket in self.buckets:
+                yield f"read T={width} bucket={bucket}"
+                for _ in range(runs):
+                    self.begin_step()
+                    self.read(*self._nothing_to_read(width), high_water=bucket)
+        for name in ("choose", "patch tick W=1"):
+            yield name
+            for _ in range(runs):
+                self.begin_step()
+                reading = self.read(*self._nothing_to_read(1), high_water=0)
+                choice = self.choose(reading, self._nothing_forced())
+                if name != "choose":
+                    self.patch(self._empty_tick(choice.plan(reading)))
+        for width in self.widths[1:]:
+            yield f"surprise T={width}"
+            for _ in range(runs):
+                self.begin_step()
+                tokens, positions, length = self._nothing_to_read(width)
+                self.surprises(self.read(tokens, positions, length, high_water=0).logits, tokens)
+            yield f"patch edit W={width}"
+            for _ in range(runs):
+                self.begin_step()
+                self.patch(self.empty_edit(width))
+
+    def empty_edit(self, width: int) -> Plan:
+        """An edit of a width that changes nothing, to be filled with ``_replace``."""
+        config, state = self.behaviour.config, self.state
+        new_rows = (config.num_layers, config.num_kv_heads, width, config.head_dim)
+        column = functools.partial(torch.zeros, width, device=self.device)
+        rows = RowColumns(
+            token_id=column(dtype=torch.int64),
+            position=column(dtype=torch.int64),
+            brightness=column(dtype=torch.float32),
+            surprise=column(dtype=torch.float32),
+            source=column(dtype=torch.uint8),
+            born=column(dtype=torch.int64),
+            pinned=column(dtype=torch.bool),
+            length=torch.zeros((), dtype=torch.int64, device=self.device),
+        )
+        return Plan(
+            keys=torch.zeros(new_rows, dtype=state.keys.dtype, device=self.device),
+            values=torch.zeros(new_rows, dtype=state.values.dtype, device=self.device),
+            rows=rows,
+            cull=torch.zeros_like(state.valid),
+            brightness=state.brightness.add(0),
+            cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
+            pinned=state.pinned.logical_or(state.pinned),
+            erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=self.device),
+        )
+
+    def _empty_tick(self, plan: Plan) -> Plan:
+        # The plan with everything taken out of it: applying it changes no byte.
+        return plan._replace(
+            rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
+            cull=torch.zeros_like(plan.cull),
+            brightness=self.state.brightness.add(0),
+            cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
+        )
+
+    def _nothing_to_read(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        zeros = torch.zeros(width, dtype=torch.int64, device=self.device)
+        return zeros, zeros.add(0), torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _nothing_forced(self) -> Forced:
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return Forced(zero, zero.to(torch.uint8))
+
+    def _graph(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not self.compiled:
+            return function
+        if name not in self._callables:
+            capture = self.captures.setdefault(name, Capture(name))
+            self._callables[name] = _capture(function, capture, self.device)
+        return self._callables[name]
+
+
+def _bound_read(config: LlamaConfig, bucket: int, *tensors: Any) -> Reading:
+    return read(config, *tensors, bucket=bucket)
+
+
+def _bound_choose(behaviour: Behaviour, *tensors: Any) -> Choice:
+    return choose(
+        *tensors,
+        method=behaviour.method,
+        brightness=behaviour.brightness,
+        forgetting=behaviour.forgetting,
+        keep_score=behaviour.keep_score,
+    )
+
+
+def _capture(
+    function: Callable[..., Any], capture: Capture, device: torch.device
+) -> Callable[..., Any]:
+    """Compiles on first call; every compilation is recorded, and a second one is an error."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    options = list_mode_options("reduce-overhead") if device.type == "cuda" else {}
+
+    def inductor(module: GraphModule, inputs: list[Tensor]) -> Any:
+        start = time.perf_counter()
+        compiled_module = compile_fx(module, inputs, config_patches=options)
+        capture.seconds += time.perf_counter() - start
+        capture.modules.append(module)
+        return compiled_module
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
+    compiled: Callable[..., Any] = torch.compile(
+        call, fullgraph=True, dynamic=False, backend=inductor, **strict
+    )
+    return compiled

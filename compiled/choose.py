@@ -1,0 +1,96 @@
+"""What follows a read of one token, in one graph: the next token, how bright every row is now,
+what to forget, and where the next read stands. It only returns; the patch writes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled.patch import Plan, RowColumns
+from compiled.read import Reading
+from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
+from compiled.score import Brightness, Forgetting, brighten, decide_cull, seed_brightness
+from compiled.state import Cursor, State
+
+KeepScore = Callable[[State, Tensor, Tensor], Tensor]
+"""A policy: (state, brightness [capacity], mass [capacity]) → keep-scores [capacity] float32.
+Rows with the lowest scores are forgotten first."""
+
+UNFORCED = -1
+"""In place of a token id: let the sampler choose."""
+
+
+class Forced(NamedTuple):
+    """A token to take instead of sampling one (UNFORCED for none), and the source it gets."""
+
+    token: Tensor  # [1] int64
+    source: Tensor  # [1] uint8
+
+
+class Choice(NamedTuple):
+    """Steps 1 to 3 after the read: what the patch is to do, and what became of every token."""
+
+    token: Tensor  # [1] int64: spoken or fed
+    surprise: Tensor  # [1] float32, nats, under the raw logits
+    rows: RowColumns  # the row of the token that was read
+    cull: Tensor  # [capacity] bool
+    culled: Tensor  # [MOST_CULLED] int64: positions of those rows, filled up with NOWHERE
+    brightness: Tensor  # [capacity] float32
+    cursor: Cursor  # standing at ``token``
+
+    def plan(self, reading: Reading) -> Plan:
+        """The patch of this tick: this choice with the keys and values that were read."""
+        return Plan(
+            reading.new_keys,
+            reading.new_values,
+            self.rows,
+            self.cull,
+            self.brightness,
+            self.cursor,
+        )
+
+
+def choose(
+    state: State,
+    cursor: Cursor,
+    reading: Reading,
+    sampling: Sampling,
+    forced: Forced,
+    *,
+    method: SamplingMethod,
+    brightness: Brightness,
+    forgetting: Forgetting,
+    keep_score: KeepScore,
+) -> Choice:
+    """Chooses from the reading of the cursor's token (T = 1)."""
+    logits = reading.logits[0]  # [vocab]
+    seen = seen_tokens(logits.shape[0], state.token_id, state.valid, cursor.token)
+    sampled = sample(logits, seen, cursor.tick, method, sampling)
+    token = torch.where(forced.token >= 0, forced.token, sampled)
+    surprise = surprises(reading.logits, token)
+
+    bright = brighten(state, reading.mass, brightness)
+    keep_scores = keep_score(state, bright, reading.mass)
+    cull, culled = decide_cull(state, cursor, keep_scores, forgetting)
+    tick = cursor.tick + 1
+    rows = RowColumns(
+        token_id=cursor.token + 0,
+        position=cursor.position + 0,
+        brightness=seed_brightness(cursor.source, brightness),
+        surprise=cursor.surprise + 0,
+        source=cursor.source + 0,
+        born=tick[None] + 0,
+        pinned=torch.zeros_like(cursor.source, dtype=torch.bool),
+        length=cursor.uncommitted + 0,
+    )
+    following = Cursor(
+        token=token + 0,
+        position=cursor.position + 1,
+        surprise=surprise + 0,
+        source=forced.source + 0,
+        uncommitted=torch.ones_like(cursor.uncommitted),
+        tick=tick,
+    )
+    return Choice(token, surprise, rows, cull, culled, bright, following)

@@ -1,0 +1,152 @@
+"""A Llama-family decoder as data: its dimensions, its weights, and one layer as a pure function.
+
+The weights of all layers are stacked along a leading ``layers`` axis, and the projections that
+read the same input are packed (query, key, value; gate, up). A whole model is therefore ten
+tensors, whatever its depth: ten graph inputs to guard, ten addresses to keep.
+
+Reference implementation for every formula here: Hugging Face transformers, ``modeling_llama.py``.
+Architecture: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm),
+Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (GQA).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiled.attention import Visibility, attend
+from compiled.products import linear
+from compiled.rope import RopeScaling, rotate
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Dimensions and constants of one model, in Hugging Face ``config.json`` terms.
+
+    ``max_position_embeddings`` is the range of positions the model was trained on.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+
+
+class Weights(NamedTuple):
+    """Every tensor of a model. ``[out, in]`` order as in ``torch.nn.functional.linear``.
+
+    All share one floating dtype and device, except ``inverse_frequencies`` (float64).
+    ``head`` is the same tensor as ``embedding`` where the model ties them.
+    """
+
+    embedding: Tensor  # [vocab, hidden]
+    attention_norm: Tensor  # [layers, hidden]
+    qkv: Tensor  # [layers, (heads + 2 * kv_heads) * head_dim, hidden]
+    attention_out: Tensor  # [layers, hidden, heads * head_dim]
+    mlp_norm: Tensor  # [layers, hidden]
+    gate_up: Tensor  # [layers, 2 * intermediate, hidden]
+    down: Tensor  # [layers, hidden, intermediate]
+    final_norm: Tensor  # [hidden]
+    head: Tensor  # [vocab, hidden]
+    inverse_frequencies: Tensor  # [head_dim / 2] float64
+
+
+class LayerWeights(NamedTuple):
+    """One layer's slice of :class:`Weights`: views, never copies."""
+
+    attention_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    attention_out: Tensor  # [hidden, heads * head_dim]
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    down: Tensor  # [hidden, intermediate]
+
+
+def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every field of :class:`Weights` for a model of these dimensions."""
+    c = config
+    return {
+        "embedding": (c.vocab_size, c.hidden_size),
+        "attention_norm": (c.num_layers, c.hidden_size),
+        "qkv": (c.num_layers, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.hidden_size),
+        "attention_out": (c.num_layers, c.hidden_size, c.num_heads * c.head_dim),
+        "mlp_norm": (c.num_layers, c.hidden_size),
+        "gate_up": (c.num_layers, 2 * c.intermediate_size, c.hidden_size),
+        "down": (c.num_layers, c.hidden_size, c.intermediate_size),
+        "final_norm": (c.hidden_size,),
+        "head": (c.vocab_size, c.hidden_size),
+        "inverse_frequencies": (c.head_dim // 2,),
+    }
+
+
+def layer_weights(weights: Weights, layer: int) -> LayerWeights:
+    """Views of one layer's weights."""
+    return LayerWeights(*(getattr(weights, name)[layer] for name in LayerWeights._fields))
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation in float32, returned in the dtype of ``gain``.
+
+    ``x`` [T, hidden] float32, ``gain`` [hidden] → [T, hidden].
+    """
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)  # [T, 1]
+    return (x * scale).to(gain.dtype) * gain
+
+
+class LayerReading(NamedTuple):
+    """What one layer's pass returns."""
+
+    hidden: Tensor  # [T, hidden] float32
+    new_keys: Tensor  # [kv_heads, T, head_dim], RoPE applied
+    new_values: Tensor  # [kv_heads, T, head_dim]
+    mass: Tensor  # [bucket] float32: attention received by each slot, summed over heads, queries
+    own_mass: Tensor  # [T] float32: the same for the new tokens themselves
+
+
+def decoder_layer(
+    hidden: Tensor,
+    weights: LayerWeights,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    visible: Visibility,
+    eps: float,
+) -> LayerReading:
+    """One pre-norm decoder layer over T new tokens and a read-only cache.
+
+    The residual stream ``hidden`` [T, hidden] stays in float32 whatever the weights' dtype:
+    it costs nothing beside the weights and is what keeps low precision close to float32.
+    ``keys``, ``values`` [kv_heads, bucket, head_dim]; ``cos``, ``sin`` [T, head_dim / 2] float32.
+    All dimensions follow from the shapes.
+    """
+    num_tokens = hidden.shape[0]
+    num_kv_heads, _, head_dim = keys.shape
+    num_heads = weights.attention_out.shape[1] // head_dim
+    x = rms_norm(hidden, weights.attention_norm, eps)
+    widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    query, key, value = torch.split(linear(x, weights.qkv), widths, dim=-1)
+    query = rotate(query.view(num_tokens, num_heads, head_dim), cos, sin)
+    key = rotate(key.view(num_tokens, num_kv_heads, head_dim), cos, sin)
+    value = value.view(num_tokens, num_kv_heads, head_dim)
+    # Copies of T rows, never views of the packed projection: what leaves a layer must own its
+    # memory, or a compiled layer may hand out a buffer that its next call overwrites.
+    new_keys = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+    attended, mass, own_mass = attend(query, keys, values, new_keys, new_values, visible)
+    hidden = hidden + linear(attended, weights.attention_out).float()
+    x = rms_norm(hidden, weights.mlp_norm, eps)
+    gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)
+    hidden = hidden + linear(F.silu(gate) * up, weights.down).float()
+    return LayerReading(hidden, new_keys, new_values, mass, own_mass)

@@ -1,0 +1,44 @@
+"""Matrix products, expressed the way each device runs them fastest.
+
+With one new token every product is a matrix times a vector, bound by memory. Compiled for a CPU,
+a multiplication followed by a sum becomes one vectorised loop at memory speed, where the BLAS call
+behind ``F.linear`` is tuned for many rows (measured on SmolLM2-135M at 512 tokens in context:
+2 times faster per token in float32 and bfloat16). Everywhere else the plain call is the fast one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def streams_rows(x: Tensor, num_tokens: int) -> bool:
+    """Whether products over this many new tokens are compiled as streaming loops."""
+    return num_tokens == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``: [T, in] × [out, in] → [T, out], all of one dtype."""
+    if streams_rows(x, x.shape[0]):
+        return (x.float() * weight.float()).sum(-1).to(weight.dtype)[None]
+    return F.linear(x, weight)
+
+
+def dot_rows(query: Tensor, rows: Tensor, streaming: bool) -> Tensor:
+    """Dot product of every query with every row, in float32.
+
+    ``query`` [kv_heads, Q, head_dim] × ``rows`` [kv_heads, N, head_dim] → [kv_heads, Q, N].
+    """
+    if streaming:
+        return (query.float()[:, :, None] * rows.float()[:, None]).sum(-1)
+    return torch.bmm(query, rows.transpose(1, 2)).float()
+
+
+def mix_rows(shares: Tensor, rows: Tensor, streaming: bool) -> Tensor:
+    """Sum of the rows, each weighted by its share, in float32.
+
+    ``shares`` [kv_heads, Q, N] float32 × ``rows`` [kv_heads, N, head_dim]
+    → [kv_heads, Q, head_dim].
+    """
+    if streaming:
+        return (shares[..., None] * rows.float()[:, None]).sum(2)
+    return torch.bmm(shares.to(rows.dtype), rows).float()

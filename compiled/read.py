@@ -1,0 +1,113 @@
+"""The read: step 1, a forward pass of T new tokens against the memory, writing nothing.
+
+    read(weights, state, tokens [T], positions [T], length) → Reading
+
+Decode, prefill, re-reading a token that is already remembered and reading "as of" an old
+position are all this one function: the visibility rule of ``attention.py`` makes them so.
+Positions and length are plain input tensors; T and the bucket are the only static numbers, and
+there is one captured graph for each pair of them.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiled.attention import Visibility, visibility
+from compiled.llama import (
+    LayerWeights,
+    LlamaConfig,
+    Weights,
+    decoder_layer,
+    layer_weights,
+    rms_norm,
+)
+from compiled.products import linear
+from compiled.rope import rotation
+from compiled.state import State
+
+
+class Reading(NamedTuple):
+    """What a read returns. Nothing in it shares memory with the state.
+
+    ``mass`` and ``own_mass`` are mean attention probabilities over layers and heads, summed over
+    the live new tokens: together they sum to ``length``.
+    """
+
+    logits: Tensor  # [T, vocab] float32
+    new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
+    new_values: Tensor  # [layers, kv_heads, T, head_dim]
+    mass: Tensor  # [capacity] float32
+    own_mass: Tensor  # [T] float32
+
+
+@torch.compiler.nested_compile_region
+def _layer(eps: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+    # One region, compiled once and stamped out for every layer. The compiler recognises the
+    # repetition only where everything that goes in and out is a plain tensor or number.
+    hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
+    visible = Visibility(cached, new, live)
+    reading = decoder_layer(hidden, LayerWeights(*weights), keys, values, cos, sin, visible, eps)
+    return tuple(reading)
+
+
+def read(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    *,
+    bucket: int,
+) -> Reading:
+    """Reads T tokens at T positions against the first ``bucket`` slots.
+
+    ``tokens``, ``positions`` [T] int64; ``length`` [] int64, how many of them are asked for (the
+    rest is padding, whose outputs mean nothing). ``bucket`` must reach past the highest occupied
+    slot and is at most the capacity.
+    """
+    cos, sin = rotation(positions, weights.inverse_frequencies)  # [T, head_dim / 2]
+    visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
+    hidden = F.embedding(tokens, weights.embedding).float()  # [T, hidden]
+
+    new_keys, new_values = [], []
+    mass = torch.zeros(bucket, dtype=torch.float32, device=tokens.device)
+    own_mass = torch.zeros(tokens.shape[0], dtype=torch.float32, device=tokens.device)
+    for layer in range(config.num_layers):
+        hidden, key, value, layer_mass, layer_own_mass = _layer(
+            config.rms_norm_eps,
+            hidden,
+            cos,
+            sin,
+            *visible,
+            state.keys[layer, :, :bucket],  # [kv_heads, bucket, head_dim], a view
+            state.values[layer, :, :bucket],
+            *layer_weights(weights, layer),
+        )
+        new_keys.append(key)
+        new_values.append(value)
+        mass = mass + layer_mass
+        own_mass = own_mass + layer_own_mass
+
+    final = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
+    logits = linear(final, weights.head).float()  # [T, vocab]
+    attention_rows = config.num_layers * config.num_heads
+    return Reading(
+        logits=logits,
+        new_keys=torch.stack(new_keys),
+        new_values=torch.stack(new_values),
+        mass=F.pad(mass / attention_rows, (0, state.capacity - bucket)),
+        own_mass=own_mass / attention_rows,
+    )
+
+
+def trimmed(reading: Reading, length: int) -> Reading:
+    """The reading without its padding: views of the first ``length`` tokens."""
+    return reading._replace(
+        logits=reading.logits[:length],
+        new_keys=reading.new_keys[:, :, :length],
+        new_values=reading.new_values[:, :, :length],
+        own_mass=reading.own_mass[:length],
+    )

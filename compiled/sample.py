@@ -1,0 +1,104 @@
+"""The next token, as a tensor function: no host sync, no generator state.
+
+The filters follow Hugging Face transformers' logits processors, in its order: repetition penalty
+(Keskar et al. 2019), temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020), min-p
+(Nguyen et al. 2024). The draw is Gumbel-max: the largest of log-probability plus Gumbel noise,
+the noise of a token being a function of (seed, tick, token id) alone.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled.philox import uniform
+
+
+@dataclass(frozen=True)
+class SamplingMethod:
+    """What shapes the sampling graph. Everything else about sampling is a plain input.
+
+    ``top_k`` 0 means the whole vocabulary; ``nucleus`` says whether ``top_p`` is applied.
+    """
+
+    greedy: bool = False
+    top_k: int = 50
+    nucleus: bool = True
+
+
+class Sampling(NamedTuple):
+    """Settings of the draw. Neutral values: 1, 1, 0, 1."""
+
+    temperature: Tensor  # [] float32, above 0
+    top_p: Tensor  # [] float32, in (0, 1]
+    min_p: Tensor  # [] float32, in [0, 1]
+    repetition_penalty: Tensor  # [] float32, above 0
+    key: Tensor  # [2] int64, see philox.key_of
+
+
+def seen_tokens(vocab_size: int, token_id: Tensor, valid: Tensor, pending: Tensor) -> Tensor:
+    """Which tokens are remembered or being read: [vocab] bool.
+
+    ``token_id`` [capacity] int64, ``valid`` [capacity] bool, ``pending`` [T] int64.
+    """
+    spare = vocab_size  # forgotten rows vote for a token that does not exist
+    ids = torch.cat([torch.where(valid, token_id, spare), pending])
+    votes = torch.zeros(vocab_size + 1, dtype=torch.bool, device=ids.device)
+    return votes.scatter(0, ids, torch.ones_like(ids, dtype=torch.bool))[:vocab_size]
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Divides positive and multiplies negative logits of seen tokens by the penalty."""
+    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, lowered, logits)
+
+
+def candidates(logits: Tensor, method: SamplingMethod, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Tokens that may be drawn and their log-probabilities up to a constant.
+
+    ``logits`` [vocab] float32, penalised → (scores [K] float32 with -inf where filtered,
+    ids [K] int64). K is ``top_k``, or the vocabulary.
+    """
+    scores = logits / sampling.temperature
+    vocab_size = scores.shape[0]
+    if 0 < method.top_k < vocab_size:
+        scores, ids = torch.topk(scores, method.top_k)
+    elif method.nucleus:
+        scores, ids = torch.sort(scores, descending=True, stable=True)
+    else:
+        ids = torch.arange(vocab_size, device=scores.device)
+    probabilities = torch.softmax(scores, 0)
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if method.nucleus:
+        # The smallest set that reaches top_p: a token stays while those before it fall short.
+        before = torch.cumsum(probabilities, 0) - probabilities
+        kept = before < sampling.top_p
+        # min-p is relative to what top-p left, as in the reference; the maximum is the same.
+    kept = kept & (probabilities >= sampling.min_p * probabilities.amax())
+    return torch.where(kept, scores, -math.inf), ids
+
+
+def sample(
+    logits: Tensor, seen: Tensor, tick: Tensor, method: SamplingMethod, sampling: Sampling
+) -> Tensor:
+    """Draws one token: [1] int64.
+
+    ``logits`` [vocab] float32, ``seen`` [vocab] bool, ``tick`` [] int64. Greedy takes the highest
+    penalised logit.
+    """
+    penalised = penalize(logits, seen, sampling.repetition_penalty)
+    if method.greedy:
+        return penalised.argmax(0, keepdim=True)
+    scores, ids = candidates(penalised, method, sampling)
+    noise = -torch.log(-torch.log(uniform(sampling.key, tick, ids)))
+    return ids[(scores.double() + noise).argmax(0, keepdim=True)]
+
+
+def surprises(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of one target per row of raw logits.
+
+    ``logits`` [T, vocab] float32, ``targets`` [T] int64 → [T] float32.
+    """
+    return torch.logsumexp(logits, -1) - logits.gather(-1, targets[:, None])[:, 0]
