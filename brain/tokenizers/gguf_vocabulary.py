@@ -1,0 +1,147 @@
+"""Vocabularies embedded in GGUF files, rewritten as the standard tokenizer file they came from.
+
+Source of names and numbers: the GGUF specification and llama.cpp's ``llama-vocab.cpp``.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from brain.errors import Refused
+from brain.tokenizers.sentencepiece_model import write_sentencepiece
+
+# GGUF token types (those of SentencePiece)
+CONTROL, USER_DEFINED = 3, 4
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
+    """The Hugging Face tokenizer files equivalent to a GGUF file's vocabulary, by file name.
+
+    ``fields`` holds the GGUF metadata as Python values; ``where`` names the file in errors.
+    Raises Refused for an unsupported or incomplete vocabulary.
+    """
+    model = fields.get("tokenizer.ggml.model")
+    tokens = _strings(fields, "tokenizer.ggml.tokens", where)
+    types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise Refused(f"{where}: {len(tokens)} tokens but {len(types)} token types")
+    if model == "gpt2":
+        files = {"tokenizer.json": _byte_level_json(fields, tokens, types, where)}
+    elif model == "llama":
+        files = {"tokenizer.model": _sentencepiece(fields, tokens, types, where)}
+    else:
+        raise Refused(f"{where}: GGUF vocabulary {model!r} is not supported; use gpt2 or llama")
+    files["tokenizer_config.json"] = _tokenizer_config(fields, tokens, model == "llama")
+    return files
+
+
+def _strings(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
+    values = fields.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise Refused(f"{where}: GGUF metadata {key} is missing or is not a list of strings")
+    return values
+
+
+def _byte_level_json(
+    fields: Mapping[str, Any], tokens: list[str], types: list[int], where: str
+) -> bytes:
+    pre = str(fields.get("tokenizer.ggml.pre", "default"))
+    merges = [tuple(m.split(" ", 1)) for m in _strings(fields, "tokenizer.ggml.merges", where)]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": kind == CONTROL,
+            }
+            for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": _pre_tokenizer(pre, byte_level, where),
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre == "llama-bpe",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+    return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def _pre_tokenizer(pre: str, byte_level: dict[str, Any], where: str) -> dict[str, Any]:
+    """How text is cut into words before merging, by GGUF's name for it."""
+    with_regex = byte_level | {"use_regex": True}
+    if pre in ("default", "gpt-2"):
+        return with_regex
+    if pre == "smollm":
+        digits = {"type": "Digits", "individual_digits": True}
+        return {"type": "Sequence", "pretokenizers": [digits, with_regex]}
+    if pre == "llama-bpe":
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": LLAMA3_PATTERN},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        without = byte_level | {"use_regex": False}
+        return {"type": "Sequence", "pretokenizers": [split, without]}
+    raise Refused(
+        f"{where}: GGUF pre-tokenizer {pre!r} is not supported; use smollm, gpt-2 or llama-bpe"
+    )
+
+
+def _sentencepiece(
+    fields: Mapping[str, Any], tokens: list[str], types: list[int], where: str
+) -> bytes:
+    scores = fields.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.scores is missing or misshapen")
+    return write_sentencepiece(
+        tokens,
+        scores,
+        types,
+        bos=int(fields.get("tokenizer.ggml.bos_token_id", 1)),
+        eos=int(fields.get("tokenizer.ggml.eos_token_id", 2)),
+        dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
+    )
+
+
+def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str], sentencepiece: bool) -> bytes:
+    config: dict[str, Any] = {
+        "tokenizer_class": "LlamaTokenizer" if sentencepiece else "PreTrainedTokenizerFast",
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", sentencepiece)),
+        "add_eos_token": False,
+        "add_prefix_space": bool(fields.get("tokenizer.ggml.add_space_prefix", sentencepiece)),
+        "clean_up_tokenization_spaces": False,
+    }
+    for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        index = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            config[f"{role}_token"] = tokens[index]
+    if isinstance(context := fields.get("llama.context_length"), int):
+        config["model_max_length"] = context
+    if isinstance(template := fields.get("tokenizer.chat_template"), str):
+        config["chat_template"] = template
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,152 @@
+"""Vocabularies from a SentencePiece ``tokenizer.model`` (Kudo & Richardson 2018), and writing one.
+
+Field numbers below are those of ``sentencepiece_model.proto``.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from sentencepiece import SentencePieceProcessor
+
+from brain.errors import Refused, one_line
+from brain.tokenizers.protobuf import bytes_field, float_field, integer_field
+from brain.tokenizers.vocabulary import Vocabulary
+
+SPACE = "▁"
+
+# ModelProto
+PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
+# SentencePiece
+PIECE, SCORE, TYPE = 1, 2, 3
+# SentencePiece.Type, which GGUF's token types are numbered after
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3
+# TrainerSpec
+MODEL_TYPE, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 35, 40, 41, 42, 43
+BPE = 2
+# NormalizerSpec
+NORMALIZER_NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 1, 3, 4, 5
+
+
+def read_sentencepiece(
+    model: bytes, where: str, added: Mapping[int, str] | None = None
+) -> Vocabulary:
+    """The vocabulary in a serialized SentencePiece model; ``where`` names it in error messages.
+
+    ``added``: tokens that the model's folder adds, or declares special, by id.
+    In ``split``, control, unknown and added tokens written out in the text become their id. Only
+    the text's beginning, or what follows a leading BOS, gets the model's dummy space: so that
+    decoding restores the text. Raises Refused where the model cannot be loaded.
+    """
+    added = added or {}
+    # Concatenated messages are merged, the last value winning: a processor without dummy prefix.
+    bare_model = model + bytes_field(NORMALIZER_SPEC, integer_field(ADD_DUMMY_PREFIX, 0))
+    processor, bare = SentencePieceProcessor(), SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+        bare.LoadFromSerializedProto(bare_model)
+        size = processor.get_piece_size()
+    except (RuntimeError, TypeError) as error:
+        raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
+    if size == 0:
+        raise Refused(f"{where}: not a SentencePiece model: it has no pieces")
+
+    pieces = [processor.id_to_piece(index) for index in range(size)]
+    spelling: list[bytes | None] = [None] * max([size, *(index + 1 for index in added)])
+    special: dict[str, int] = {}
+    for index, piece in enumerate(pieces):
+        if processor.is_byte(index):
+            spelling[index] = bytes([int(piece[3:5], 16)])
+        elif processor.is_control(index) or processor.is_unknown(index):
+            spelling[index] = piece.encode()
+            special[piece] = index
+        else:
+            spelling[index] = piece.replace(SPACE, " ").encode()
+    for index, text in added.items():
+        spelling[index] = text.encode()
+        special[text] = index
+
+    bos = processor.bos_id()
+    longest_first = sorted((text for text in special if text), key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+    def encode(with_processor: SentencePieceProcessor, text: str) -> list[int]:
+        ids: list[int] = with_processor.encode(
+            text,
+            out_type=int,
+            add_bos=False,
+            add_eos=False,
+            reverse=False,
+            emit_unk_piece=False,
+            enable_sampling=False,
+        )
+        return ids
+
+    def split_plain(text: str) -> list[int]:
+        return encode(processor, text)
+
+    def split(text: str) -> list[int]:
+        if pattern is None:
+            return split_plain(text)
+        ids: list[int] = []
+        for part in pattern.split(text):  # text and special tokens alternate
+            if part in special:
+                ids.append(special[part])
+            elif part:
+                at_start = not ids or ids == [bos]
+                ids += encode(processor if at_start else bare, part)
+        return ids
+
+    probe = b"".join(spelling[index] or b"" for index in split_plain("x"))
+    eos = processor.eos_id()
+    return Vocabulary(
+        split=split,
+        split_plain=split_plain,
+        spelling=tuple(spelling),
+        leading_space=probe.startswith(b" "),
+        lossless=False,
+        ids={piece: index for index, piece in enumerate(pieces)} | special,
+        prepended=(bos,) if bos >= 0 else (),
+        bos_text=pieces[bos] if bos >= 0 else None,
+        eos_text=pieces[eos] if eos >= 0 else None,
+    )
+
+
+def write_sentencepiece(
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    *,
+    bos: int,
+    eos: int,
+    dummy_prefix: bool,
+) -> bytes:
+    """A serialized SentencePiece BPE model of these pieces, normalizing nothing.
+
+    ``types`` are SentencePiece's (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused,
+    6 byte); ``bos`` and ``eos`` may be -1 for none.
+    """
+    pieces = b"".join(
+        bytes_field(
+            PIECES,
+            bytes_field(PIECE, token.encode())
+            + float_field(SCORE, score)
+            + integer_field(TYPE, kind),
+        )
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+    )
+    unknown = next((index for index, kind in enumerate(types) if kind == UNKNOWN), 0)
+    trainer = (
+        integer_field(MODEL_TYPE, BPE)
+        + integer_field(BYTE_FALLBACK, int(6 in types))
+        + integer_field(UNK_ID, unknown)
+        + integer_field(BOS_ID, bos)
+        + integer_field(EOS_ID, eos)
+        + integer_field(PAD_ID, -1)
+    )
+    normalizer = (
+        bytes_field(NORMALIZER_NAME, b"identity")
+        + integer_field(ADD_DUMMY_PREFIX, int(dummy_prefix))
+        + integer_field(REMOVE_EXTRA_WHITESPACES, 0)
+        + integer_field(ESCAPE_WHITESPACES, 1)
+    )
+    return pieces + bytes_field(TRAINER_SPEC, trainer) + bytes_field(NORMALIZER_SPEC, normalizer)

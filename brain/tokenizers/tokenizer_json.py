@@ -1,0 +1,124 @@
+"""Vocabularies from a Hugging Face ``tokenizer.json``, read by the ``tokenizers`` library.
+
+Two kinds are supported: byte-level BPE (GPT-2, Llama 3, SmolLM) and the Llama 2 kind, BPE over
+characters with ``▁`` for space and byte fallback.
+"""
+
+import json
+from typing import Any
+
+from tokenizers import Tokenizer as Library
+
+from brain.errors import Refused, one_line
+from brain.tokenizers.byte_level import byte_of_character
+from brain.tokenizers.vocabulary import Vocabulary
+
+SPACE = "▁"
+
+
+def read_tokenizer_json(content: str, where: str) -> Vocabulary:
+    """The vocabulary in a ``tokenizer.json`` text; ``where`` names it in error messages.
+
+    Truncation, padding, post-processing and BPE dropout, which the file may ask for, are off.
+    Raises Refused for anything but the two supported kinds.
+    """
+    try:
+        spec = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Refused(
+            f"{where}: not valid JSON ({one_line(error)}); fetch the file again"
+        ) from None
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise Refused(f"{where}: not a tokenizer.json: it has no 'model' object")
+    kind = spec["model"].get("type")
+    if kind != "BPE":
+        raise Refused(f"{where}: tokenizer model {kind!r} is not supported; use a BPE tokenizer")
+    spec["model"]["dropout"] = None
+    spec["truncation"] = spec["padding"] = None
+    byte_level = _is_byte_level(spec, where)
+    text = json.dumps(spec)
+    try:
+        library, plain = Library.from_str(text), Library.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise Refused(f"{where}: tokenizer cannot be loaded: {one_line(error)}") from None
+    plain.encode_special_tokens = True
+
+    def split(words: str) -> list[int]:
+        return list(library.encode(words, add_special_tokens=False).ids)
+
+    def split_plain(words: str) -> list[int]:
+        return list(plain.encode(words, add_special_tokens=False).ids)
+
+    spelling = _spellings(library, spec, byte_level)
+    bare, full = split("x"), list(library.encode("x", add_special_tokens=True).ids)
+    first = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
+    probe = b"".join(spelling[i] or b"" for i in bare)
+    return Vocabulary(
+        split=split,
+        split_plain=split_plain,
+        spelling=spelling,
+        leading_space=probe.startswith(b" "),
+        lossless=byte_level,
+        ids=dict(library.get_vocab(with_added_tokens=True)),
+        prepended=tuple(full[:first]),
+    )
+
+
+def _is_byte_level(spec: dict[str, Any], where: str) -> bool:
+    """Whether the file is of the byte-level kind; Refused where it is neither that nor Llama's."""
+    decoders = _steps(spec.get("decoder"), "decoders")
+    names = [str(step.get("type")) for step in decoders]
+    if names == ["ByteLevel"]:
+        normalizers = [str(n.get("type")) for n in _steps(spec.get("normalizer"), "normalizers")]
+        if normalizers:
+            raise Refused(
+                f"{where}: byte-level BPE with normalizer {', '.join(normalizers)} is not supported"
+            )
+        for step in _steps(spec.get("pre_tokenizer"), "pretokenizers"):
+            if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
+                raise Refused(f"{where}: byte-level BPE with add_prefix_space is not supported")
+        return True
+    if names and set(names) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        return False
+    shown = ", ".join(names) or "none"
+    raise Refused(
+        f"{where}: tokenizer decoder {shown} is not supported; "
+        "use byte-level BPE or the Llama kind (Replace, ByteFallback, Fuse, Strip)"
+    )
+
+
+def _steps(part: Any, key: str) -> list[dict[str, Any]]:
+    """A tokenizer.json component as a flat list of its steps."""
+    if not isinstance(part, dict):
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return [step for inner in part.get(key, []) for step in _steps(inner, key)]
+
+
+def _spellings(
+    library: Library, spec: dict[str, Any], byte_level: bool
+) -> tuple[bytes | None, ...]:
+    """What each id stands for, as bytes; added tokens stand for their own text."""
+    vocab: dict[str, int] = library.get_vocab(with_added_tokens=True)
+    added = set(library.get_added_tokens_decoder())
+    fallback = bool(spec["model"].get("byte_fallback"))
+    alphabet = byte_of_character()
+    table: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
+    for text, index in vocab.items():
+        if index in added:
+            table[index] = text.encode()
+        elif byte_level and all(character in alphabet for character in text):
+            table[index] = bytes(alphabet[character] for character in text)
+        elif not byte_level and fallback and is_byte_token(text):
+            table[index] = bytes([int(text[3:5], 16)])
+        else:
+            table[index] = text.encode() if byte_level else text.replace(SPACE, " ").encode()
+    return tuple(table)
+
+
+def is_byte_token(text: str) -> bool:
+    """Whether a token is one raw byte, written ``<0xAB>``."""
+    digits = text[3:5]
+    shape = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+    return shape and all(digit in "0123456789ABCDEFabcdef" for digit in digits)

@@ -1,0 +1,30 @@
+"""What every tokenizer format is reduced to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """A tokenizer's vocabulary and its two ways of splitting text.
+
+    ``split`` maps text to ids with literal special-token text becoming that one id;
+    ``split_plain`` treats such text as ordinary characters. Neither ever adds a token.
+
+    ``spelling[id]`` is the UTF-8 (or a fragment of it) that the id stands for, ``None`` where the
+    id names nothing. ``leading_space`` is true where splitting puts one space before a text.
+    ``lossless`` is true where the spellings of a text's ids, joined, ought to be the text's own
+    bytes, so that a text of which this fails cannot be represented. ``ids`` maps tokens to ids.
+    ``prepended``: ids that the reference tokenizer puts before a text unless told not to.
+    ``bos_text``, ``eos_text``: the format's own idea of these tokens, where it has one.
+    """
+
+    split: Callable[[str], list[int]]
+    split_plain: Callable[[str], list[int]]
+    spelling: tuple[bytes | None, ...]
+    leading_space: bool
+    lossless: bool
+    ids: dict[str, int]
+    prepended: tuple[int, ...] = ()
+    bos_text: str | None = None
+    eos_text: str | None = None

@@ -1,0 +1,177 @@
+"""GGUF conversion: the folder it writes is the model it was given."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from brain.checkpoints import open_folder
+from brain.checkpoints.gguf_file import RENAMED, RENAMED_IN_LAYER, convert_gguf
+from brain.checkpoints.llama_names import packed_parts
+from brain.errors import Refused
+
+SaveLlama = Callable[..., dict[str, Tensor]]
+Change = Callable[[dict[str, Any], dict[str, np.ndarray[Any, Any]]], None]
+
+
+def permute(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp's reordering of query and key rows, as in its convert_hf_to_gguf.py."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(
+    path: Path, state: dict[str, Tensor], library: str, change: Change | None = None
+) -> None:
+    """A GGUF of a tiny model: 3 layers, hidden 32, 4 heads, 2 KV heads, byte-level vocabulary."""
+    vocabulary = json.loads(library)["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__)
+    fields: dict[str, Any] = {
+        "llama.block_count": 3,
+        "llama.context_length": 128,
+        "llama.embedding_length": 32,
+        "llama.feed_forward_length": 48,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-6,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": 8,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in vocabulary["merges"]],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for name, tensor in state.items():
+        if "q_proj" in name or "k_proj" in name:
+            tensor = permute(tensor, 4 if "q_proj" in name else 2)
+        if name in RENAMED:
+            tensors[RENAMED[name]] = tensor.numpy()
+        else:
+            _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
+            tensors[f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.weight"] = tensor.numpy()
+    if change:
+        change(fields, tensors)
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
+    for key, value in fields.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    for name, data in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_conversion_restores_the_original(
+    save_llama: SaveLlama, tmp_path: Path, byte_level_json: str, tied: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    vocab_size = len(json.loads(byte_level_json)["model"]["vocab"])
+    state = save_llama(tmp_path / "hf", vocab_size=vocab_size, tie_word_embeddings=tied)
+    if tied:
+        state.pop("lm_head.weight", None)
+    write_gguf(tmp_path / "x.gguf", state, byte_level_json)
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    convert_gguf(tmp_path / "x.gguf", folder)
+
+    ours, original = (open_folder(f, dtype=torch.float32) for f in (folder, tmp_path / "hf"))
+    assert ours.config == original.config
+    for field in ours.weights._fields:
+        assert torch.equal(getattr(ours.weights, field), getattr(original.weights, field)), field
+    assert ours.tokenizer.encode("hello 12") == original.tokenizer.encode("hello 12")
+    a, b = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, tmp_path / "hf"))
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(a(ids).logits, b(ids).logits)
+
+
+def drop(name: str) -> Change:
+    return lambda fields, tensors: (fields.pop(name, None), tensors.pop(name, None), None)[-1]
+
+
+def put(**changes: Any) -> Change:
+    return lambda fields, _: fields.update({k.replace("__", "."): v for k, v in changes.items()})
+
+
+def reshape(_: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    tensors["output_norm.weight"] = np.ones(33, np.float32)
+
+
+def add(_: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    tensors["blk.0.attn_q.bias"] = np.ones(32, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(general__architecture="qwen2"), "architecture 'qwen2'"),
+        (put(llama__rope__scaling__type="yarn"), "RoPE scaling"),
+        (put(llama__expert_count=8), "mixture of experts"),
+        (put(llama__rope__dimension_count=4), "4 of 8 head dimensions"),
+        (put(tokenizer__ggml__pre="qwen2"), "pre-tokenizer 'qwen2'"),
+        (drop("llama.block_count"), "llama.block_count"),
+        (drop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
+        (reshape, "output_norm.weight has shape [33], expected [32]"),
+        (add, "unexpected tensor blk.0.attn_q.bias"),
+    ],
+)
+def test_unusable_gguf_is_refused(
+    save_llama: SaveLlama, tmp_path: Path, byte_level_json: str, change: Change, message: str
+) -> None:
+    vocab_size = len(json.loads(byte_level_json)["model"]["vocab"])
+    state = save_llama(tmp_path / "hf", vocab_size=vocab_size)
+    write_gguf(tmp_path / "x.gguf", state, byte_level_json, change)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Refused) as refusal:
+        convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, 2000, -100])
+def test_truncated_gguf_is_refused(
+    save_llama: SaveLlama, tmp_path: Path, byte_level_json: str, keep: int
+) -> None:
+    vocab_size = len(json.loads(byte_level_json)["model"]["vocab"])
+    write_gguf(
+        tmp_path / "x.gguf", save_llama(tmp_path / "hf", vocab_size=vocab_size), byte_level_json
+    )
+    content = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(content[:keep])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Refused, match="not a GGUF file"):
+        convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+
+
+def test_smollm2_is_as_published(smollm2_folder: Path) -> None:
+    """Dimensions as published; packed tensors in file order, so that loading copies nothing."""
+    checkpoint = open_folder(smollm2_folder, dtype=torch.float32)
+    config = checkpoint.config
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (30, 9, 3)
+    assert (config.head_dim, config.hidden_size, config.intermediate_size) == (64, 576, 1536)
+    assert (config.vocab_size, config.rope_theta, config.rms_norm_eps) == (49152, 1e5, 1e-5)
+    assert (config.max_position_embeddings, config.tie_word_embeddings) == (8192, True)
+    starts = [getattr(checkpoint.weights, field).data_ptr() for field in packed_parts(config)]
+    sizes = [getattr(checkpoint.weights, field).nbytes for field in packed_parts(config)]
+    for start, size, following in zip(starts, sizes, starts[1:], strict=False):
+        assert start + size == following

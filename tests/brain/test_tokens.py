@@ -1,0 +1,479 @@
+"""The contracts of ``brain.tokens``: nothing added, nothing dropped, no broken characters."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers, processors
+
+from brain.errors import Refused
+from brain.tokenizers.gguf_vocabulary import tokenizer_files
+from brain.tokenizers.tokenizer_json import read_tokenizer_json
+from brain.tokens import StreamDecoder, Tokenizer, load_tokenizer, with_special_tokens
+
+CORPUS = """It is a truth universally acknowledged, that a single man in possession of a good
+fortune, must be in want of a wife. However little known the feelings or views of such a man may be
+on his first entering a neighbourhood, this truth is so well fixed in the minds of the surrounding
+families, that he is considered the rightful property of some one or other of their daughters."""
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    " leading",
+    "trailing ",
+    "two  spaces\n\n\nand\ttabs",
+    "numbers 1234567890 3.14",
+    "it's we'll I'm THEY'RE",
+    "naïve café — “quotes”",
+    "漢字かな交じり文。한국어",
+    "👩‍👩‍👧‍👦 🤖🏽 e\u0301\u0323",
+    "\u202eעברית العربية",
+    "def f(x):\n    return x ** 2\n",
+]
+
+
+def train_sentencepiece(*, add_dummy_prefix: bool = True) -> bytes:
+    """A small SentencePiece BPE model in Llama's style."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.split("\n")),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=350,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        add_dummy_prefix=add_dummy_prefix,
+    )
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def spm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spm(spm_folder: Path) -> Tokenizer:
+    return load_tokenizer(spm_folder)
+
+
+@pytest.fixture(scope="module")
+def greedy_json_folder(tmp_path_factory: pytest.TempPathFactory, byte_level_json: str) -> Path:
+    """A tokenizer.json that adds BOS and EOS, pads and truncates unless told not to."""
+    folder = tmp_path_factory.mktemp("json")
+    library = Library.from_str(byte_level_json)
+    library.add_special_tokens(["<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[(t, library.token_to_id(t)) for t in ("<s>", "</s>")],
+    )
+    library.enable_truncation(max_length=5)
+    library.enable_padding(pad_id=0, pad_token="<|end|>", length=8)
+    library.save(str(folder / "tokenizer.json"))
+    settings_file = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level(greedy_json_folder: Path) -> Tokenizer:
+    return load_tokenizer(greedy_json_folder)
+
+
+@pytest.fixture(scope="module")
+def llama_json() -> Tokenizer:
+    """A Llama 2 style tokenizer.json: Prepend and Replace, byte fallback, Strip."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", "h", "e", "l", "o", "he", "ll", "▁he", "▁hell", "▁hello"]
+    merges = [("h", "e"), ("l", "l"), ("▁", "he"), ("▁he", "ll"), ("▁hell", "o")]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    library = Library(
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    vocabulary = read_tokenizer_json(library.to_str(), "tokenizer.json")
+    return with_special_tokens(vocabulary, {"bos_token": "<s>", "eos_token": "</s>"}, [])
+
+
+# I10: tokenizing adds nothing ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_I10_sentencepiece_adds_nothing(spm: Tokenizer, spm_folder: Path, text: str) -> None:
+    model = (spm_folder / "tokenizer.model").read_bytes()
+    greedy = sentencepiece.SentencePieceProcessor(model_proto=model, add_bos=True, add_eos=True)
+    reference = greedy.encode(text)
+    assert (reference[0], reference[-1]) == (greedy.bos_id(), greedy.eos_id())
+    assert spm.encode(text) == spm.encode(text, special=False) == reference[1:-1]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_I10_tokenizer_json_adds_and_cuts_nothing(
+    byte_level: Tokenizer, greedy_json_folder: Path, text: str
+) -> None:
+    greedy = Library.from_file(str(greedy_json_folder / "tokenizer.json"))
+    assert len(greedy.encode(text).ids) == 8  # padded or truncated, BOS and EOS within
+    greedy.no_padding()
+    greedy.no_truncation()
+    assert byte_level.encode(text) == greedy.encode(text, add_special_tokens=False).ids
+    assert byte_level.encode(text) == greedy.encode(text).ids[1:-1]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_I10_smollm2_adds_nothing(smollm2_folder: Path, text: str) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(smollm2_folder)
+    ours = load_tokenizer(smollm2_folder)
+    assert ours.encode(text) == reference.encode(text, add_special_tokens=False)
+    assert ours.initial_prompt(text) == ours.encode(text)  # this model wants no BOS
+
+
+def test_I10_bos_is_inserted_only_for_an_initial_prompt(
+    spm: Tokenizer, byte_level: Tokenizer
+) -> None:
+    for tokenizer in (spm, byte_level):
+        assert tokenizer.wants_bos
+        assert tokenizer.bos_id is not None
+        ids = tokenizer.encode("hello")
+        assert tokenizer.bos_id not in ids
+        assert tokenizer.initial_prompt("hello") == [tokenizer.bos_id, *ids]
+        assert tokenizer.with_bos([tokenizer.bos_id, *ids]) == [tokenizer.bos_id, *ids]
+        assert tokenizer.with_bos([]) == [tokenizer.bos_id]
+
+
+# Special tokens in text ----------------------------------------------------------------------
+
+
+def test_special_text_becomes_one_id_or_plain_characters(smollm2_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm2_folder)
+    text = "<|im_start|>user\nhi<|im_end|>"
+    special, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
+    assert special[0] == tokenizer.bos_id == 1
+    assert special[-1] == 2
+    assert tokenizer.eos_ids == {2}
+    assert not set(plain) & set(range(17))
+    assert tokenizer.decode(special) == tokenizer.decode(plain) == text
+
+
+def test_sentencepiece_special_text_round_trips(spm: Tokenizer) -> None:
+    for text in ("<s>man", "<s> man", "a</s>b", "a</s> b", "</s>x", "</s> x", "<unk>", "<s><s>x"):
+        ids = spm.encode(text)
+        assert spm.decode(ids) == text
+        assert len(ids) < len(spm.encode(text, special=False))
+        assert spm.decode(spm.encode(text, special=False)) == text
+    assert spm.encode("<s>man") == spm.initial_prompt("man")
+
+
+def test_added_tokens_of_a_sentencepiece_folder(spm_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((spm_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 352}')
+    declared = {"351": {"content": "<|im_start|>"}}
+    settings_file = {"added_tokens_decoder": declared, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 353
+    ids = tokenizer.encode("<|im_start|>a man<|im_end|>")
+    assert (ids[0], ids[-1]) == (351, 352)
+    assert 352 in tokenizer.eos_ids
+    assert tokenizer.decode([*ids, 350]) == "<|im_start|>a man<|im_end|><id 350>"
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": "many"}')
+    with pytest.raises(Refused, match="added token"):
+        load_tokenizer(tmp_path)
+
+
+def test_begin_and_end_tokens_come_from_all_settings(greedy_json_folder: Path) -> None:
+    vocabulary = load_tokenizer(greedy_json_folder).vocabulary
+    start, end = vocabulary.ids["<s>"], vocabulary.ids["</s>"]
+    tokenizer = with_special_tokens(
+        vocabulary, {"eos_token": "</s>", "add_bos_token": False}, [{"eos_token_id": [0, 7]}, {}]
+    )
+    assert tokenizer.eos_ids == {0, 7, end}
+    assert tokenizer.bos_id is None
+    assert not tokenizer.wants_bos
+    tokenizer = with_special_tokens(vocabulary, {}, [{}, {"bos_token_id": start}])
+    assert tokenizer.bos_id == start
+    assert tokenizer.wants_bos  # the file's own post-processor prepends it
+    assert not with_special_tokens(vocabulary, {}, [{"bos_token_id": 0}]).wants_bos
+
+
+# Round trips -----------------------------------------------------------------------------------
+
+
+@given(st.text())
+@settings(deadline=None, max_examples=200)
+def test_byte_level_round_trips(byte_level: Tokenizer, text: str) -> None:
+    assert byte_level.decode(byte_level.encode(text)) == text
+    assert byte_level.decode(byte_level.encode(text, special=False)) == text
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
+@settings(deadline=None, max_examples=200)
+def test_sentencepiece_round_trips(spm: Tokenizer, text: str) -> None:
+    assert spm.decode(spm.encode(text)) == text
+    assert spm.decode(spm.initial_prompt(text)) == "<s>" + text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "hello hello", "  hello"])
+def test_llama_style_json_round_trips(llama_json: Tokenizer, text: str) -> None:
+    ids = llama_json.encode(text)
+    assert llama_json.decode(ids) == text
+    assert llama_json.wants_bos
+    assert llama_json.decode(llama_json.initial_prompt(text)) == "<s>" + text
+
+
+def test_smollm2_refuses_what_it_cannot_spell(smollm2_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm2_folder)
+    with pytest.raises(Refused, match=r"U\+0004 at character 2") as refusal:
+        tokenizer.encode("ab\x04c")
+    assert "\n" not in str(refusal.value)
+
+
+def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:
+    with pytest.raises(Refused, match=r"U\+D800, at character 1"):
+        byte_level.encode("a\ud800")
+
+
+def test_unknown_ids_are_shown(byte_level: Tokenizer) -> None:
+    beyond = byte_level.vocab_size + 5
+    assert byte_level.decode([beyond, 0, -1]) == f"<id {beyond}><|end|><id -1>"
+    assert byte_level.token_bytes(0) == b"<|end|>"
+
+
+def test_a_continuation_keeps_its_space(spm: Tokenizer) -> None:
+    ids = spm.encode("man")
+    assert spm.decode(ids) == "man"
+    assert spm.decode(ids, at_start=False) == " man"
+
+
+# Streams -----------------------------------------------------------------------------------------
+
+MULTIBYTE = st.text(alphabet=st.sampled_from("a é漢字🤖🏽e\u0301👩\u200d👧\n"), max_size=30)
+
+
+@given(MULTIBYTE)
+@settings(deadline=None)
+def test_stream_prints_whole_characters(byte_level: Tokenizer, text: str) -> None:
+    stream = StreamDecoder(byte_level)
+    pieces = [stream.push(token_id) for token_id in byte_level.encode(text)]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("kind", ["spm", "byte_level", "llama_json"])
+@pytest.mark.parametrize("at_start", [True, False])
+@given(data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_stream_equals_decode_for_any_ids(
+    request: pytest.FixtureRequest, kind: str, at_start: bool, data: st.DataObject
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 1)))
+    stream = StreamDecoder(tokenizer, at_start=at_start)
+    streamed = "".join([*(stream.push(i) for i in ids), stream.finish()])
+    assert streamed == tokenizer.decode(ids, at_start=at_start)
+
+
+def test_stream_waits_for_a_character_and_gives_up_only_when_certain(
+    byte_level: Tokenizer,
+) -> None:
+    robot = byte_level.encode("🤖")
+    assert len(robot) == 4
+    stream = StreamDecoder(byte_level)
+    assert [stream.push(i) for i in robot] == ["", "", "", "🤖"]
+    assert stream.push(robot[0]) == ""
+    assert stream.push(byte_level.encode("x")[0]) == "\ufffdx"
+    assert stream.push(robot[0]) == ""
+    assert stream.finish() == "\ufffd"
+
+
+# GGUF vocabularies -------------------------------------------------------------------------------
+
+
+def byte_level_fields(byte_level_json: str, pre: str) -> dict[str, object]:
+    spec = json.loads(byte_level_json)
+    tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+
+
+def save_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", "llama-bpe"])
+def test_I10_gguf_byte_level_vocabulary(tmp_path: Path, byte_level_json: str, pre: str) -> None:
+    folder = save_files(
+        tmp_path, tokenizer_files(byte_level_fields(byte_level_json, pre), "x.gguf")
+    )
+    tokenizer = load_tokenizer(folder)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("<|end|>") == [0]
+    assert tokenizer.eos_ids == {0}
+    assert not tokenizer.wants_bos
+    assert tokenizer.bos_id is None
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_I10_gguf_sentencepiece_vocabulary(
+    spm_folder: Path, tmp_path: Path, dummy_prefix: bool
+) -> None:
+    model = train_sentencepiece(add_dummy_prefix=dummy_prefix)
+    original = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = original.get_piece_size()
+
+    def kind(index: int) -> int:
+        if original.is_unknown(index):
+            return 2
+        if original.is_control(index):
+            return 3
+        return 6 if original.is_byte(index) else 1
+
+    fields: dict[str, object] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in range(size)],
+        "tokenizer.ggml.scores": [original.get_score(i) for i in range(size)],
+        "tokenizer.ggml.token_type": [kind(i) for i in range(size)],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": dummy_prefix,
+    }
+    tokenizer = load_tokenizer(save_files(tmp_path, tokenizer_files(fields, "x.gguf")))
+    assert (tokenizer.bos_id, tokenizer.wants_bos) == (1, True)
+    assert tokenizer.eos_ids == {2}
+    for text in [*TEXTS, CORPUS]:
+        assert tokenizer.encode(text) == original.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer 'qwen2'"),
+        ({"tokenizer.ggml.model": "bert"}, "vocabulary 'bert'"),
+        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": [1]}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.token_type": [1]}, "token types"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores"),
+    ],
+)
+def test_unusable_gguf_vocabularies_are_refused(
+    byte_level_json: str, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(Refused, match=message):
+        tokenizer_files(byte_level_fields(byte_level_json, "gpt-2") | changes, "x.gguf")
+
+
+# Files that cannot be used ------------------------------------------------------------------------
+
+
+def test_sentencepiece_comes_first(spm_folder: Path, tmp_path: Path, byte_level_json: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((spm_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer.json").write_text(byte_level_json)
+    assert load_tokenizer(tmp_path).vocab_size == 350
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.model", b""),
+        ("tokenizer.model", b"not a model at all"),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer.json", b'{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}'),
+        ("tokenizer.txt", b"no tokenizer here"),
+    ],
+)
+def test_corrupt_tokenizers_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Refused) as refusal:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_truncated_sentencepiece_is_refused(spm_folder: Path, tmp_path: Path) -> None:
+    model = (spm_folder / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(model[: len(model) // 2])
+    with pytest.raises(Refused, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "'WordPiece'"),
+        ({"decoder": {"type": "WordPiece"}}, "decoder WordPiece"),
+        ({"decoder": None}, "decoder none"),
+        ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": True,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                }
+            },
+            "add_prefix_space",
+        ),
+    ],
+)
+def test_other_kinds_are_refused_by_name(
+    tmp_path: Path,
+    byte_level_json: str,
+    edit_json: Callable[[Path, dict[str, object]], None],
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(byte_level_json)
+    edit_json(path, changes)
+    with pytest.raises(Refused, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_corrupt_settings_are_refused(tmp_path: Path, byte_level_json: str, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_level_json)
+    for content in ("{", "[1]"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(Refused, match=name):
+            load_tokenizer(tmp_path)

@@ -1,0 +1,186 @@
+"""Fixtures shared by all tests: the default model, and tiny random ones."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+import brain
+from brain.checkpoints.wheel import converted_wheel
+from brain.errors import Refused
+
+# The same examples on every run, however slow the machine.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2 as a Hugging Face folder, in the user's cache; skips where it cannot be had."""
+    try:
+        return converted_wheel()
+    except Refused as refusal:
+        pytest.skip(str(refusal))
+
+
+@pytest.fixture(scope="session")
+def byte_level_json() -> str:
+    """The smallest byte-level BPE tokenizer.json: an <|end|> token, 256 bytes, three merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|end|>", *alphabet, "he", "ll", "Ġa"]
+    library = Library(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[("h", "e"), ("l", "l"), ("Ġ", "a")],
+        )
+    )
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(["<|end|>"])
+    return str(library.to_str())
+
+
+EditJson = Callable[[Path, dict[str, Any]], None]
+SaveLlama = Callable[..., dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def edit_json() -> EditJson:
+    """Overrides keys of a JSON object in a file; a value of ``None`` removes the key."""
+
+    def edit(path: Path, changes: dict[str, Any]) -> None:
+        settings = json.loads(path.read_text())
+        settings.update(changes)
+        kept = {key: value for key, value in settings.items() if value is not None}
+        path.write_text(json.dumps(kept))
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def save_llama(byte_level_json: str, edit_json: EditJson) -> SaveLlama:
+    """Writes a tiny random Llama with transformers; returns its float32 state dict.
+
+    ``save_llama(folder, dtype=…, max_shard_size=…, edit={…}, std=…, **config)``: ``edit``
+    overrides keys of the written config.json, ``None`` removing them.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def save(
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "1GB",
+        edit: dict[str, Any] | None = None,
+        std: float = 1.0,
+        **settings: Any,
+    ) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            **{
+                "vocab_size": 300,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+                **settings,
+            }
+        )
+        model = LlamaForCausalLM(config)
+        model.to(dtype)  # type: ignore[arg-type]
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=std)  # norms too, so that a mix-up shows
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        (folder / "tokenizer.json").write_text(byte_level_json)
+        if edit:
+            edit_json(folder / "config.json", edit)
+        return {name: tensor.float() for name, tensor in model.state_dict().items()}
+
+    return save
+
+
+OpenTiny = Callable[..., brain.Brain]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Toy shapes run ten times faster on one thread than on several."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, save_llama: SaveLlama) -> Path:
+    """A random Llama of 2 layers, in which 3 query heads share a key head.
+
+    ``std=0.5`` gives attention that is neither flat nor all on one row, and logits of order 2.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    save_llama(
+        folder,
+        std=0.5,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1 << 20,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_tiny(tiny_folder: Path) -> OpenTiny:
+    """``open_tiny(**overrides)`` opens that Llama: 48 slots, of which the loop keeps 24 taken.
+
+    Captured, it needs ten graphs: reads of 1, 4 and 16 tokens over 32 and 48 slots, ….
+    """
+
+    def open_(**overrides: Any) -> brain.Brain:
+        torch.set_num_threads(1)
+        options = {
+            "model.path": str(tiny_folder),
+            "capacity": 48,
+            "cull.target": 24,
+            "cull.recent": 4,
+            "engine.widths": [1, 4, 16],
+            "engine.smallest_bucket": 32,
+        }
+        return brain.open("folder", **{**options, **overrides})
+
+    return open_
+
+
+@pytest.fixture(scope="session")
+def warm_brain(open_tiny: OpenTiny) -> brain.Brain:
+    """The tiny brain with every graph captured, shared by all tests: prime it before use."""
+    captured = open_tiny(engine="compiled")
+    for _ in captured.warm_up():
+        pass
+    return captured
+
+
+@pytest.fixture(scope="session")
+def eager_brain(open_tiny: OpenTiny) -> brain.Brain:
+    """The tiny brain without graphs, shared by all tests: prime it before use."""
+    return open_tiny()
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def either_brain(request: pytest.FixtureRequest) -> brain.Brain:
+    """Each of the two shared brains in turn."""
+    name = "warm_brain" if request.param == "compiled" else "eager_brain"
+    chosen: brain.Brain = request.getfixturevalue(name)
+    return chosen
