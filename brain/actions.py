@@ -1,0 +1,208 @@
+"""What may be asked of the patch, and the check that comes before anything is changed.
+
+Positions in a batch always mean the positions before the batch, so the order of the actions in it
+does not matter. A batch is refused as a whole, with nothing changed, or applied as a whole.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from brain.errors import Refused
+from brain.mirror import Mirror, source_number
+
+
+@dataclass(frozen=True)
+class Append:
+    """Adds tokens after everything that has been said. Ids are taken literally."""
+
+    ids: Sequence[int]
+    source: str = "user"
+
+
+@dataclass(frozen=True)
+class Cull:
+    """Forgets the rows at these positions. Their bytes stay until the slots are reused."""
+
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Puts tokens in place of neighbouring rows.
+
+    ``positions`` are consecutive in text order; the new tokens, at most as many, take the first of
+    them. They are read "as of" those positions: each sees only what precedes it.
+    """
+
+    positions: Sequence[int]
+    ids: Sequence[int]
+    source: str = "repair"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Protects rows from being forgotten by the loop, or (``pinned=False``) releases them."""
+
+    positions: Sequence[int]
+    pinned: bool = True
+
+
+@dataclass(frozen=True)
+class Boost:
+    """Adds to the brightness of rows, within 0 and the maximum."""
+
+    positions: Sequence[int]
+    amount: float
+
+
+@dataclass(frozen=True)
+class Redact:
+    """Forgets rows and overwrites everything that was stored of them."""
+
+    positions: Sequence[int]
+
+
+Action = Append | Cull | Replace | Pin | Boost | Redact
+
+
+@dataclass
+class Edit:
+    """A batch that has been found possible."""
+
+    cull: set[int] = field(default_factory=set)  # positions; includes ``erase``
+    erase: set[int] = field(default_factory=set)
+    pin: dict[int, bool] = field(default_factory=dict)
+    boost: dict[int, float] = field(default_factory=dict)
+    replacing: list[tuple[int, int, int]] = field(default_factory=list)  # token, position, source
+    appending: list[tuple[int, int]] = field(default_factory=list)  # token, source
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a brain can take."""
+
+    vocab_size: int
+    capacity: int
+    unforgettable: int  # rows that may be pinned before the loop finds nothing to forget
+    chunk: int  # rows that one patch can write, or redact
+    pending: bool  # a spoken token waits for its row
+
+
+def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
+    """Checks literal token ids. Raises Refused for none at all, for anything that is not an
+    integer, and for ids outside the vocabulary.
+    """
+    checked = []
+    for index, token in enumerate(ids):
+        try:
+            number = token.__index__()
+        except AttributeError:
+            number = None
+        if number is None or isinstance(token, bool):
+            raise Refused(f"{what}: id {index} is {token!r}, not an integer token id")
+        if not 0 <= number < vocab_size:
+            raise Refused(
+                f"{what}: id {number} at index {index} is outside the vocabulary "
+                f"(0 to {vocab_size - 1})"
+            )
+        checked.append(number)
+    if not checked:
+        raise Refused(f"{what} is empty: give at least one token")
+    return checked
+
+
+def resolve(actions: Sequence[Action], mirror: Mirror, limits: Limits) -> Edit:
+    """Checks a whole batch against what is remembered. Raises Refused, naming the action."""
+    edit = Edit()
+    for action in actions:
+        name = type(action).__name__
+        if isinstance(action, Append):
+            ids = token_ids(action.ids, limits.vocab_size, name)
+            number = source_number(action.source)
+            edit.appending += [(token, number) for token in ids]
+        elif isinstance(action, Cull):
+            _remove(action.positions, edit, mirror, name)
+        elif isinstance(action, Redact):
+            edit.erase.update(_remove(action.positions, edit, mirror, name))
+        elif isinstance(action, Replace):
+            _replace(action, edit, mirror, limits)
+        elif isinstance(action, Pin):
+            for position in _positions(action.positions, mirror, name):
+                if edit.pin.setdefault(position, action.pinned) != action.pinned:
+                    raise Refused(f"position {position} is both pinned and released in one batch")
+        elif isinstance(action, Boost):
+            if not math.isfinite(action.amount):
+                raise Refused(f"Boost by {action.amount}: the amount must be a finite number")
+            for position in _positions(action.positions, mirror, name):
+                edit.boost[position] = edit.boost.get(position, 0.0) + float(action.amount)
+        else:
+            raise Refused(f"{action!r} is not an action: use Append, Cull, Replace, Pin, …")
+    _check_whole(edit, mirror, limits)
+    return edit
+
+
+def _positions(positions: Sequence[int], mirror: Mirror, name: str) -> list[int]:
+    checked = []
+    for position in positions:
+        if isinstance(position, bool) or not hasattr(position, "__index__"):
+            raise Refused(f"{name}: position {position!r} is not an integer")
+        mirror.index_of(position)
+        checked.append(int(position))
+    if len(set(checked)) != len(checked):
+        raise Refused(f"{name}: positions {checked} name a row twice")
+    return checked
+
+
+def _remove(positions: Sequence[int], edit: Edit, mirror: Mirror, name: str) -> list[int]:
+    checked = _positions(positions, mirror, name)
+    for position in checked:
+        if position in edit.cull:
+            raise Refused(f"{name}: position {position} is removed twice in one batch")
+    edit.cull.update(checked)
+    return checked
+
+
+def _replace(action: Replace, edit: Edit, mirror: Mirror, limits: Limits) -> None:
+    ids = token_ids(action.ids, limits.vocab_size, "Replace")
+    number = source_number(action.source)
+    positions = sorted(_remove(action.positions, edit, mirror, "Replace"))
+    if not positions:
+        raise Refused("Replace: no positions given")
+    if len(ids) > len(positions):
+        raise Refused(f"Replace: {len(ids)} tokens do not fit in {len(positions)} positions")
+    first = mirror.index_of(positions[0])
+    if mirror.position[first : first + len(positions)].tolist() != positions:
+        raise Refused(f"Replace: positions {positions} are not neighbours in what is remembered")
+    edit.replacing += [
+        (token, position, number) for token, position in zip(ids, positions, strict=False)
+    ]
+
+
+def _check_whole(edit: Edit, mirror: Mirror, limits: Limits) -> None:
+    for position in (*edit.pin, *edit.boost):
+        if position in edit.cull:
+            raise Refused(f"position {position} is both removed and changed in one batch")
+    waiting = 1 if limits.pending and edit.appending else 0
+    rows = len(mirror) - len(edit.cull) + len(edit.replacing) + len(edit.appending) + waiting
+    if rows > limits.capacity:
+        raise Refused(
+            f"memory is full: {rows} rows do not fit in {limits.capacity} slots; cull "
+            f"{rows - limits.capacity} first or in the same batch"
+        )
+    pinned = {int(position) for position in mirror.position[mirror.pinned]} - edit.cull
+    pinned |= {position for position, wanted in edit.pin.items() if wanted}
+    pinned -= {position for position, wanted in edit.pin.items() if not wanted}
+    if any(edit.pin.values()) and len(pinned) > limits.unforgettable:
+        raise Refused(
+            f"{len(pinned)} pinned rows would leave nothing to forget: at most "
+            f"{limits.unforgettable} can be pinned at this cull.target"
+        )
+    if len(edit.erase) > limits.chunk:
+        raise Refused(f"{len(edit.erase)} rows to redact: at most {limits.chunk} in one batch")
+    new = len(edit.replacing) + len(edit.appending) + waiting
+    if new > limits.chunk and edit.cull:
+        raise Refused(
+            f"{new} new tokens in one batch with rows to remove: at most {limits.chunk}; "
+            "append a longer text in a batch of its own"
+        )

@@ -1,0 +1,72 @@
+"""The command line: one Hydra application, ``brain GROUP=CHOICE KEY=VALUE …``.
+
+Standard output carries the text alone; everything else goes to standard error and into the run
+folder. Exit codes: 0 done, 2 refused input, 130 interrupted.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from brain.errors import BrainWarning, Refused
+from brain.opening import configuration_error, typed
+from brain.overrides import literal_arguments
+from conf.schema import register
+
+DONE, REFUSED, INTERRUPTED = 0, 2, 130
+
+
+def main() -> None:
+    """The console script."""
+    # Hydra prints and exits by itself unless told to let errors through; we say them in one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    warnings.showwarning = _show_warning
+    register()
+    sys.argv[1:] = literal_arguments(sys.argv[1:])
+    try:
+        _application()
+    except (HydraException, OmegaConfBaseException) as error:
+        _leave(f"refused: {configuration_error(error)}", REFUSED)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="config")
+def _application(composed: DictConfig) -> None:
+    try:
+        conf = typed(composed)
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+    except Refused as refusal:
+        _leave(f"refused: {refusal}", REFUSED)
+    except OmegaConfBaseException as error:
+        _leave(f"refused: {configuration_error(error)}", REFUSED)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the text has heard enough. Nothing more can be printed there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave(message: str, status: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    # Libraries' warnings are for developers; ours are for whoever reads the terminal.
+    if issubclass(category, BrainWarning):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""The Brain: a model, its memory and the loop. Wiring only.
+
+    0/4 patch → 1 read and sample → 2 score brightness → 3 decide what to forget → repeat
+
+Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_advance``: read, choose,
+patch, three calls with no number crossing between host and device.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nvtx
+import torch
+from torch import Tensor
+
+from brain.actions import Action, Edit, Limits, resolve, token_ids
+from brain.checkpoints import Checkpoint
+from brain.commit import Row
+from brain.errors import Refused, warn
+from brain.memory import Memory
+from brain.mirror import Mirror, mirror_of, source_number
+from brain.settings import Settings
+from brain.steps import Observer, Step
+from brain.tick import Speech, Tick
+from brain.tokens import StreamDecoder
+from compiled.capture import Graphs
+from compiled.choose import UNFORCED, Forced
+from compiled.read import Reading, trimmed
+from compiled.score import MOST_CULLED, cull_count
+from compiled.state import NOWHERE, Cursor, State
+from conf.schema import Conf
+
+MOST_POSITIONS = 1 << 40
+"""Positions below this are exact in every computation made with them."""
+
+_UNNAMED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+class Brain:
+    """A language model that thinks inside a fixed amount of memory.
+
+    Made by :func:`brain.open`. Every method checks what it is given before it changes anything and
+    raises :class:`brain.Refused` with one clear line.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, conf: Conf) -> None:
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.conf = conf  # what ``settings`` were made from; kept to be saved
+        self.tokenizer = checkpoint.tokenizer
+        settings.check_against(checkpoint.config)
+        self.memory = Memory(checkpoint, settings)
+        self.device = self.memory.device
+        self.observer: Observer | None = None
+        self._unforced = self._forced(UNFORCED, "model")
+        self._warned_of_range = False
+        self._speech = self._new_speech()
+
+    # Looking
+
+    def __len__(self) -> int:
+        """Number of valid rows."""
+        return self.memory.count
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.state.capacity
+
+    @property
+    def state(self) -> State:
+        """The tensors of the memory. To look at: only the patch writes them."""
+        return self.memory.state
+
+    @property
+    def graphs(self) -> Graphs:
+        """The read, the patch and the rest, eager or captured."""
+        return self.memory.graphs
+
+    @property
+    def cursor(self) -> Cursor:
+        """The token that the next tick reads."""
+        return self.memory.cursor
+
+    @property
+    def ticks(self) -> int:
+        """Ticks since the last prime."""
+        return self.memory.tick
+
+    @property
+    def mirror(self) -> Mirror:
+        """A snapshot of what is remembered, in text order."""
+        return mirror_of(self.state, self.decode)
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids: nothing added, nothing dropped."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text, control tokens included."""
+        return self.tokenizer.decode(ids)
+
+    def read(
+        self, tokens: Sequence[int] | None = None, positions: Sequence[int] | None = None
+    ) -> Reading:
+        """Step 1 without sampling: reads, and leaves every byte of the memory as it was.
+
+        Without arguments, re-reads the last token (or the pending one). Otherwise any T >= 1
+        tokens at any T distinct positions; every token sees the rows and tokens before its own
+        position. ``positions`` default to those after everything said so far.
+        """
+        if tokens is None:
+            if positions is not None:
+                raise Refused("read: positions were given without tokens")
+            self._require_primed()
+            self.graphs.begin_step()
+            reading = self.memory.read_cursor()
+        else:
+            ids = token_ids(tokens, self.checkpoint.config.vocab_size, "read: tokens")
+            if positions is None:
+                first = self.memory.position + 1
+                where = list(range(first, first + len(ids)))
+            else:
+                where = [self._checked_position(position) for position in positions]
+            if len(where) != len(ids):
+                raise Refused(f"read: {len(ids)} tokens at {len(where)} positions")
+            if len(set(where)) != len(where):
+                raise Refused("read: two tokens at one position")
+            self.graphs.begin_step()
+            length = len(ids)
+            width = self.graphs.width_for(length) if length <= self.graphs.chunk else length
+            reading = trimmed(self.memory.read_padded(ids, where, width), length)
+        if self.graphs.compiled and self.device.type == "cuda":
+            # Outputs of a captured graph are overwritten by its next replay.
+            reading = Reading(*(tensor.clone() for tensor in reading))
+        return reading
+
+    # Step 0
+
+    def prime(self, context: str | Sequence[int], source: str = "user") -> None:
+        """Replaces the context. Ids are taken literally; text gets BOS if the model wants it.
+
+        Afterwards all N tokens are remembered at positions 0 to N - 1, and the first tick
+        re-reads the last of them.
+        """
+        if isinstance(context, str):
+            ids = self.tokenizer.initial_prompt(context) if context else []
+        else:
+            ids = list(context)
+        ids = token_ids(ids, self.checkpoint.config.vocab_size, "prompt")
+        if len(ids) > self.capacity:
+            raise Refused(
+                f"prompt has {len(ids)} tokens but capacity is {self.capacity}: "
+                f"shorten it or set capacity={len(ids)} or more"
+            )
+        number = source_number(source)
+        rows = [Row(token, position, number) for position, token in enumerate(ids)]
+        self.memory.forget_everything()
+        self.memory.commit(rows, Edit(), self.mirror, None)
+        self._speech = self._new_speech()
+
+    # The loop
+
+    def tick(self) -> Tick:
+        """One pass of the loop: reads, speaks one token, forgets, remembers."""
+        return self._advance(self._unforced)
+
+    def stream(self, ticks: int | None = None, *, stop_at_eos: bool = False) -> Iterator[Tick]:
+        """Ticks for ever, or for a number of ticks, or until the model ends its text.
+
+        With ``stop_at_eos`` the token that ends the text is spoken and is the last.
+        """
+        if ticks is not None and ticks < 1:
+            raise Refused(f"ticks must be at least 1, not {ticks}")
+        self._require_primed()
+        return self._stream(ticks, stop_at_eos)
+
+    def _stream(self, ticks: int | None, stop_at_eos: bool) -> Iterator[Tick]:
+        for _ in itertools.count() if ticks is None else range(ticks):
+            tick = self.tick()
+            yield tick
+            if stop_at_eos and tick.token in self.tokenizer.eos_ids:
+                return
+
+    def feed(self, ids: Sequence[int], source: str = "user") -> Tensor:
+        """Teacher-forced ticks: these tokens instead of sampled ones.
+
+        Returns the negative log-likelihood in nats of each: [len(ids)] float32 on the host. The
+        last one is left pending, as after any tick.
+        """
+        checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
+        source_number(source)
+        ticks = [self._advance(self._forced(token, source)) for token in checked]
+        return torch.tensor([tick.surprise for tick in ticks], dtype=torch.float32)
+
+    def finish_text(self) -> str:
+        """What the stream still owes: U+FFFD for a character never completed, else nothing."""
+        return self._speech.finish()
+
+    # Step 4
+
+    def patch(self, actions: Sequence[Action]) -> None:
+        """Applies a batch of actions wholly, or refuses it with nothing changed.
+
+        Rows to append or put in place are first read against the memory as it is before the
+        batch, and against each other. An append also commits the pending token, if there is one.
+        """
+        mirror = self.mirror
+        edit = resolve(actions, mirror, self._limits())
+        rows = [Row(*row) for row in edit.replacing]
+        pending_surprise = None
+        if edit.appending:
+            rows += [
+                Row(token, self.memory.position + 1 + offset, source)
+                for offset, (token, source) in enumerate(edit.appending)
+            ]
+            if self.memory.uncommitted:
+                held = self.memory.cursor
+                rows.append(Row(int(held.token[0]), self.memory.position, int(held.source[0])))
+        rows.sort(key=lambda row: row.position)
+        if edit.appending and self.memory.uncommitted and rows[0].position == self.memory.position:
+            pending_surprise = float(self.memory.cursor.surprise[0])
+        self.memory.commit(rows, edit, mirror, pending_surprise)
+
+    def warm_up(self) -> Iterator[str]:
+        """Captures every graph, yielding each one's name before it is compiled.
+
+        Changes nothing that is remembered. Does nothing in eager mode.
+        """
+        return self.graphs.warm_up()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the whole brain to a folder; ``brain.load`` goes on with the same token."""
+        from brain.saves import save
+
+        save(self, folder)
+
+    def restore(self, rows: Mapping[str, Tensor], cursor: Cursor) -> None:
+        """Takes over saved rows and a saved cursor, as ``saves.py`` has checked them."""
+        self.memory.restore(rows, cursor)
+        self._speech = self._new_speech()
+
+    # Inside
+
+    def _advance(self, forced: Forced) -> Tick:
+        self._require_primed()
+        culled = cull_count(self.memory.count, self.settings.forgetting.target)
+        count = self.memory.count - culled + int(self.memory.uncommitted)
+        if count > self.capacity:
+            raise Refused(
+                f"memory is full: all {self.capacity} slots are taken and cull=none forgets "
+                "nothing; set cull=brightness or a larger capacity"
+            )
+        self._warn_of_range(self.memory.position)
+        self.graphs.begin_step()
+        with self._named("1 read"):
+            reading = self.memory.read_cursor()
+        with self._named("2 score, 3 decide"):
+            choice = self.graphs.choose(reading, forced)
+        plan = choice.plan(reading)
+        tick = Tick(self.memory.tick + 1, self.memory.position + 1, count, choice, self._speech)
+        if self.observer is not None:
+            self.observer(Step(tick, self.memory.cursor, reading, choice, plan))
+        with self._named("4 patch"):
+            self.graphs.patch(plan)
+        self.memory.tick += 1
+        self.memory.settle(count, self.memory.position + 1, uncommitted=True)
+        self._speech.follow(tick)
+        return tick
+
+    def _limits(self) -> Limits:
+        forgetting = self.settings.forgetting
+        return Limits(
+            vocab_size=self.checkpoint.config.vocab_size,
+            capacity=self.capacity,
+            unforgettable=(
+                forgetting.target - forgetting.sinks - forgetting.recent - MOST_CULLED
+                if forgetting.target
+                else self.capacity
+            ),
+            chunk=self.graphs.chunk,
+            pending=self.memory.uncommitted,
+        )
+
+    def _require_primed(self) -> None:
+        if self.memory.position == NOWHERE:
+            raise Refused("nothing to read: prime the brain with a prompt first")
+
+    def _checked_position(self, position: int) -> int:
+        if isinstance(position, bool) or not hasattr(position, "__index__"):
+            raise Refused(f"read: position {position!r} is not an integer")
+        if not 0 <= position < MOST_POSITIONS:
+            raise Refused(f"read: position {position} is not in 0 to {MOST_POSITIONS - 1}")
+        return int(position)
+
+    def _warn_of_range(self, position: int) -> None:
+        trained = self.checkpoint.config.max_position_embeddings
+        if position >= trained and not self._warned_of_range:
+            self._warned_of_range = True
+            warn(
+                f"position {position} is past the range {self.checkpoint.name} was trained on "
+                f"({trained}): expect the text to degrade; prime again to start from 0"
+            )
+
+    def _new_speech(self) -> Speech:
+        return Speech(StreamDecoder(self.tokenizer, at_start=False))
+
+    def _named(self, step: str) -> contextlib.AbstractContextManager[Any]:
+        if not self.settings.nvtx:
+            return _UNNAMED
+        named: contextlib.AbstractContextManager[Any] = nvtx.annotate(step)
+        return named
+
+    def _tensor(self, values: int | Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _forced(self, token: int, source: str) -> Forced:
+        number = torch.tensor([source_number(source)], dtype=torch.uint8, device=self.device)
+        return Forced(self._tensor([token]), number)

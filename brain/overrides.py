@@ -1,0 +1,61 @@
+"""Text as a Hydra override means it: character for character.
+
+Hydra's override grammar gives commas, quotes, braces, parentheses and dollar signs a meaning of
+their own. A prompt is not a program: what the shell hands over is what the brain is given.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+TEXT_KEYS = ("prompt", "model.path", "model.wheel", "cache_dir", "task.path", "task.folder")
+"""Keys whose values are taken literally on the command line."""
+
+
+def quoted(text: str) -> str:
+    """The text as a quoted value: quotes, what precedes them, and interpolations escaped."""
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), text)
+    return f'"{escaped}"'
+
+
+def override(key: str, value: Any) -> str:
+    """``key=value`` for a Python value. A word may also choose from a config group."""
+    if isinstance(value, str):
+        word = re.fullmatch(r"[A-Za-z_][\w.-]*", value, re.ASCII)
+        bare = word and value.lower() not in ("null", "true", "false", "nan", "inf")
+        return f"{key}={value}" if bare else f"{key}={quoted(value)}"
+    if isinstance(value, (list, tuple)):
+        return f"{key}=[{','.join(override('', item)[1:] for item in value)}]"
+    return f"{key}={json.dumps(value)}"
+
+
+def literal_arguments(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with the values of TEXT_KEYS quoted.
+
+    A value that is quoted already is left alone; so is, in a multirun, any value that Hydra can
+    read, because commas separate the runs there.
+    """
+    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
+    result = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in TEXT_KEYS and not _as_it_is(argument, value, multirun):
+            argument = f"{key}={quoted(value)}"
+        result.append(argument)
+    return result
+
+
+def _as_it_is(argument: str, value: str, multirun: bool) -> bool:
+    wrapped = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    if not (multirun or wrapped):
+        return False
+    try:
+        OverridesParser.create().parse_override(argument)
+    except OverrideParseException:
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""Saving a whole brain into a folder, and loading it back to the exact next token.
+
+A save holds the occupied rows of every state tensor in slot order, the cursor, the counters and
+the configuration, as one safetensors and one JSON file. It is written under a temporary name and
+renamed, and everything in it is checked before a brain is made of it.
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from brain.brain import Brain
+from brain.errors import Refused, one_line
+from brain.opening import open_brain, typed
+from compiled.state import NOWHERE, Cursor
+from conf.schema import Conf, register
+
+FORMAT = 1
+TENSORS, DESCRIPTION = "state.safetensors", "brain.json"
+_ROW_AXIS = {"keys": 2, "values": 2}
+
+
+def save(brain: Brain, folder: str | Path) -> None:
+    """Writes the brain to a folder, replacing a save that is already there.
+
+    Raises Refused if the folder holds anything else, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder / DESCRIPTION).is_file():
+        raise Refused(f"{folder} exists and is not a save: choose another folder")
+    slots = torch.nonzero(brain.state.valid)[:, 0]
+    tensors = {
+        name: tensor.index_select(_ROW_AXIS.get(name, 0), slots).cpu().contiguous()
+        for name, tensor in brain.state._asdict().items()
+        if name != "valid"
+    }
+    tensors["slot"] = slots.cpu()
+    tensors |= {
+        f"cursor.{name}": tensor.cpu().clone() for name, tensor in brain.cursor._asdict().items()
+    }
+    description = {
+        "format": FORMAT,
+        "model_sha256": brain.checkpoint.sha256,
+        "torch": torch.__version__,
+        "conf": _plain(dataclasses.asdict(brain.conf)),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            save_file(tensors, scratch / TENSORS)
+            text = json.dumps(description, indent=2, ensure_ascii=False)
+            (scratch / DESCRIPTION).write_text(text + "\n", "utf-8")
+            if folder.exists():
+                replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+                folder.rename(replaced / "old")
+                scratch.rename(folder)
+                shutil.rmtree(replaced)
+            else:
+                scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({one_line(error)})") from None
+
+
+def load(folder: str | Path) -> Brain:
+    """The brain that was saved there: its next tick is the same token.
+
+    Raises Refused if the save is damaged, or is of another model than can be found now.
+    """
+    folder = Path(folder).expanduser()
+    description = _description(folder)
+    brain = open_brain(_conf(description.get("conf"), folder))
+    if description.get("model_sha256") != brain.checkpoint.sha256:
+        raise Refused(f"{folder} was saved with other weights of {brain.checkpoint.name}")
+    rows, cursor = _tensors(folder, brain)
+    brain.restore(rows, cursor)
+    return brain
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{folder} is not a save ({one_line(error)})") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise Refused(f"{folder} is not a save of format {FORMAT}")
+    return description
+
+
+def _conf(saved: Any, folder: Path) -> Conf:
+    register()
+    try:
+        task = saved.pop("task") if isinstance(saved, dict) else None
+        conf = OmegaConf.merge(OmegaConf.structured(Conf), saved, {"task": task})
+        return typed(conf)  # type: ignore[arg-type]
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise Refused(f"{folder}: its configuration is damaged ({one_line(error)})") from None
+
+
+def _tensors(folder: Path, brain: Brain) -> tuple[dict[str, Tensor], Cursor]:
+    """The saved rows and cursor, checked against the brain's own tensors."""
+    where = folder / TENSORS
+    try:
+        with safe_open(where, "pt") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"{where} is damaged ({one_line(error)})") from None
+    slot = saved.pop("slot", None)
+    if slot is None or slot.dtype != torch.int64 or slot.dim() != 1:
+        raise Refused(f"{where}: tensor slot is missing or malformed")
+    if len(slot) and (slot.min() < 0 or slot.max() >= brain.capacity or (slot.diff() <= 0).any()):
+        raise Refused(f"{where}: slots do not ascend within capacity {brain.capacity}")
+    rows = {"slot": slot}
+    for name, held in brain.state._asdict().items():
+        if name != "valid":
+            shape = list(held.shape)
+            shape[_ROW_AXIS.get(name, 0)] = len(slot)
+            rows[name] = _checked(saved.pop(name, None), shape, held.dtype, f"{where}: {name}")
+    cursor = Cursor(
+        *(
+            _checked(
+                saved.pop(f"cursor.{name}", None), held.shape, held.dtype, f"{where}: cursor.{name}"
+            )
+            for name, held in brain.cursor._asdict().items()
+        )
+    )
+    if saved:
+        raise Refused(f"{where}: unexpected tensor {sorted(saved)[0]}")
+    vocab_size = brain.checkpoint.config.vocab_size
+    for name, ids in (("token_id", rows["token_id"]), ("cursor.token", cursor.token)):
+        if ((ids < 0) | (ids >= vocab_size)).any():
+            raise Refused(f"{where}: {name} has ids outside the vocabulary")
+    positions = rows["position"]
+    if (positions < 0).any() or len(positions.unique()) != len(positions):
+        raise Refused(f"{where}: positions are negative or not unique")
+    if cursor.position[0] < NOWHERE or (len(slot) and cursor.position[0] == NOWHERE):
+        raise Refused(f"{where}: cursor.position is damaged")
+    return rows, cursor
+
+
+def _checked(tensor: Tensor | None, shape: Any, dtype: torch.dtype, what: str) -> Tensor:
+    if tensor is None:
+        raise Refused(f"{what} is missing")
+    if list(tensor.shape) != list(shape) or tensor.dtype != dtype:
+        raise Refused(
+            f"{what} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+        )
+    return tensor
+
+
+def _plain(value: Any) -> Any:
+    """Enums as their names, so that JSON can hold the configuration."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value

@@ -1,0 +1,166 @@
+"""The configuration of one brain, checked and in the terms of ``compiled/``."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from brain.errors import Refused
+from brain.mirror import SOURCES
+from brain.policies import policy
+from compiled.choose import KeepScore
+from compiled.llama import LlamaConfig
+from compiled.sample import SamplingMethod
+from compiled.score import MOST_CULLED, Brightness, Forgetting
+from compiled.state import state_bytes
+from conf.schema import Conf, CullConf, SamplerConf
+
+FEWEST_ROWS_TO_CULL = 8
+"""Below this target, sinks, recent rows and victims do not all fit."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a brain but its model."""
+
+    capacity: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    compiled: bool
+    widths: tuple[int, ...]
+    smallest_bucket: int
+    method: SamplingMethod
+    temperature: float
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    brightness: Brightness
+    forgetting: Forgetting
+    keep_score: KeepScore
+    nvtx: bool
+
+    def check_against(self, config: LlamaConfig) -> None:
+        """Raises Refused if a memory of this capacity cannot be had on the device."""
+        needed = state_bytes(config, self.capacity, self.dtype)
+        free = _free_bytes(self.device)
+        if free is not None and needed > free:
+            raise Refused(
+                f"capacity={self.capacity} needs {needed / 1e9:.1f} GB of memory but "
+                f"{free / 1e9:.1f} GB are free on {self.device}"
+            )
+
+
+def settings_of(conf: Conf) -> Settings:
+    """Checks the configuration. Raises Refused, naming the key."""
+    if conf.capacity < 1:
+        raise Refused(f"capacity must be at least 1, not {conf.capacity}")
+    if not -(2**63) <= conf.seed < 2**64:
+        raise Refused(f"seed must fit in 64 bits, not {conf.seed}")
+    widths = conf.engine.widths
+    if len(widths) < 2 or widths[0] != 1 or list(widths) != sorted(set(widths)):
+        raise Refused(f"engine.widths must ascend from 1, like [1, 16, 128], not {list(widths)}")
+    if conf.engine.smallest_bucket < 1:
+        raise Refused(
+            f"engine.smallest_bucket must be at least 1, not {conf.engine.smallest_bucket}"
+        )
+    _check_sampler(conf.sampler)
+    brightness = conf.cull.brightness
+    unknown = set(brightness.seeds) - set(SOURCES)
+    if unknown:
+        raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
+    return Settings(
+        capacity=conf.capacity,
+        dtype=getattr(torch, conf.dtype.value),
+        device=device_of(conf.device),
+        seed=conf.seed,
+        compiled=conf.engine.compiled,
+        widths=tuple(widths),
+        smallest_bucket=conf.engine.smallest_bucket,
+        method=SamplingMethod(
+            greedy=conf.sampler.greedy,
+            top_k=conf.sampler.top_k,
+            nucleus=conf.sampler.top_p < 1.0,
+        ),
+        temperature=conf.sampler.temperature,
+        top_p=conf.sampler.top_p,
+        min_p=conf.sampler.min_p,
+        repetition_penalty=conf.sampler.repetition_penalty,
+        brightness=Brightness(
+            brightness.decay,
+            brightness.gain,
+            brightness.maximum,
+            tuple(float(brightness.seeds.get(source, 0.0)) for source in SOURCES),
+        ),
+        forgetting=_forgetting(conf.cull, conf.capacity),
+        keep_score=policy(conf.cull.policy),
+        nvtx=conf.nvtx,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; ``auto`` is CUDA where there is one. Raises Refused."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Refused(f"device={name} is unknown: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise Refused(f"device={name} is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Refused(f"device={name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _check_sampler(sampler: SamplerConf) -> None:
+    def refuse(key: str, rule: str) -> None:
+        raise Refused(f"sampler.{key} must be {rule}, not {getattr(sampler, key)}")
+
+    if not (math.isfinite(sampler.temperature) and sampler.temperature > 0):
+        refuse("temperature", "above 0 (for the likeliest token use sampler=greedy)")
+    if sampler.top_k < 0:
+        refuse("top_k", "0 (off) or more")
+    if not 0 < sampler.top_p <= 1:
+        refuse("top_p", "above 0 and at most 1 (off)")
+    if not 0 <= sampler.min_p <= 1:
+        refuse("min_p", "between 0 (off) and 1")
+    if not (math.isfinite(sampler.repetition_penalty) and sampler.repetition_penalty > 0):
+        refuse("repetition_penalty", "above 0 (1 is off)")
+
+
+def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
+    """Constants of culling. In a small memory the protected ranges shrink with it, so that there
+    is always something to forget.
+    """
+    if cull.policy == "none":
+        return Forgetting(target=0)
+    target = capacity if cull.target is None else cull.target
+    if target > capacity:
+        raise Refused(f"cull.target={target} is more than capacity={capacity}")
+    if target < FEWEST_ROWS_TO_CULL:
+        raise Refused(
+            f"cull.target={target} is too few rows to choose from: use "
+            f"{FEWEST_ROWS_TO_CULL} or more, or cull=none"
+        )
+    if cull.sinks < 0:
+        raise Refused(f"cull.sinks must be 0 or more, not {cull.sinks}")
+    if cull.recent < 1:
+        raise Refused(f"cull.recent must be at least 1 (the row being read), not {cull.recent}")
+    sinks = min(cull.sinks, target // 4)
+    recent = min(cull.recent, target // 2)
+    assert sinks + recent + MOST_CULLED <= target
+    return Forgetting(target, sinks, recent)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None  # not a system that says

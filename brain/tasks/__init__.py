@@ -1,0 +1,1 @@
+"""What ``brain task=…`` can do: one file for each."""

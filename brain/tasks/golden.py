@@ -1,0 +1,53 @@
+"""``task=golden``: compare logits with golden files, or write these files.
+
+Checking needs nothing but this program; writing needs the reference implementation.
+"""
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from brain.errors import Refused
+from brain.golden.check import check, table
+from brain.golden.files import golden_names
+from brain.golden.write import chosen, write
+from brain.terminal import note
+from conf.schema import Conf, GoldenTask
+
+DEFAULT_FOLDER = Path("tests/golden")
+
+
+class Mismatch(Refused):
+    """The engine's logits are not those of the golden files."""
+
+
+def run(conf: Conf, run_dir: Path) -> None:
+    """Checks golden files against the engine as configured; with ``task.write`` writes them.
+
+    A check prints a table on standard error and writes ``golden.json`` into the run folder.
+    Raises Mismatch saying which goldens fail and where, Refused where nothing can be checked.
+    """
+    task = cast(GoldenTask, conf.task)
+    folder = DEFAULT_FOLDER if task.folder is None else Path(task.folder).expanduser()
+    if task.write:
+        written = write(conf, folder, task.cases)
+        note(f"{len(written)} goldens written to {folder}: {', '.join(written)}")
+        return
+    outcomes = list(check(conf, folder, chosen(golden_names(folder), task.cases)))
+    engine = "compiled" if conf.engine.compiled else "eager"
+    report = {
+        "torch": torch.__version__,
+        "engine": engine,
+        "dtype": conf.dtype.value,
+        "device": conf.device,
+        "goldens": [outcome.to_json() for outcome in outcomes],
+    }
+    (run_dir / "golden.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    note(table(outcomes))
+    failed = [outcome for outcome in outcomes if outcome.verdict.failure is not None]
+    if failed:
+        told = "; ".join(f"{outcome.title}: {outcome.verdict.failure}" for outcome in failed)
+        raise Mismatch(f"{len(failed)} of {len(outcomes)} golden runs differ: {told}")
+    note(f"{len(outcomes)} golden runs agree ({engine}, {conf.dtype.value}); {run_dir}")

