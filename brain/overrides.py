@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 TEXT_KEYS = ("prompt", "model.path", "model.wheel", "cache_dir", "task.path", "task.folder")
 """Keys whose values are taken literally on the command line."""
+
+
+MULTIRUN = ("-m", "--multirun")
 
 
 def quoted(text: str) -> str:
@@ -35,14 +38,17 @@ def override(key: str, value: Any) -> str:
 
 
 def literal_arguments(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with the values of TEXT_KEYS quoted.
+    """Command-line arguments with the values of TEXT_KEYS quoted, flags first.
 
     A value that is quoted already is left alone; so is, in a multirun, any value that Hydra can
-    read, because commas separate the runs there.
+    read, because commas separate the runs there. Hydra's own parser loses overrides that follow
+    ``-m`` if others precede it.
     """
-    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    result = []
+    multirun = any(argument in MULTIRUN for argument in arguments)
+    result = ["--multirun"] if multirun else []
     for argument in arguments:
+        if argument in MULTIRUN:
+            continue
         key, equals, value = argument.partition("=")
         if equals and key in TEXT_KEYS and not _as_it_is(argument, value, multirun):
             argument = f"{key}={quoted(value)}"
@@ -56,6 +62,6 @@ def _as_it_is(argument: str, value: str, multirun: bool) -> bool:
         return False
     try:
         OverridesParser.create().parse_override(argument)
-    except OverrideParseException:
+    except HydraException:
         return False
     return True

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from brain.golden.files import Memory
+from brain.golden.files import MemoryShape
 from brain.golden.script import Cull, Feed, Prime, Read, Script
 
 CONTEXT = 862
@@ -15,7 +15,7 @@ TEXT = CONTEXT + 16
 WIDE, NARROW = (1, 16, 128), (1, 7)
 # A run, every third token of a stretch, single tokens at both ends, and the newest.
 GONE = tuple(sorted({1, *range(20, 60), *range(90, 300, 3), 150, 151, 152, 297, 299}))
-ROOMY = Memory(capacity=1024, smallest_bucket=1024, widths=(WIDE,))
+ROOMY = MemoryShape(capacity=1024, smallest_bucket=1024, widths=(WIDE,))
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Case:
     name: str
     description: str
     script: Script
-    memory: Memory = ROOMY
+    memory: MemoryShape = ROOMY
     full: int = 1
     seeded: str | None = None
 
@@ -56,7 +56,7 @@ def _of_the_configured_model(text: tuple[int, ...]) -> list[Case]:
             f"a prompt of {CONTEXT} tokens, read in chunks of several widths: the surprise of "
             "every token on arrival, the logits after the last, and after 16 new ones",
             (Prime(context), Read(), Read(beyond, tuple(range(CONTEXT, TEXT)))),
-            Memory(1024, 1024, ((1, 128), (1, 100), (1, 431), (1, 37))),
+            MemoryShape(1024, 1024, ((1, 128), (1, 100), (1, 431), (1, 37))),
         ),
         Case(
             "token_by_token",
@@ -106,7 +106,7 @@ def _of_the_configured_model(text: tuple[int, ...]) -> list[Case]:
                     Read(text[300 + length : 304 + length], tuple(range(length, length + 4))),
                 )
             ),
-            Memory(capacity=256, smallest_bucket=128, widths=(WIDE,)),
+            MemoryShape(capacity=256, smallest_bucket=128, widths=(WIDE,)),
         ),
     ]
 
@@ -166,7 +166,7 @@ def _of_seeded_models() -> list[Case]:
                 Read(ids[50:53], (44, 45, 46)),
                 Read(ids[10:12], (10, 11)),
             ),
-            Memory(capacity=64, smallest_bucket=64, widths=((1, 16),)),
+            MemoryShape(capacity=64, smallest_bucket=64, widths=((1, 16),)),
             full=4,
             seeded="seeded-tinyllama",
         ),
@@ -186,7 +186,7 @@ def _of_seeded_models() -> list[Case]:
                 Read(),
                 Read(ids[90:96], tuple(range(84, 90))),
             ),
-            Memory(capacity=64, smallest_bucket=16, widths=(NARROW,)),
+            MemoryShape(capacity=64, smallest_bucket=16, widths=(NARROW,)),
             seeded="seeded-toy",
         ),
     ]

@@ -18,7 +18,7 @@ _DTYPES = {"top_ids": torch.int32, "full_rows": torch.int32}
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryShape:
     """The memory a script needs, and the widths of reads it is run with in turn (eager only: a
     compiled engine has the widths it was given).
     """
@@ -37,7 +37,7 @@ class Golden:
     model: str  # its name
     model_sha256: str
     script: Script
-    memory: Memory
+    memory: MemoryShape
     expected: Expected
     noise: dict[str, Distance]  # of the reference, by dtype
     provenance: dict[str, Any]
@@ -87,7 +87,7 @@ def load_golden(folder: Path, name: str) -> Golden:
             model=str(described["model"]["name"]),
             model_sha256=str(described["model"]["sha256"]),
             script=from_json(described["script"], str(path)),
-            memory=Memory(
+            memory=MemoryShape(
                 int(memory["capacity"]),
                 int(memory["smallest_bucket"]),
                 tuple(tuple(map(int, widths)) for widths in memory["widths"]),

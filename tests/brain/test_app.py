@@ -1,0 +1,203 @@
+"""The command line as its users run it: a process of its own, on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import brain
+from brain import app
+
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+
+
+def command(tiny_folder: Path, *arguments: str) -> list[str]:
+    """``brain`` on the tiny model."""
+    model = ["model=folder", f"model.path={tiny_folder}"]
+    return [sys.executable, "-m", "brain.app", *model, *arguments]
+
+
+def call(
+    where: Path, tiny_folder: Path, *arguments: str, status: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(tiny_folder, *arguments),
+        cwd=where,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A captured run of eight ticks."""
+    where = tmp_path_factory.mktemp("cli")
+    done = call(
+        where,
+        tiny_folder,
+        "prompt=Hello, it's me",
+        "ticks=8",
+        "seed=5",
+        "capacity=64",
+        "capture=true",
+        "hydra.run.dir=out",
+    )
+    (where / "out" / "stdout.txt").write_text(done.stdout, "utf-8", newline="")
+    return where / "out"
+
+
+def test_standard_output_is_the_text_alone(run_folder: Path, tiny_folder: Path) -> None:
+    report = json.loads((run_folder / "run.json").read_text("utf-8"))
+    spoken = brain.open("folder", **{"model.path": str(tiny_folder)}).decode(report["tokens"])
+    assert len(report["tokens"]) == 8
+    assert (run_folder / "transcript.txt").read_text("utf-8") == spoken
+    assert (run_folder / "stdout.txt").read_bytes() == (run_folder / "transcript.txt").read_bytes()
+
+
+def test_the_command_line_and_the_library_say_the_same(run_folder: Path, tiny_folder: Path) -> None:
+    b = brain.open("folder", **{"model.path": str(tiny_folder)}, seed=5, capacity=64)
+    b.prime("Hello, it's me")
+    report = json.loads((run_folder / "run.json").read_text("utf-8"))
+    assert [tick.token for tick in b.stream(8)] == report["tokens"]
+
+
+def test_inspect_prints_a_captured_tick(run_folder: Path, tiny_folder: Path) -> None:
+    tokens = json.loads((run_folder / "run.json").read_text("utf-8"))["tokens"]
+    for tick in (1, 8):
+        done = call(
+            run_folder.parent,
+            tiny_folder,
+            "task=inspect",
+            f"task.path={run_folder}",
+            f"task.tick={tick}",
+        )
+        assert done.stdout.startswith(f"tick {tick}\n")
+        assert f"spoke token {tokens[tick - 1]} " in done.stdout
+        assert "read.out.mass" in done.stdout
+
+
+def test_multirun_runs_every_combination(tmp_path: Path, tiny_folder: Path) -> None:
+    call(tmp_path, tiny_folder, "-m", "seed=1,2", "prompt=abc", "ticks=2", "hydra.sweep.dir=all")
+    assert (tmp_path / "all" / "0" / "transcript.txt").exists()
+    assert (tmp_path / "all" / "1" / "run.json").exists()
+
+
+def test_graphs_prints_an_account_that_comes_out(tmp_path: Path, tiny_folder: Path) -> None:
+    done = call(tmp_path, tiny_folder, "task=graphs", "capacity=16", "engine.widths=[1,4]")
+    assert done.stdout.splitlines()[-1] == "6 graphs, 6 compilations, 6 expected"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["ticks=0"], "ticks"),
+        (["ticks=-3"], "ticks"),
+        (["prompt="], "prompt"),
+        (["tix=3"], "tix"),
+        (["capacity=0"], "capacity"),
+        (["capacity=9", "prompt=a prompt of more than nine tokens"], "capacity"),
+        (["model.path=not/there"], "not/there"),
+        (["model=gpt9"], "gpt9"),
+        (["dtype=int3"], "int3"),
+        (["device=tpu"], "tpu"),
+        (["cull.policy=whim"], "whim"),
+        (["cull.target=5000"], "cull.target"),
+        (["sampler.top_p=0"], "top_p"),
+        (["engine.widths=[2,4]"], "widths"),
+        (["source=nobody"], "nobody"),
+        (["capture_top=-1"], "capture_top"),
+        (["task=inspect"], "task.path"),
+        (["task=inspect", "task.path=."], "captures"),
+        (["task=bench", "task.engines=[warp]"], "warp"),
+        (["task=bench", "capacity=16"], "capacity"),
+        (["prompt=hi", "capacity=8", "cull=none", "ticks=50"], "cull"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path,
+    tiny_folder: Path,
+    arguments: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # In this process, because there are many: importing torch takes longer than refusing.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["brain", *command(tiny_folder, *arguments)[3:]])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert left.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    refusals = [line for line in lines if line.startswith("refused: ")]
+    assert len(refusals) == 1
+    assert told in refusals[0]
+    assert lines[-1] == refusals[0]
+
+
+def test_a_refusal_is_status_2_for_the_shell(tmp_path: Path, tiny_folder: Path) -> None:
+    done = call(tmp_path, tiny_folder, "ticks=0", status=2)
+    assert done.stderr == "refused: ticks must be at least 1, not 0\n"
+    assert done.stdout == ""
+
+
+def test_ctrl_c_ends_with_status_130_and_a_whole_transcript(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    arguments = ["prompt=abc", "ticks=1000000", "capacity=32", "hydra.run.dir=out"]
+    with subprocess.Popen(
+        command(tiny_folder, *arguments),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        heard = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in told
+    assert told.decode().splitlines()[-1] == "interrupted"
+    assert (tmp_path / "out" / "transcript.txt").read_bytes() == heard + rest
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path, tiny_folder: Path) -> None:
+    with subprocess.Popen(
+        command(tiny_folder, "prompt=abc", "ticks=1000000", "capacity=32"),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(5)
+        process.stdout.close()
+        told = process.stderr.read()
+        assert process.wait(timeout=60) == 0
+    assert b"Traceback" not in told
+    assert b"BrokenPipe" not in told
+
+
+def test_help_reads_like_a_manual(tmp_path: Path, tiny_folder: Path) -> None:
+    done = call(tmp_path, tiny_folder, "--help")
+    for heading in ("NAME", "SYNOPSIS", "DESCRIPTION", "KEYS", "GROUPS", "TASKS", "EXIT STATUS"):
+        assert f"\n{heading}" in "\n" + done.stdout
+    conf = Path(brain.__file__).parents[1] / "conf"
+    for group in ("model", "engine", "sampler", "cull", "task"):
+        for choice in (conf / group).glob("*.yaml"):
+            assert choice.stem in done.stdout
