@@ -193,6 +193,7 @@ class Brain:
         """
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
         source_number(source)
+        self._require_room(len(checked))
         ticks = [self._advance(self._forced(token, source)) for token in checked]
         return torch.tensor([tick.surprise for tick in ticks], dtype=torch.float32)
 
@@ -220,9 +221,8 @@ class Brain:
             if self.memory.uncommitted:
                 held = self.memory.cursor
                 rows.append(Row(int(held.token[0]), self.memory.position, int(held.source[0])))
+                pending_surprise = float(held.surprise[0])
         rows.sort(key=lambda row: row.position)
-        if edit.appending and self.memory.uncommitted and rows[0].position == self.memory.position:
-            pending_surprise = float(self.memory.cursor.surprise[0])
         self.memory.commit(rows, edit, mirror, pending_surprise)
 
     def warm_up(self) -> Iterator[str]:
@@ -238,22 +238,18 @@ class Brain:
 
         save(self, folder)
 
-    def restore(self, rows: Mapping[str, Tensor], cursor: Cursor) -> None:
-        """Takes over saved rows and a saved cursor, as ``saves.py`` has checked them."""
-        self.memory.restore(rows, cursor)
+    def restore(self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int) -> None:
+        """Takes over what was saved, as ``saves.py`` has checked it."""
+        self.memory.restore(rows, cursor, high_water)
         self._speech = self._new_speech()
 
     # Inside
 
     def _advance(self, forced: Forced) -> Tick:
         self._require_primed()
+        self._require_room(1)
         culled = cull_count(self.memory.count, self.settings.forgetting.target)
         count = self.memory.count - culled + int(self.memory.uncommitted)
-        if count > self.capacity:
-            raise Refused(
-                f"memory is full: all {self.capacity} slots are taken and cull=none forgets "
-                "nothing; set cull=brightness or a larger capacity"
-            )
         self._warn_of_range(self.memory.position)
         self.graphs.begin_step()
         with self._named("1 read"):
@@ -288,6 +284,15 @@ class Brain:
     def _require_primed(self) -> None:
         if self.memory.position == NOWHERE:
             raise Refused("nothing to read: prime the brain with a prompt first")
+
+    def _require_room(self, ticks: int) -> None:
+        # The first of them commits what is pending, each other one what the last one spoke.
+        count = self.memory.count + int(self.memory.uncommitted) + ticks - 1
+        if count > self.capacity and not self.settings.forgetting.target:
+            raise Refused(
+                f"memory is full: {count} rows do not fit in {self.capacity} slots and cull=none "
+                "forgets nothing; set cull=brightness or a larger capacity"
+            )
 
     def _checked_position(self, position: int) -> int:
         if isinstance(position, bool) or not hasattr(position, "__index__"):

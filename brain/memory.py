@@ -118,7 +118,7 @@ class Memory:
         foretold: list[float | None] = []
         for index, row in enumerate(rows):
             before = predecessor(row, rows[index - 1] if index else None, mirror)
-            if index == 0 and pending_surprise is not None:
+            if row.position == self.position and pending_surprise is not None:
                 foretold.append(pending_surprise)
             elif before is not None:
                 self.graphs.begin_step()
@@ -207,11 +207,12 @@ class Memory:
         self.position = position
         self.uncommitted = uncommitted
 
-    def restore(self, rows: Mapping[str, Tensor], cursor: Cursor) -> None:
+    def restore(self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int) -> None:
         """Puts saved rows back into their slots, and the cursor where it stood.
 
         ``rows`` are the columns of the state less ``valid``, as ``saves.py`` has checked them, and
-        ``slot`` [n] int64, ascending. The holes between them are filled first and forgotten again,
+        ``slot`` [n] int64, ascending. ``high_water`` decides over how many slots a read sums, and
+        so how it rounds. The holes between them are filled first and forgotten again,
         so that the one patch, which knows only "the lowest free slot", serves here too.
         """
         self.forget_everything()
@@ -234,6 +235,7 @@ class Memory:
         self.graphs.patch(plan._replace(cull=holes.to(self.device), cursor=cursor))
         self.tick = int(cursor.tick)
         self.settle(len(slot), int(cursor.position[0]), uncommitted=bool(int(cursor.uncommitted)))
+        self.high_water = high_water
 
     def _tensor(self, values: int | Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -53,6 +53,7 @@ def save(brain: Brain, folder: str | Path) -> None:
         "format": FORMAT,
         "model_sha256": brain.checkpoint.sha256,
         "torch": torch.__version__,
+        "high_water": brain.memory.high_water,
         "conf": _plain(dataclasses.asdict(brain.conf)),
     }
     try:
@@ -86,7 +87,11 @@ def load(folder: str | Path) -> Brain:
     if description.get("model_sha256") != brain.checkpoint.sha256:
         raise Refused(f"{folder} was saved with other weights of {brain.checkpoint.name}")
     rows, cursor = _tensors(folder, brain)
-    brain.restore(rows, cursor)
+    high_water = description.get("high_water")
+    occupied = int(rows["slot"][-1]) + 1 if len(rows["slot"]) else 0
+    if type(high_water) is not int or not occupied <= high_water <= brain.capacity:
+        raise Refused(f"{folder}: high_water {high_water!r} is not in {occupied} to capacity")
+    brain.restore(rows, cursor, high_water)
     return brain
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.products import dot_rows, mix_rows, streams_rows
+from compiled.products import dot_rows, mix_rows, streams_rows, sum_rows
 
 
 class Visibility(NamedTuple):
@@ -54,44 +54,37 @@ def attend(
     new_keys: Tensor,
     new_values: Tensor,
     visible: Visibility,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Grouped-query attention (Ainslie et al. 2023) of T new tokens.
 
     ``query`` [T, heads, head_dim]; ``keys``, ``values`` [kv_heads, bucket, head_dim];
     ``new_keys``, ``new_values`` [kv_heads, T, head_dim].
 
     Returns the attended values [T, heads * head_dim] in the query's dtype, and the attention mass
-    in float32, summed over heads and live queries: of every slot [bucket], of every new token [T].
+    in float32, summed over heads and live queries: of every slot, then of every new token
+    [bucket + T]. It stays in one piece because a layer that is compiled once may not hand out two
+    views of one tensor: refused as aliasing, and silently overwritten where a clone hides it.
     A hidden slot's probability is exactly zero, whatever finite bytes lie in it.
     """
     num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads = keys.shape[0]
+    num_kv_heads, bucket, _ = keys.shape
     group = num_heads // num_kv_heads
     streaming = streams_rows(query, num_tokens)
     # Query heads that share a key head lie side by side, so no key is ever repeated.
     grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    grouped = grouped.reshape(num_kv_heads, group * num_tokens, head_dim)
+    grouped = grouped.reshape(num_kv_heads, group * num_tokens, head_dim) / math.sqrt(head_dim)
 
-    shape = (num_kv_heads, group, num_tokens, -1)
-    scale = 1.0 / math.sqrt(head_dim)
-    cached_scores = dot_rows(grouped, keys, streaming).view(shape) * scale
-    new_scores = dot_rows(grouped, new_keys, streaming).view(shape) * scale
-    cached_scores = cached_scores.masked_fill(~visible.cached, -math.inf)
-    new_scores = new_scores.masked_fill(~visible.new, -math.inf)
+    scores = torch.cat(
+        [dot_rows(grouped, keys, streaming), dot_rows(grouped, new_keys, streaming)], dim=-1
+    )  # [kv_heads, group * T, bucket + T]: scores are joined, the cache is not
+    hidden = ~torch.cat([visible.cached, visible.new], dim=-1)  # [T, bucket + T]
+    by_query = (num_kv_heads, group, num_tokens, -1)
+    shares = torch.softmax(torch.where(hidden, -math.inf, scores.view(by_query)), dim=-1)
 
-    highest = torch.maximum(cached_scores.amax(-1, keepdim=True), new_scores.amax(-1, keepdim=True))
-    cached_share = torch.exp(cached_scores - highest)  # [kv_heads, group, T, bucket]
-    new_share = torch.exp(new_scores - highest)  # [kv_heads, group, T, T]
-    total = cached_share.sum(-1, keepdim=True) + new_share.sum(-1, keepdim=True)
-    cached_share = cached_share / total
-    new_share = new_share / total
+    rows = shares.view(num_kv_heads, group * num_tokens, -1)
+    attended = mix_rows(rows[..., :bucket], values, streaming)
+    attended = attended + mix_rows(rows[..., bucket:], new_values, streaming)
+    attended = attended.view(by_query).permute(2, 0, 1, 3).reshape(num_tokens, -1)
 
-    rows = (num_kv_heads, group * num_tokens, -1)
-    attended = mix_rows(cached_share.view(rows), values, streaming)
-    attended = attended + mix_rows(new_share.view(rows), new_values, streaming)
-    attended = attended.view(shape).permute(2, 0, 1, 3).reshape(num_tokens, num_heads * head_dim)
-
-    live = visible.live[:, None]  # [T, 1]
-    mass = (cached_share * live).sum((0, 1, 2))  # [bucket]
-    own_mass = (new_share * live).sum((0, 1, 2))  # [T]
-    return attended.to(query.dtype), mass, own_mass
+    mass = sum_rows(shares.view(num_heads, num_tokens, -1), visible.live, streaming)
+    return attended.to(query.dtype), mass

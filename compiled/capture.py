@@ -32,6 +32,9 @@ CUDA_GRAPH_WARMUP_RUNS = 3
 """A CUDA graph runs once to warm up, once to record, and only then is replayed."""
 
 
+TICK, EDIT, CHOOSE = "tick", "edit", "choose"
+
+
 @dataclass(frozen=True)
 class Behaviour:
     """Everything but tensors that shapes the graphs of one brain."""
@@ -107,9 +110,9 @@ class Graphs:
         self.weights, self.state, self.cursor, self.sampling = weights, state, cursor, sampling
         self.compiled = compiled
         self.buckets = buckets(state.capacity, behaviour.smallest_bucket)
-        self.widths = tuple(width for width in behaviour.widths if width <= state.capacity)
-        if len(self.widths) < 2:
-            self.widths = (1, state.capacity) if state.capacity > 1 else (1, 1)
+        fitting = tuple(width for width in behaviour.widths[1:] if width <= state.capacity)
+        self.edit_widths = fitting or (state.capacity,)
+        self.widths = tuple(sorted({1, *self.edit_widths}))
         self.device = state.valid.device
         self.captures: dict[str, Capture] = {}
         self._callables: dict[str, Callable[..., Any]] = {}
@@ -135,8 +138,8 @@ class Graphs:
         return smallest_at_least(self.widths, num_tokens) if self.compiled else num_tokens
 
     def edit_width_for(self, num_tokens: int) -> int:
-        """The same for a patch that edits, whose graphs exist for widths above 1 only."""
-        return self.width_for(max(num_tokens, self.widths[1])) if self.compiled else num_tokens
+        """The same for a patch that edits."""
+        return smallest_at_least(self.edit_widths, num_tokens) if self.compiled else num_tokens
 
     def read(
         self, tokens: Tensor, positions: Tensor, length: Tensor, *, high_water: int
@@ -148,7 +151,7 @@ class Graphs:
             return read(self.behaviour.config, *arguments, bucket=max(1, high_water))
         bucket = smallest_at_least(self.buckets, max(1, high_water))
         graph = self._graph(
-            f"read T={tokens.shape[0]} bucket={bucket}",
+            _read_name(tokens.shape[0], bucket),
             functools.partial(_bound_read, self.behaviour.config, bucket),
         )
         reading: Reading = graph(*arguments)
@@ -156,60 +159,51 @@ class Graphs:
 
     def choose(self, reading: Reading, forced: Forced) -> Choice:
         """``choose`` after a read of one token."""
-        graph = self._graph("choose", functools.partial(_bound_choose, self.behaviour))
+        graph = self._graph(CHOOSE, functools.partial(_bound_choose, self.behaviour))
         choice: Choice = graph(self.state, self.cursor, reading, self.sampling, forced)
         return choice
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``surprises`` of the tokens of an edit."""
-        nats: Tensor = self._graph(f"surprise T={targets.shape[0]}", surprises)(logits, targets)
+        name = _names_after_read(targets.shape[0], EDIT)[0]
+        nats: Tensor = self._graph(name, surprises)(logits, targets)
         return nats
 
     def patch(self, plan: Plan) -> None:
         """``patch``: a tick's, or an edit's where the plan pins or erases."""
-        kind = "tick" if plan.erase is None else "edit"
-        name = f"patch {kind} W={plan.rows.token_id.shape[0]}"
+        kind = TICK if plan.erase is None else EDIT
+        name = _names_after_read(plan.rows.token_id.shape[0], kind)[1]
         self._graph(name, patch)(self.state, self.cursor, plan)
 
     def expected(self) -> tuple[str, ...]:
         """Names of all graphs that this brain can ever need, in order of warm-up."""
-        reads = [f"read T={width} bucket={size}" for width in self.widths for size in self.buckets]
-        kinds = ("surprise T", "patch edit W")
-        edits = [f"{kind}={width}" for width in self.widths[1:] for kind in kinds]
-        # One slot has one width, and so nothing to name twice.
-        return tuple(dict.fromkeys((*reads, "choose", "patch tick W=1", *edits)))
+        sequences = [(1, bucket, TICK) for bucket in self.buckets]
+        sequences += [(w, bucket, EDIT) for w in self.edit_widths for bucket in self.buckets]
+        names = [
+            name
+            for width, bucket, kind in sequences
+            for name in (_read_name(width, bucket), *_names_after_read(width, kind))
+        ]
+        return tuple(dict.fromkeys(names))
 
     def warm_up(self) -> Iterator[str]:
-        """Compiles every graph, yielding each one's name before it is compiled.
+        """Captures every graph, yielding each one's name before it is compiled.
 
-        Leaves every byte of the state and the cursor as it was: reads write nothing, and the
-        patches are empty. Does nothing in eager mode.
+        Rehearses every sequence of graphs that a tick or an edit runs, because CUDA graphs are
+        recorded by sequence. Leaves every byte of the state and the cursor as it was: reads write
+        nothing, and the patches are empty. Does nothing in eager mode.
         """
         if not self.compiled:
             return
         runs = CUDA_GRAPH_WARMUP_RUNS if self.device.type == "cuda" else 1
-        for width in self.widths:
+        for bucket in self.buckets:
+            for _ in range(runs):
+                yield from self._rehearse_tick(bucket)
+        for width in self.edit_widths:
             for bucket in self.buckets:
-                yield f"read T={width} bucket={bucket}"
                 for _ in range(runs):
-                    self.begin_step()
-                    self.read(*self._nothing_to_read(width), high_water=bucket)
-        for name in ("choose", "patch tick W=1"):
-            yield name
-            for _ in range(runs):
-                self.begin_step()
-                reading = self.read(*self._nothing_to_read(1), high_water=0)
-                choice = self.choose(reading, self._nothing_forced())
-                if name != "choose":
-                    self.patch(self._empty_tick(choice.plan(reading)))
-        for width in self.widths[1:]:
-            yield f"surprise T={width}"
-            for _ in range(runs):
-                self.begin_step()
-                tokens, positions, length = self._nothing_to_read(width)
-                self.surprises(self.read(tokens, positions, length, high_water=0).logits, tokens)
-            yield f"patch edit W={width}"
-            for _ in range(runs):
+                    yield from self._rehearse_edit(width, bucket)
+            for _ in range(runs):  # an edit that only forgets reads nothing first
                 self.begin_step()
                 self.patch(self.empty_edit(width))
 
@@ -239,14 +233,41 @@ class Graphs:
             erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=self.device),
         )
 
-    def _empty_tick(self, plan: Plan) -> Plan:
-        # The plan with everything taken out of it: applying it changes no byte.
-        return plan._replace(
-            rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
-            cull=torch.zeros_like(plan.cull),
-            brightness=self.state.brightness.add(0),
-            cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
+    def _rehearse_tick(self, bucket: int) -> Iterator[str]:
+        """A tick in which nothing happens."""
+        yield from self._new(_read_name(1, bucket))
+        self.begin_step()
+        reading = self.read(*self._nothing_to_read(1), high_water=bucket)
+        choose_name, patch_name = _names_after_read(1, TICK)
+        yield from self._new(choose_name)
+        choice = self.choose(reading, self._nothing_forced())
+        yield from self._new(patch_name)
+        plan = choice.plan(reading)
+        self.patch(
+            plan._replace(
+                rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
+                cull=torch.zeros_like(plan.cull),
+                brightness=self.state.brightness.add(0),
+                cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
+            )
         )
+
+    def _rehearse_edit(self, width: int, bucket: int) -> Iterator[str]:
+        """An edit that changes nothing."""
+        yield from self._new(_read_name(width, bucket))
+        self.begin_step()
+        tokens, positions, length = self._nothing_to_read(width)
+        reading = self.read(tokens, positions, length, high_water=bucket)
+        surprise_name, patch_name = _names_after_read(width, EDIT)
+        yield from self._new(surprise_name)
+        self.surprises(reading.logits, tokens)
+        yield from self._new(patch_name)
+        plan = self.empty_edit(width)
+        self.patch(plan._replace(keys=reading.new_keys, values=reading.new_values))
+
+    def _new(self, name: str) -> Iterator[str]:
+        if name not in self.captures:
+            yield name
 
     def _nothing_to_read(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         zeros = torch.zeros(width, dtype=torch.int64, device=self.device)
@@ -263,6 +284,16 @@ class Graphs:
             capture = self.captures.setdefault(name, Capture(name))
             self._callables[name] = _capture(function, capture, self.device)
         return self._callables[name]
+
+
+def _read_name(width: int, bucket: int) -> str:
+    return f"read T={width} bucket={bucket}"
+
+
+def _names_after_read(width: int, kind: str) -> tuple[str, str]:
+    """What runs after a read in a tick or an edit: reckoning, then the patch."""
+    reckoning = CHOOSE if kind == TICK else f"surprise T={width}"
+    return reckoning, f"patch {kind} W={width}"
 
 
 def _bound_read(config: LlamaConfig, bucket: int, *tensors: Any) -> Reading:

@@ -109,8 +109,7 @@ class LayerReading(NamedTuple):
     hidden: Tensor  # [T, hidden] float32
     new_keys: Tensor  # [kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [kv_heads, T, head_dim]
-    mass: Tensor  # [bucket] float32: attention received by each slot, summed over heads, queries
-    own_mass: Tensor  # [T] float32: the same for the new tokens themselves
+    mass: Tensor  # [bucket + T] float32: attention received by each slot, then by each new token
 
 
 def decoder_layer(
@@ -144,9 +143,9 @@ def decoder_layer(
     new_keys = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
-    attended, mass, own_mass = attend(query, keys, values, new_keys, new_values, visible)
+    attended, mass = attend(query, keys, values, new_keys, new_values, visible)
     hidden = hidden + linear(attended, weights.attention_out).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
     gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)
     hidden = hidden + linear(F.silu(gate) * up, weights.down).float()
-    return LayerReading(hidden, new_keys, new_values, mass, own_mass)
+    return LayerReading(hidden, new_keys, new_values, mass)

@@ -42,3 +42,14 @@ def mix_rows(shares: Tensor, rows: Tensor, streaming: bool) -> Tensor:
     if streaming:
         return (shares[..., None] * rows.float()[:, None]).sum(2)
     return torch.bmm(shares.to(rows.dtype), rows).float()
+
+
+def sum_rows(shares: Tensor, weights: Tensor, streaming: bool) -> Tensor:
+    """Sum over heads and weighted sum over queries, in float32.
+
+    ``shares`` [heads, T, N] float32, ``weights`` [T] float32 → [N].
+    """
+    if streaming:
+        return (shares * weights[:, None]).sum((0, 1))
+    # One matrix–vector product: no second copy of the shares.
+    return weights.expand(shares.shape[0], -1).reshape(1, -1).matmul(shares.flatten(0, 1))[0]

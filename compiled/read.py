@@ -73,10 +73,10 @@ def read(
     hidden = F.embedding(tokens, weights.embedding).float()  # [T, hidden]
 
     new_keys, new_values = [], []
-    mass = torch.zeros(bucket, dtype=torch.float32, device=tokens.device)
-    own_mass = torch.zeros(tokens.shape[0], dtype=torch.float32, device=tokens.device)
+    columns = bucket + tokens.shape[0]
+    mass = torch.zeros(columns, dtype=torch.float32, device=tokens.device)
     for layer in range(config.num_layers):
-        hidden, key, value, layer_mass, layer_own_mass = _layer(
+        hidden, key, value, layer_mass = _layer(
             config.rms_norm_eps,
             hidden,
             cos,
@@ -89,7 +89,6 @@ def read(
         new_keys.append(key)
         new_values.append(value)
         mass = mass + layer_mass
-        own_mass = own_mass + layer_own_mass
 
     final = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
     logits = linear(final, weights.head).float()  # [T, vocab]
@@ -98,8 +97,8 @@ def read(
         logits=logits,
         new_keys=torch.stack(new_keys),
         new_values=torch.stack(new_values),
-        mass=F.pad(mass / attention_rows, (0, state.capacity - bucket)),
-        own_mass=own_mass / attention_rows,
+        mass=F.pad(mass[:bucket] / attention_rows, (0, state.capacity - bucket)),
+        own_mass=mass[bucket:] / attention_rows,
     )
 
 

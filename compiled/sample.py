@@ -101,4 +101,4 @@ def surprises(logits: Tensor, targets: Tensor) -> Tensor:
 
     ``logits`` [T, vocab] float32, ``targets`` [T] int64 → [T] float32.
     """
-    return torch.logsumexp(logits, -1) - logits.gather(-1, targets[:, None])[:, 0]
+    return -torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the default model, and tiny random ones."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from torch import Tensor
 import brain
 from brain.checkpoints.wheel import converted_wheel
 from brain.errors import Refused
+from brain.golden.reference import load_reference, seeded_reference
+from brain.golden.seeded import SEEDED
+from brain.opening import compose_conf, open_checkpoint
+from brain.settings import settings_of
 
 # The same examples on every run, however slow the machine.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
@@ -145,7 +150,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, save_llama: SaveLlama)
 def open_tiny(tiny_folder: Path) -> OpenTiny:
     """``open_tiny(**overrides)`` opens that Llama: 48 slots, of which the loop keeps 24 taken.
 
-    Captured, it needs ten graphs: reads of 1, 4 and 16 tokens over 32 and 48 slots, ….
+    Captured, it needs twelve graphs: reads of 1, 4 and 16 tokens over 32 and 48 slots, ….
     """
 
     def open_(**overrides: Any) -> brain.Brain:
@@ -184,3 +189,58 @@ def either_brain(request: pytest.FixtureRequest) -> brain.Brain:
     name = "warm_brain" if request.param == "compiled" else "eager_brain"
     chosen: brain.Brain = request.getfixturevalue(name)
     return chosen
+
+
+# The default model and a toy with TinyLlama's heads, in a memory of 1,024 rows ------------------
+
+RoomyBrain = Callable[[str, str, str], brain.Brain]
+Reference = Callable[[str, str], Any]
+
+
+@pytest.fixture(scope="session")
+def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
+    """``roomy_brain(model, dtype, engine)``: of ``smollm2`` or ``seeded-toy``, greedy, forgetting
+    nothing, with reads of 1 and 128 tokens over one bucket. Shared by all tests: prime it first.
+    """
+
+    @functools.cache
+    def shared(model: str, dtype: str, engine: str) -> brain.Brain:
+        torch.set_num_threads(THREADS)
+        real = model not in SEEDED
+        if real:
+            request.getfixturevalue("smollm2_folder")
+        conf = compose_conf(
+            [
+                f"dtype={dtype}",
+                f"engine={engine}",
+                "engine.widths=[1,128]",
+                "engine.smallest_bucket=1024",
+                "capacity=1024",
+                "cull=none",
+                "sampler=greedy",
+                "device=cpu",
+            ]
+        )
+        settings = settings_of(conf)
+        checkpoint = (
+            open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+            if real
+            else SEEDED[model].checkpoint(settings.dtype, settings.device)
+        )
+        return brain.Brain(checkpoint, settings, conf)
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def reference_model(request: pytest.FixtureRequest) -> Reference:
+    """``reference_model(model, dtype)``: the same models in Hugging Face transformers."""
+
+    @functools.cache
+    def shared(model: str, dtype: str) -> Any:
+        torch.set_num_threads(THREADS)
+        if model in SEEDED:
+            return seeded_reference(SEEDED[model], getattr(torch, dtype))
+        return load_reference(request.getfixturevalue("smollm2_folder"), getattr(torch, dtype))
+
+    return shared

@@ -56,7 +56,7 @@ def _of_the_configured_model(text: tuple[int, ...]) -> list[Case]:
             f"a prompt of {CONTEXT} tokens, read in chunks of several widths: the surprise of "
             "every token on arrival, the logits after the last, and after 16 new ones",
             (Prime(context), Read(), Read(beyond, tuple(range(CONTEXT, TEXT)))),
-            MemoryShape(1024, 1024, ((1, 128), (1, 100), (1, 431), (1, 37))),
+            MemoryShape(1024, 1024, ((1, 128), (1, 100), (1, 431))),
         ),
         Case(
             "token_by_token",
@@ -186,7 +186,7 @@ def _of_seeded_models() -> list[Case]:
                 Read(),
                 Read(ids[90:96], tuple(range(84, 90))),
             ),
-            MemoryShape(capacity=64, smallest_bucket=16, widths=(NARROW,)),
+            MemoryShape(capacity=64, smallest_bucket=32, widths=(NARROW,)),
             seeded="seeded-toy",
         ),
     ]

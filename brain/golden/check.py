@@ -66,7 +66,17 @@ def examine(golden: Golden, brain: Brain) -> Verdict:
         raise Refused(f"{golden.name}: the reference's noise in {name} is missing; write it again")
     if golden.expected.full_logits.shape[1] != brain.checkpoint.config.vocab_size:
         raise Refused(f"{golden.name}: its vocabulary is not that of {brain.checkpoint.name}")
-    return judge(golden.expected, replay(brain, golden.script), noise, brain.decode)
+    observed, expected = replay(brain, golden.script), golden.expected
+    made, kept = (
+        (len(observed.rows), len(observed.tokens)),
+        (len(expected.top_ids), len(expected.surprises)),
+    )
+    if made != kept:
+        raise Refused(
+            f"{golden.name}: its script gives {made[0]} rows and {made[1]} surprises, but "
+            f"{kept[0]} and {kept[1]} are stored; write it again"
+        )
+    return judge(expected, observed, noise, brain.decode)
 
 
 class Brains:

@@ -127,9 +127,9 @@ def _passage(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], list
         about = folder / ABOUT_PASSAGE
         told = json.loads(about.read_text("utf-8")) if about.exists() else {}
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise Refused(
-            f"{path}: cannot be read ({one_line(error)}); put a text of at least {TEXT} "
-            "tokens there"
+            f"{path}: cannot be read ({reason}); put a text of at least {TEXT} tokens there"
         ) from None
     if len(ids) < TEXT:
         raise Refused(f"{path}: {len(ids)} tokens, but {TEXT} are read; use a longer text")
