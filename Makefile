@@ -14,7 +14,7 @@ run: $(VENV)/.installed
 	@$(BIN)/brain $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -23,6 +23,9 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	@$(BIN)/brain task=bench $(ARGS)
+
+# Tests start many short multi-threaded jobs; threads that spin while they wait would fight over few
+# cores.
 
 # Without a GPU the CPU build of torch is asked for first: where pip knows of one, it saves
 # gigabytes. Its exact version also keeps pip from replacing it later.

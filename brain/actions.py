@@ -132,8 +132,8 @@ def resolve(actions: Sequence[Action], mirror: Mirror, limits: Limits) -> Edit:
                 if edit.pin.setdefault(position, action.pinned) != action.pinned:
                     raise Refused(f"position {position} is both pinned and released in one batch")
         elif isinstance(action, Boost):
-            if not math.isfinite(action.amount):
-                raise Refused(f"Boost by {action.amount}: the amount must be a finite number")
+            if not isinstance(action.amount, (int, float)) or not math.isfinite(action.amount):
+                raise Refused(f"Boost by {action.amount!r}: the amount must be a finite number")
             for position in _positions(action.positions, mirror, name):
                 edit.boost[position] = edit.boost.get(position, 0.0) + float(action.amount)
         else:

@@ -197,6 +197,12 @@ RoomyBrain = Callable[[str, str, str], brain.Brain]
 Reference = Callable[[str, str], Any]
 
 
+@pytest.fixture
+def all_threads() -> None:
+    """For real weights: as many threads as PyTorch would choose, whatever ran before."""
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(scope="session")
 def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
     """``roomy_brain(model, dtype, engine)``: of ``smollm2`` or ``seeded-toy``, greedy, forgetting
@@ -205,7 +211,6 @@ def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
 
     @functools.cache
     def shared(model: str, dtype: str, engine: str) -> brain.Brain:
-        torch.set_num_threads(THREADS)
         real = model not in SEEDED
         if real:
             request.getfixturevalue("smollm2_folder")
@@ -238,7 +243,6 @@ def reference_model(request: pytest.FixtureRequest) -> Reference:
 
     @functools.cache
     def shared(model: str, dtype: str) -> Any:
-        torch.set_num_threads(THREADS)
         if model in SEEDED:
             return seeded_reference(SEEDED[model], getattr(torch, dtype))
         return load_reference(request.getfixturevalue("smollm2_folder"), getattr(torch, dtype))

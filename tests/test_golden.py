@@ -41,6 +41,8 @@ from brain.tasks import golden as task
 from brain.tasks.golden import Mismatch
 from conf.schema import Conf
 
+pytestmark = pytest.mark.usefixtures("all_threads")
+
 FOLDER = Path(__file__).parent / "golden"
 NAMES = golden_names(FOLDER)
 TOY = "toy_bucket_edges"

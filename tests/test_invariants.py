@@ -359,6 +359,7 @@ BAD: dict[str, list[Any]] = {
     "boost nothing there": [Boost([4], 1.0)],
     "boost by infinity": [Boost([2], float("inf"))],
     "boost by nan": [Boost([2], float("nan"))],
+    "boost by a word": [Boost([2], "x")],  # type: ignore[arg-type]
     "replace nothing": [Replace([], [5])],
     "replace by nothing": [Replace([1, 2], [])],
     "replace by more": [Replace([1, 2], [5, 6, 7])],

@@ -21,6 +21,8 @@ from brain.golden.judge import CLEAR_GAP, LOGIT_TOLERANCE
 from brain.steps import Step
 from compiled.state import State, addresses
 
+pytestmark = pytest.mark.usefixtures("all_threads")
+
 BOS = 1
 PROMPT = 862  # tokens, BOS included
 PASSAGE = Path(__file__).parent / "golden" / "passage.txt"
