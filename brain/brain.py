@@ -131,7 +131,7 @@ class Brain:
                 raise Refused("read: two tokens at one position")
             self.graphs.begin_step()
             length = len(ids)
-            width = self.graphs.width_for(length) if length <= self.graphs.chunk else length
+            width = self.graphs.width_for(length)
             reading = trimmed(self.memory.read_padded(ids, where, width), length)
         if self.graphs.compiled and self.device.type == "cuda":
             # Outputs of a captured graph are overwritten by its next replay.

@@ -134,8 +134,12 @@ class Graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def width_for(self, num_tokens: int) -> int:
-        """The width that a call with this many tokens is padded to."""
-        return smallest_at_least(self.widths, num_tokens) if self.compiled else num_tokens
+        """The width that a read of this many tokens is padded to: its own where it is not
+        captured, in eager mode or beyond the chunk.
+        """
+        if not self.compiled or num_tokens > self.chunk:
+            return num_tokens
+        return smallest_at_least(self.widths, num_tokens)
 
     def edit_width_for(self, num_tokens: int) -> int:
         """The same for a patch that edits."""
