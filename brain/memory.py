@@ -55,6 +55,7 @@ class Memory:
             settings.keep_score,
             settings.widths,
             settings.smallest_bucket,
+            settings.chunk,
         )
         self.graphs = Graphs(
             behaviour,
@@ -79,13 +80,7 @@ class Memory:
 
     def read_padded(self, ids: Sequence[int], positions: Sequence[int], width: int) -> Reading:
         """Reads any tokens, padded to a width; call ``graphs.begin_step`` first."""
-        padding = [0] * (width - len(ids))
-        return self.graphs.read(
-            self._tensor([*ids, *padding]),
-            self._tensor([*positions, *padding]),
-            self._tensor(len(ids)),
-            high_water=self.high_water,
-        )
+        return self.graphs.read(*self._padded(ids, positions, width), high_water=self.high_water)
 
     def commit(
         self, rows: Sequence[Row], edit: Edit, mirror: Mirror, pending_surprise: float | None
@@ -149,13 +144,14 @@ class Memory:
         nats: list[float] = []
         self.graphs.begin_step()
         if span:
-            reading = self.read_padded(
-                [row.token for row in span], [row.position for row in span], width
-            )
-            plan = plan._replace(keys=reading.new_keys, values=reading.new_values)
             targets = [row.token for row in rows[start + 1 : start + 1 + len(span)]]
-            targets += [0] * (width - len(targets))
-            nats = self.graphs.surprises(reading.logits, self._tensor(targets)).tolist()
+            learnt = self.graphs.study(
+                *self._padded([row.token for row in span], [row.position for row in span], width),
+                self._tensor(targets + [0] * (width - len(targets))),
+                high_water=self.high_water,
+            )
+            plan = plan._replace(keys=learnt.new_keys, values=learnt.new_values)
+            nats = learnt.surprises.tolist()
         span_surprises = [
             known if known is not None else (link or 0.0)
             for known, link in zip(
@@ -236,6 +232,14 @@ class Memory:
         self.tick = int(cursor.tick)
         self.settle(len(slot), int(cursor.position[0]), uncommitted=bool(int(cursor.uncommitted)))
         self.high_water = high_water
+
+    def _padded(
+        self, ids: Sequence[int], positions: Sequence[int], width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and length of a read of some width."""
+        padding = [0] * (width - len(ids))
+        tokens, where = self._tensor([*ids, *padding]), self._tensor([*positions, *padding])
+        return tokens, where, self._tensor(len(ids))
 
     def _tensor(self, values: int | Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

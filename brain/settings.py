@@ -30,6 +30,7 @@ class Settings:
     compiled: bool
     widths: tuple[int, ...]
     smallest_bucket: int
+    chunk: int | None
     method: SamplingMethod
     temperature: float
     top_p: float
@@ -59,11 +60,13 @@ def settings_of(conf: Conf) -> Settings:
         raise Refused(f"seed must fit in 64 bits, not {conf.seed}")
     widths = conf.engine.widths
     if len(widths) < 2 or widths[0] != 1 or list(widths) != sorted(set(widths)):
-        raise Refused(f"engine.widths must ascend from 1, like [1, 16, 128], not {list(widths)}")
+        raise Refused(f"engine.widths must ascend from 1, like [1, 16], not {list(widths)}")
     if conf.engine.smallest_bucket < 1:
         raise Refused(
             f"engine.smallest_bucket must be at least 1, not {conf.engine.smallest_bucket}"
         )
+    if conf.engine.chunk is not None and conf.engine.chunk < 1:
+        raise Refused(f"engine.chunk must be at least 1, not {conf.engine.chunk}")
     _check_sampler(conf.sampler)
     brightness = conf.cull.brightness
     unknown = set(brightness.seeds) - set(SOURCES)
@@ -77,6 +80,7 @@ def settings_of(conf: Conf) -> Settings:
         compiled=conf.engine.compiled,
         widths=tuple(widths),
         smallest_bucket=conf.engine.smallest_bucket,
+        chunk=conf.engine.chunk,
         method=SamplingMethod(
             greedy=conf.sampler.greedy,
             top_k=conf.sampler.top_k,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.products import dot_rows, mix_rows, streams_rows, sum_rows
+from compiled.products import dot_rows, heads_at_once, mix_rows, streams_rows, sum_rows
 
 
 class Visibility(NamedTuple):
@@ -67,24 +67,52 @@ def attend(
     A hidden slot's probability is exactly zero, whatever finite bytes lie in it.
     """
     num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads, bucket, _ = keys.shape
+    num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
-    streaming = streams_rows(query, num_tokens)
     # Query heads that share a key head lie side by side, so no key is ever repeated.
     grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    grouped = grouped.reshape(num_kv_heads, group * num_tokens, head_dim) / math.sqrt(head_dim)
-
-    scores = torch.cat(
-        [dot_rows(grouped, keys, streaming), dot_rows(grouped, new_keys, streaming)], dim=-1
-    )  # [kv_heads, group * T, bucket + T]: scores are joined, the cache is not
+    grouped = grouped / math.sqrt(head_dim)  # [kv_heads, group, T, head_dim]
     hidden = ~torch.cat([visible.cached, visible.new], dim=-1)  # [T, bucket + T]
+
+    step = heads_at_once(query, num_kv_heads)
+    attended, masses = [], []
+    for first in range(0, num_kv_heads, step):
+        heads = slice(first, first + step)
+        cached, new = (keys[heads], values[heads]), (new_keys[heads], new_values[heads])
+        mixed, mass = _attend(grouped[heads], cached, new, hidden, visible.live)
+        attended.append(mixed)
+        masses.append(mass)
+    together = torch.cat(attended) if len(attended) > 1 else attended[0]
+    together = together.permute(2, 0, 1, 3).reshape(num_tokens, num_heads * head_dim)
+    mass = torch.stack(masses).sum(0) if len(masses) > 1 else masses[0]
+    return together.to(query.dtype), mass
+
+
+def _attend(
+    query: Tensor,
+    cached: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    hidden: Tensor,
+    live: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attention of some key heads: ``query`` [K, group, T, head_dim], scaled.
+
+    Returns the attended values [K, group, T, head_dim] float32, and the mass [bucket + T].
+    """
+    num_kv_heads, group, num_tokens, head_dim = query.shape
+    (keys, values), (new_keys, new_values) = cached, new
+    bucket = keys.shape[1]
+    streaming = streams_rows(query, num_tokens)
+    queries = query.reshape(num_kv_heads, group * num_tokens, head_dim)
+    scores = torch.cat(
+        [dot_rows(queries, keys, streaming), dot_rows(queries, new_keys, streaming)], dim=-1
+    )  # [K, group * T, bucket + T]: scores are joined, the cache is not
     by_query = (num_kv_heads, group, num_tokens, -1)
-    shares = torch.softmax(torch.where(hidden, -math.inf, scores.view(by_query)), dim=-1)
+    scores = torch.where(hidden, -math.inf, scores.view(by_query))
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32)
 
     rows = shares.view(num_kv_heads, group * num_tokens, -1)
     attended = mix_rows(rows[..., :bucket], values, streaming)
     attended = attended + mix_rows(rows[..., bucket:], new_values, streaming)
-    attended = attended.view(by_query).permute(2, 0, 1, 3).reshape(num_tokens, -1)
-
-    mass = sum_rows(shares.view(num_heads, num_tokens, -1), visible.live, streaming)
-    return attended.to(query.dtype), mass
+    mass = sum_rows(shares.view(num_kv_heads * group, num_tokens, -1), live, streaming)
+    return attended.view(by_query), mass

@@ -5,7 +5,9 @@ a tick, and for every width above 1 the patch of an edit and the surprise of its
 ``engine="compiled"`` each is captured once by ``torch.compile(fullgraph=True, dynamic=False)``: in
 CUDA-graph mode on CUDA, through Inductor alone on a CPU. A graph break or a second compilation of
 any of them is an error, not a slow path. With ``engine="eager"`` the same functions are called
-directly, at the exact width asked for.
+directly, at the exact width asked for; so are reads wider than any that is captured, a prefill's
+chunks among them: they are bound by their products, which capture does not make faster, and
+without it they read exactly the rows there are instead of a whole bucket.
 
 This module does not know what a tick is, except that ``begin_step`` starts one.
 """
@@ -23,7 +25,7 @@ from torch.fx import GraphModule
 from compiled.choose import Choice, Forced, KeepScore, choose
 from compiled.llama import LlamaConfig, Weights
 from compiled.patch import Plan, RowColumns, patch
-from compiled.read import Reading, read
+from compiled.read import Reading, Study, read, study
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.score import Brightness, Forgetting
 from compiled.state import NOWHERE, Cursor, State
@@ -44,8 +46,9 @@ class Behaviour:
     brightness: Brightness
     forgetting: Forgetting
     keep_score: KeepScore
-    widths: tuple[int, ...] = (1, 16, 128)  # ascending, from 1; the last is the prefill chunk
+    widths: tuple[int, ...] = (1, 16)  # tokens per captured read, ascending from 1
     smallest_bucket: int = 1024  # slots
+    chunk: int | None = None  # most tokens that are read to be committed; None: the widest width
 
     def __post_init__(self) -> None:
         """Raises ValueError for widths or a bucket that cannot form a set."""
@@ -54,6 +57,8 @@ class Behaviour:
             raise ValueError(f"widths must be ascending and start 1, N, …, not {list(widths)}")
         if self.smallest_bucket < 1:
             raise ValueError(f"smallest_bucket must be at least 1, not {self.smallest_bucket}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {self.chunk}")
 
 
 @dataclass
@@ -123,8 +128,12 @@ class Graphs:
 
     @property
     def chunk(self) -> int:
-        """The most tokens one read takes."""
-        return self.widths[-1]
+        """The most tokens that one read and one patch take when a text is committed."""
+        return min(self.behaviour.chunk or self.widths[-1], self.state.capacity)
+
+    def is_captured(self, num_tokens: int) -> bool:
+        """Whether reads and edits of this many tokens are captured, padded to a width."""
+        return self.compiled and num_tokens <= self.widths[-1]
 
     def begin_step(self) -> None:
         """Marks the start of a step for CUDA graphs: before a read, never between it and the
@@ -134,24 +143,21 @@ class Graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def width_for(self, num_tokens: int) -> int:
-        """The width that a read of this many tokens is padded to: its own where it is not
-        captured, in eager mode or beyond the chunk.
-        """
-        if not self.compiled or num_tokens > self.chunk:
-            return num_tokens
-        return smallest_at_least(self.widths, num_tokens)
+        """The width that a read of this many tokens is padded to: its own if not captured."""
+        captured = self.is_captured(num_tokens)
+        return smallest_at_least(self.widths, num_tokens) if captured else num_tokens
 
     def edit_width_for(self, num_tokens: int) -> int:
         """The same for a patch that edits."""
-        return smallest_at_least(self.edit_widths, num_tokens) if self.compiled else num_tokens
+        captured = self.is_captured(num_tokens)
+        return smallest_at_least(self.edit_widths, num_tokens) if captured else num_tokens
 
     def read(
         self, tokens: Tensor, positions: Tensor, length: Tensor, *, high_water: int
     ) -> Reading:
         """``read`` over the smallest bucket that holds every row below ``high_water``."""
         arguments = (self.weights, self.state, tokens, positions, length)
-        if not self.compiled or tokens.shape[0] > self.chunk:
-            # Nothing to capture: the exact prefix. Wider reads than the chunk come one at a time.
+        if not self.is_captured(tokens.shape[0]):
             return read(self.behaviour.config, *arguments, bucket=max(1, high_water))
         bucket = smallest_at_least(self.buckets, max(1, high_water))
         graph = self._graph(
@@ -167,17 +173,34 @@ class Graphs:
         choice: Choice = graph(self.state, self.cursor, reading, self.sampling, forced)
         return choice
 
+    def study(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        length: Tensor,
+        targets: Tensor,
+        *,
+        high_water: int,
+    ) -> Study:
+        """``study`` over the same bucket; where it is captured, a read and its surprises."""
+        if not self.is_captured(tokens.shape[0]):
+            arguments = (self.weights, self.state, tokens, positions, length, targets)
+            return study(self.behaviour.config, *arguments, bucket=max(1, high_water))
+        reading = self.read(tokens, positions, length, high_water=high_water)
+        return Study(self.surprises(reading.logits, targets), *reading[1:])
+
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """``surprises`` of the tokens of an edit."""
+        """``surprises`` of the tokens of a captured edit."""
         name = _names_after_read(targets.shape[0], EDIT)[0]
         nats: Tensor = self._graph(name, surprises)(logits, targets)
         return nats
 
     def patch(self, plan: Plan) -> None:
         """``patch``: a tick's, or an edit's where the plan pins or erases."""
-        kind = TICK if plan.erase is None else EDIT
-        name = _names_after_read(plan.rows.token_id.shape[0], kind)[1]
-        self._graph(name, patch)(self.state, self.cursor, plan)
+        width = plan.rows.token_id.shape[0]
+        name = _names_after_read(width, TICK if plan.erase is None else EDIT)[1]
+        graph = self._graph(name, patch) if self.is_captured(width) else patch
+        graph(self.state, self.cursor, plan)
 
     def expected(self) -> tuple[str, ...]:
         """Names of all graphs that this brain can ever need, in order of warm-up."""

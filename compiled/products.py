@@ -16,6 +16,16 @@ def streams_rows(x: Tensor, num_tokens: int) -> bool:
     return num_tokens == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
+def heads_at_once(query: Tensor, num_kv_heads: int) -> int:
+    """How many key heads attend in one go, given the queries [T, heads, head_dim].
+
+    On a CPU without a compiler to fuse the steps, one: the scores of many queries leave the cache
+    between a step and the next if they are those of all heads. Elsewhere all.
+    """
+    alone = query.device.type == "cpu" and query.shape[0] > 1 and not torch.compiler.is_compiling()
+    return 1 if alone else num_kv_heads
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: [T, in] × [out, in] → [T, out], all of one dtype."""
     if streams_rows(x, x.shape[0]):
@@ -24,13 +34,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def dot_rows(query: Tensor, rows: Tensor, streaming: bool) -> Tensor:
-    """Dot product of every query with every row, in float32.
+    """Dot product of every query with every row: in float32 where they stream, else in their dtype.
 
     ``query`` [kv_heads, Q, head_dim] × ``rows`` [kv_heads, N, head_dim] → [kv_heads, Q, N].
     """
     if streaming:
         return (query.float()[:, :, None] * rows.float()[:, None]).sum(-1)
-    return torch.bmm(query, rows.transpose(1, 2)).float()
+    return torch.bmm(query, rows.transpose(1, 2))
 
 
 def mix_rows(shares: Tensor, rows: Tensor, streaming: bool) -> Tensor:

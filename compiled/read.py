@@ -1,6 +1,10 @@
 """The read: step 1, a forward pass of T new tokens against the memory, writing nothing.
 
     read(weights, state, tokens [T], positions [T], length) → Reading
+    study(weights, state, tokens [T], positions [T], length, targets [T]) → Study
+
+Both are one pass through the layers; they differ in what they ask the head. A read returns every
+logit; a study, for a text that is already written, how surprising each next token of it is.
 
 Decode, prefill, re-reading a token that is already remembered and reading "as of" an old
 position are all this one function: the visibility rule of ``attention.py`` makes them so.
@@ -25,6 +29,7 @@ from compiled.llama import (
 )
 from compiled.products import linear
 from compiled.rope import rotation
+from compiled.sample import head_surprises
 from compiled.state import State
 
 
@@ -42,6 +47,26 @@ class Reading(NamedTuple):
     own_mass: Tensor  # [T] float32
 
 
+class Study(NamedTuple):
+    """What a study returns: a reading with one number in place of each row of logits."""
+
+    surprises: Tensor  # [T] float32, nats: of ``targets[i]`` after token i
+    new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
+    new_values: Tensor  # [layers, kv_heads, T, head_dim]
+    mass: Tensor  # [capacity] float32
+    own_mass: Tensor  # [T] float32
+
+
+class _Pass(NamedTuple):
+    """What the layers make of T tokens."""
+
+    final: Tensor  # [T, hidden] model dtype, normalised: what the head takes
+    new_keys: Tensor  # [layers, kv_heads, T, head_dim]
+    new_values: Tensor  # [layers, kv_heads, T, head_dim]
+    mass: Tensor  # [capacity] float32
+    own_mass: Tensor  # [T] float32
+
+
 @torch.compiler.nested_compile_region
 def _layer(eps: float, *tensors: Tensor) -> tuple[Tensor, ...]:
     # One region, compiled once and stamped out for every layer. The compiler recognises the
@@ -52,22 +77,16 @@ def _layer(eps: float, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(reading)
 
 
-def read(
+def _pass(
     config: LlamaConfig,
     weights: Weights,
     state: State,
     tokens: Tensor,
     positions: Tensor,
     length: Tensor,
-    *,
     bucket: int,
-) -> Reading:
-    """Reads T tokens at T positions against the first ``bucket`` slots.
-
-    ``tokens``, ``positions`` [T] int64; ``length`` [] int64, how many of them are asked for (the
-    rest is padding, whose outputs mean nothing). ``bucket`` must reach past the highest occupied
-    slot and is at most the capacity.
-    """
+) -> _Pass:
+    """From token ids to what the head takes."""
     cos, sin = rotation(positions, weights.inverse_frequencies)  # [T, head_dim / 2]
     visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
     hidden = F.embedding(tokens, weights.embedding).float()  # [T, hidden]
@@ -90,16 +109,54 @@ def read(
         new_values.append(value)
         mass = mass + layer_mass
 
-    final = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
-    logits = linear(final, weights.head).float()  # [T, vocab]
     attention_rows = config.num_layers * config.num_heads
-    return Reading(
-        logits=logits,
+    return _Pass(
+        final=rms_norm(hidden, weights.final_norm, config.rms_norm_eps),
         new_keys=torch.stack(new_keys),
         new_values=torch.stack(new_values),
         mass=F.pad(mass[:bucket] / attention_rows, (0, state.capacity - bucket)),
         own_mass=mass[bucket:] / attention_rows,
     )
+
+
+def read(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    *,
+    bucket: int,
+) -> Reading:
+    """Reads T tokens at T positions against the first ``bucket`` slots.
+
+    ``tokens``, ``positions`` [T] int64; ``length`` [] int64, how many of them are asked for (the
+    rest is padding, whose outputs mean nothing). ``bucket`` must reach past the highest occupied
+    slot and is at most the capacity.
+    """
+    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket)
+    logits = linear(final, weights.head).float()  # [T, vocab]
+    return Reading(logits, *rest)
+
+
+def study(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    targets: Tensor,
+    *,
+    bucket: int,
+) -> Study:
+    """Reads T tokens that are followed by ``targets`` [T] int64; otherwise as ``read``.
+
+    No row of logits ever exists as a whole: T may be as large as makes the products fast.
+    """
+    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket)
+    return Study(head_surprises(final, weights.head, targets), *rest)
 
 
 def trimmed(reading: Reading, length: int) -> Reading:

@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 from compiled.philox import uniform
+from compiled.products import linear
+
+HEAD_BLOCK = 2048
+"""Rows of the head that are multiplied at a time where no logits are kept: the block of logits
+stays small enough for the cache, the product large enough to run at full speed.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,3 +108,20 @@ def surprises(logits: Tensor, targets: Tensor) -> Tensor:
     ``logits`` [T, vocab] float32, ``targets`` [T] int64 → [T] float32.
     """
     return -torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+
+
+def head_surprises(final: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The same without logits: they are made block by block and forgotten.
+
+    ``final`` [T, hidden], ``head`` [vocab, hidden], ``targets`` [T] int64 → [T] float32.
+    The normaliser is the log-sum-exp of the blocks' log-sum-exps.
+    """
+    normalisers, chosen = [], []
+    for first in range(0, head.shape[0], HEAD_BLOCK):
+        logits = linear(final, head[first : first + HEAD_BLOCK]).float()  # [T, block]
+        normalisers.append(torch.logsumexp(logits, -1))
+        within = targets - first
+        inside = (within >= 0) & (within < logits.shape[1])
+        told = logits.gather(-1, within.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        chosen.append(torch.where(inside, told, 0.0))
+    return torch.logsumexp(torch.stack(normalisers), 0) - torch.stack(chosen).sum(0)

@@ -45,8 +45,9 @@ class EngineConf:
     """How the graphs run."""
 
     compiled: bool = MISSING
-    widths: list[int] = MISSING  # tokens per read: 1, …, prefill chunk
+    widths: list[int] = MISSING  # tokens per captured read: 1, …
     smallest_bucket: int = MISSING  # slots; powers of two from here up to the capacity
+    chunk: int | None = None  # most tokens per read of a prompt; null: the widest of the widths
 
 
 @dataclass

@@ -171,6 +171,7 @@ def open_tiny(tiny_folder: Path) -> OpenTiny:
             "cull.recent": 4,
             "engine.widths": [1, 4, 16],
             "engine.smallest_bucket": 32,
+            "engine.chunk": None,
         }
         return brain.open("folder", **{**options, **overrides})
 
@@ -228,6 +229,7 @@ def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
                 f"dtype={dtype}",
                 f"engine={engine}",
                 "engine.widths=[1,128]",
+                "engine.chunk=null",
                 "engine.smallest_bucket=1024",
                 "capacity=1024",
                 "cull=none",

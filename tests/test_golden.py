@@ -114,7 +114,7 @@ def test_compiled_engine_agrees(name: str, dtype: str, roomy_brain: RoomyBrain) 
 
 @pytest.mark.slow
 def test_compiled_engine_agrees_at_the_edges_of_two_buckets() -> None:
-    conf = compose_conf(["engine=compiled", "engine.widths=[1,8]"])
+    conf = compose_conf(["engine=compiled", "engine.widths=[1,8]", "engine.chunk=null"])
     golden = load_golden(FOLDER, TOY)
     brain = Brains(conf).brain(golden, (1, 8))
     verdict = examine(golden, brain)

@@ -99,7 +99,12 @@ class Brains:
         if key not in self._brains:
             conf = dataclasses.replace(
                 self.conf,
-                engine=EngineConf(self.conf.engine.compiled, list(widths), memory.smallest_bucket),
+                engine=EngineConf(
+                    compiled=self.conf.engine.compiled,
+                    widths=list(widths),
+                    smallest_bucket=memory.smallest_bucket,
+                    chunk=self.conf.engine.chunk if self.conf.engine.compiled else None,
+                ),
                 capacity=memory.capacity,
                 cull=dataclasses.replace(self.conf.cull, policy="none", target=None),
             )

@@ -210,6 +210,7 @@ def test_any_path_can_be_opened(
         ({"engine.widths": [2, 4]}, "widths"),
         ({"engine.widths": [1]}, "widths"),
         ({"engine.smallest_bucket": 0}, "smallest_bucket"),
+        ({"engine.chunk": 0}, "engine.chunk"),
         ({"sampler.temperature": 0.0}, "temperature"),
         ({"sampler.temperature": float("nan")}, "temperature"),
         ({"sampler.top_k": -1}, "top_k"),

@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,6 +97,34 @@ def test_every_width_has_its_graphs(capacity: int, widths: tuple[int, ...]) -> N
             assert f"read T={edit} bucket={size}" in names  # what an edit appends is read so
     reads = sum(name.startswith("read ") for name in names)
     assert reads == len(set(graphs.widths)) * len(graphs.buckets)
+
+
+def test_a_chunk_wider_than_the_widths_is_not_captured() -> None:
+    graphs = graphs_of(48, compiled=True, widths=(1, 4), chunk=20)
+    assert graphs.chunk == 20
+    assert graphs_of(16, compiled=True, widths=(1, 4), chunk=20).chunk == 16
+    assert [graphs.is_captured(n) for n in (1, 2, 4, 5, 20)] == [True, True, True, False, False]
+    assert [graphs.width_for(n) for n in (2, 5, 20, 40)] == [4, 5, 20, 40]
+    assert [graphs.edit_width_for(n) for n in (1, 4, 5)] == [4, 4, 5]
+    tokens, positions = torch.arange(5), torch.arange(5)
+    studied = graphs.study(tokens, positions, torch.tensor(5), tokens, high_water=1)
+    assert studied.new_keys.shape[2] == 5
+    plan = graphs.empty_edit(5)
+    graphs.patch(
+        plan._replace(
+            keys=studied.new_keys,
+            values=studied.new_values,
+            rows=plan.rows._replace(length=torch.tensor(5), position=positions),
+        )
+    )
+    assert graphs.state.valid.sum() == 5
+    assert graphs.captures == {}  # nothing was compiled for any of it
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunks_below_1_are_refused(chunk: int) -> None:
+    with pytest.raises(ValueError, match="chunk"):
+        behaviour(chunk=chunk)
 
 
 def test_an_eager_brain_has_no_graphs_and_pads_nothing() -> None:

@@ -21,12 +21,13 @@ def test_streaming_is_the_same_product(dtype: torch.dtype, monkeypatch: pytest.M
     # Sums of 64 terms in another order: 2^-24 each. Bfloat16 rounds results (and shares) to 2^-8.
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     for plain, streamed in (
-        (dot_rows(query, rows, False), dot_rows(query, rows, True)),
+        (dot_rows(query, rows, False).float(), dot_rows(query, rows, True)),
         (mix_rows(shares, rows, False), mix_rows(shares, rows, True)),
         (sum_rows(shares, live, False), sum_rows(shares, live, True)),
     ):
         assert plain.dtype == streamed.dtype == torch.float32
         torch.testing.assert_close(plain, streamed, rtol=tolerance, atol=2 * tolerance)
+    assert dot_rows(query, rows, False).dtype == dtype  # the softmax converts
     plain = linear(x, weight)
     monkeypatch.setattr(compiled.products, "streams_rows", lambda x, num_tokens: True)
     streamed = linear(x, weight)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiled.llama import LlamaConfig, Weights
-from compiled.read import Reading, read, trimmed
+from compiled.read import Reading, read, study, trimmed
+from compiled.sample import surprises
 from compiled.state import State
 from plain import PlainReading, plain_read
 from toys import digest, raw_bytes, toy_config, toy_state, toy_weights
@@ -206,3 +207,18 @@ def test_rounding_of_the_reference_is_not_what_is_compared() -> None:
     wrong_eps = dataclasses.replace(config, rms_norm_eps=1e-2)
     with pytest.raises(AssertionError):
         assert_agrees(run(wrong_eps, weights, state, [3, 4], [10, 11], 2), expected, 2)
+
+
+def test_a_study_is_a_read_that_tells_surprises_instead_of_logits() -> None:
+    config = toy_config()
+    weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
+    tokens, positions = torch.tensor([3, 8, 1, 0]), torch.tensor([10, 11, 12, 0])
+    length, targets = torch.tensor(3), torch.tensor([8, 1, 39, 0])
+    arguments = (config, weights, state, tokens, positions, length)
+    reading = read(*arguments, bucket=CAPACITY)
+    studied = study(*arguments, targets, bucket=CAPACITY)
+    for name in ("new_keys", "new_values", "mass", "own_mass"):
+        assert torch.equal(getattr(studied, name), getattr(reading, name)), name
+    # Logits of order 1 from products of 24 terms, summed in another order.
+    expected = surprises(reading.logits, targets)
+    torch.testing.assert_close(studied.surprises, expected, rtol=1e-5, atol=1e-5)

@@ -22,9 +22,11 @@ from transformers import (
 
 from compiled.philox import key_of
 from compiled.sample import (
+    HEAD_BLOCK,
     Sampling,
     SamplingMethod,
     candidates,
+    head_surprises,
     penalize,
     sample,
     seen_tokens,
@@ -339,6 +341,20 @@ def test_surprises_of_certain_and_huge_logits() -> None:
     logits = torch.tensor([[1000.0, 0.0], [1000.0, 0.0], [-1e30, 1e30]])
     told = surprises(logits, torch.tensor([0, 1, 1]))
     assert told.tolist() == [0.0, 1000.0, 0.0]
+
+
+@pytest.mark.parametrize("vocab", [1, HEAD_BLOCK - 1, HEAD_BLOCK, 2 * HEAD_BLOCK + 7])
+def test_surprises_without_logits_are_the_same(vocab: int) -> None:
+    """Targets in every block, at both of its edges; the last block is a part of one."""
+    generator = torch.Generator().manual_seed(7)
+    final = torch.randn(60, 16, generator=generator)
+    head = 3 * torch.randn(vocab, 16, generator=generator)
+    targets = torch.randint(0, vocab, (60,), generator=generator)
+    targets[:4] = torch.tensor([0, HEAD_BLOCK - 1, HEAD_BLOCK, vocab - 1]).clamp(max=vocab - 1)
+    expected = F.cross_entropy(final.double() @ head.double().T, targets, reduction="none")
+    # Products of 16 terms: logits up to 60, each resolved to 60 * 2^-24 = 3.6e-6 after roundings.
+    told = head_surprises(final, head, targets)
+    torch.testing.assert_close(told.double(), expected, rtol=1e-5, atol=5e-5)
 
 
 def test_draw_is_repeatable_across_calls_without_hidden_state() -> None:
