@@ -18,7 +18,7 @@ from torch import Tensor
 
 from brain.actions import Action, Edit, Limits, resolve, token_ids
 from brain.checkpoints import Checkpoint
-from brain.commit import Row
+from brain.commit import Row, Told
 from brain.errors import Refused, warn
 from brain.memory import Memory
 from brain.mirror import Mirror, mirror_of, source_number
@@ -29,7 +29,7 @@ from brain.tokens import StreamDecoder
 from compiled.capture import Graphs
 from compiled.choose import UNFORCED, Forced
 from compiled.read import Reading, trimmed
-from compiled.score import MOST_CULLED, cull_count
+from compiled.score import MOST_CULLED, Forgetting, cull_count
 from compiled.state import NOWHERE, Cursor, State
 from conf.schema import Conf
 
@@ -212,7 +212,7 @@ class Brain:
         mirror = self.mirror
         edit = resolve(actions, mirror, self._limits())
         rows = [Row(*row) for row in edit.replacing]
-        pending_surprise = None
+        pending: Told | None = None
         if edit.appending:
             rows += [
                 Row(token, self.memory.position + 1 + offset, source)
@@ -221,9 +221,9 @@ class Brain:
             if self.memory.uncommitted:
                 held = self.memory.cursor
                 rows.append(Row(int(held.token[0]), self.memory.position, int(held.source[0])))
-                pending_surprise = float(held.surprise[0])
+                pending = Told(float(held.surprise[0]), float(held.novelty[0]))
         rows.sort(key=lambda row: row.position)
-        self.memory.commit(rows, edit, mirror, pending_surprise)
+        self.memory.commit(rows, edit, mirror, pending)
 
     def warm_up(self) -> Iterator[str]:
         """Captures every graph, yielding each one's name before it is compiled.
@@ -248,7 +248,7 @@ class Brain:
     def _advance(self, forced: Forced) -> Tick:
         self._require_primed()
         self._require_room(1)
-        culled = cull_count(self.memory.count, self.settings.forgetting.target)
+        culled = cull_count(self.memory.count, self._forgetting)
         count = self.memory.count - culled + int(self.memory.uncommitted)
         self._warn_of_range(self.memory.position)
         self.graphs.begin_step()
@@ -267,8 +267,12 @@ class Brain:
         self._speech.follow(tick)
         return tick
 
+    @property
+    def _forgetting(self) -> Forgetting:
+        return self.settings.conduct.forgetting
+
     def _limits(self) -> Limits:
-        forgetting = self.settings.forgetting
+        forgetting = self._forgetting
         return Limits(
             vocab_size=self.checkpoint.config.vocab_size,
             capacity=self.capacity,
@@ -288,7 +292,7 @@ class Brain:
     def _require_room(self, ticks: int) -> None:
         # The first of them commits what is pending, each other one what the last one spoke.
         count = self.memory.count + int(self.memory.uncommitted) + ticks - 1
-        if count > self.capacity and not self.settings.forgetting.target:
+        if count > self.capacity and not self._forgetting.target:
             raise Refused(
                 f"memory is full: {count} rows do not fit in {self.capacity} slots and cull=none "
                 "forgets nothing; set cull=brightness or a larger capacity"

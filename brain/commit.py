@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +24,31 @@ class Row:
     source: int
 
 
+class Told(NamedTuple):
+    """How a token came: its own surprise, and the running mean up to it. Nats."""
+
+    surprise: float
+    novelty: float
+
+
+UNTOLD = Told(0.0, 0.0)
+"""Of a token that nothing came before."""
+
+
+class Link(NamedTuple):
+    """What a new row tells of the row after it. Nats."""
+
+    novelty: float
+    next_surprise: float
+
+
 @dataclass(frozen=True)
 class Standing:
     """A cursor at a row that is remembered already (or, with position NOWHERE, at nothing)."""
 
     token: int = 0
     position: int = NOWHERE
-    surprise: float = 0.0
+    told: Told = UNTOLD
     source: int = 0
 
     def cursor(self, tick: int, device: torch.device) -> Cursor:
@@ -37,7 +56,8 @@ class Standing:
         return Cursor(
             token=torch.tensor([self.token], dtype=torch.int64, device=device),
             position=torch.tensor([self.position], dtype=torch.int64, device=device),
-            surprise=torch.tensor([self.surprise], dtype=torch.float32, device=device),
+            surprise=torch.tensor([self.told.surprise], dtype=torch.float32, device=device),
+            novelty=torch.tensor([self.told.novelty], dtype=torch.float32, device=device),
             source=torch.tensor([self.source], dtype=torch.uint8, device=device),
             uncommitted=torch.zeros((), dtype=torch.int64, device=device),
             tick=torch.tensor(tick, dtype=torch.int64, device=device),
@@ -56,26 +76,26 @@ def predecessor(row: Row, previous: Row | None, mirror: Mirror) -> int | None:
 
 
 def standing_after(
-    rows: Sequence[Row], surprises: Sequence[float], edit: Edit, mirror: Mirror
+    rows: Sequence[Row], told: Sequence[Told], edit: Edit, mirror: Mirror
 ) -> Standing:
     """The newest row there will be, once the edit is applied and the rows are committed."""
     kept = [index for index, p in enumerate(mirror.position.tolist()) if p not in edit.cull]
     if rows and (not kept or rows[-1].position > mirror.position[kept[-1]]):
-        return Standing(rows[-1].token, rows[-1].position, surprises[-1], rows[-1].source)
+        return Standing(rows[-1].token, rows[-1].position, told[-1], rows[-1].source)
     if not kept:
         return Standing()
     newest = kept[-1]
     return Standing(
         int(mirror.token_id[newest]),
         int(mirror.position[newest]),
-        float(mirror.surprise[newest]),
+        Told(float(mirror.surprise[newest]), float(mirror.novelty[newest])),
         int(mirror.source[newest]),
     )
 
 
 def row_columns(
     rows: Sequence[Row],
-    surprises: Sequence[float],
+    told: Sequence[Told],
     width: int,
     born: int,
     constants: Brightness,
@@ -92,9 +112,11 @@ def row_columns(
         token_id=column([row.token for row in rows], torch.int64),
         position=column([row.position for row in rows], torch.int64),
         brightness=seed_brightness(source, constants),
-        surprise=column(surprises, torch.float32),
+        surprise=column([one.surprise for one in told], torch.float32),
+        novelty=column([one.novelty for one in told], torch.float32),
         source=source,
         born=torch.full((width,), born, dtype=torch.int64, device=device),
+        lit=torch.full((width,), born, dtype=torch.int64, device=device),
         pinned=torch.zeros(width, dtype=torch.bool, device=device),
         length=torch.tensor(len(rows), dtype=torch.int64, device=device),
     )
@@ -147,8 +169,11 @@ def with_saved_rows(
         saved = rows[name].narrow(axis, first, last - first).to(device)
         return empty.index_copy(axis, place.to(device), saved)
 
-    names = ("token_id", "position", "brightness", "surprise", "source", "born", "pinned")
-    columns = {name: placed(getattr(plan.rows, name), name) for name in names}
+    columns = {
+        name: placed(getattr(plan.rows, name), name)
+        for name in RowColumns._fields
+        if name != "length"
+    }
     return plan._replace(
         keys=placed(plan.keys, "keys", 2),
         values=placed(plan.values, "values", 2),

@@ -12,8 +12,11 @@ from torch import Tensor
 from brain.actions import Edit
 from brain.checkpoints import Checkpoint
 from brain.commit import (
+    UNTOLD,
+    Link,
     Row,
     Standing,
+    Told,
     predecessor,
     row_columns,
     standing_after,
@@ -26,6 +29,7 @@ from compiled.capture import Behaviour, Graphs
 from compiled.philox import key_of
 from compiled.read import Reading
 from compiled.sample import Sampling, surprises
+from compiled.score import running_novelty
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
 
 
@@ -46,13 +50,11 @@ class Memory:
             checkpoint.config, settings.capacity, embedding.dtype, self.device
         )
         self.cursor: Cursor = allocate_cursor(self.device)
-        self._constants = settings.brightness
+        self._conduct = settings.conduct
         behaviour = Behaviour(
             checkpoint.config,
             settings.method,
-            settings.brightness,
-            settings.forgetting,
-            settings.keep_score,
+            settings.conduct,
             settings.widths,
             settings.smallest_bucket,
             settings.chunk,
@@ -82,24 +84,23 @@ class Memory:
         """Reads any tokens, padded to a width; call ``graphs.begin_step`` first."""
         return self.graphs.read(*self._padded(ids, positions, width), high_water=self.high_water)
 
-    def commit(
-        self, rows: Sequence[Row], edit: Edit, mirror: Mirror, pending_surprise: float | None
-    ) -> None:
+    def commit(self, rows: Sequence[Row], edit: Edit, mirror: Mirror, pending: Told | None) -> None:
         """Reads rows, sorted by position, and commits them together with the edit.
 
         In one patch, unless a text is longer than the prefill chunk: then chunk by chunk, each
         read against those before it, and taken back as a whole if anything interrupts it.
+        ``pending`` is what is known of the pending token, if it is among the rows.
         """
-        foretold = self._foretold(rows, mirror, pending_surprise)
+        foretold = self._foretold(rows, mirror, pending)
         chunk = self.graphs.chunk
         held = Cursor(*(tensor.add(0) for tensor in self.cursor))
         before = (self.count, self.position, self.uncommitted)
-        carried: float | None = None
+        link: Link | None = None
         for start in range(0, max(1, len(rows)), chunk):
             last = start + chunk >= len(rows)
             try:
-                carried = self._commit_chunk(
-                    rows, start, foretold, carried, edit if last else Edit(), mirror
+                link = self._commit_chunk(
+                    rows, start, foretold, link, edit if last else Edit(), mirror
                 )
             except BaseException:
                 if start > 0:
@@ -107,14 +108,14 @@ class Memory:
                 raise
 
     def _foretold(
-        self, rows: Sequence[Row], mirror: Mirror, pending_surprise: float | None
-    ) -> list[float | None]:
-        """Each row's surprise as far as the memory tells it: None where the row before it does."""
-        foretold: list[float | None] = []
+        self, rows: Sequence[Row], mirror: Mirror, pending: Told | None
+    ) -> list[Told | None]:
+        """What the memory tells of each row: None where the new row before it does."""
+        foretold: list[Told | None] = []
         for index, row in enumerate(rows):
             before = predecessor(row, rows[index - 1] if index else None, mirror)
-            if row.position == self.position and pending_surprise is not None:
-                foretold.append(pending_surprise)
+            if row.position == self.position and pending is not None:
+                foretold.append(pending)
             elif before is not None:
                 self.graphs.begin_step()
                 reading = self.graphs.read(
@@ -123,21 +124,26 @@ class Memory:
                     self._one,
                     high_water=self.high_water,
                 )
-                foretold.append(float(surprises(reading.logits, self._tensor([row.token]))[0]))
+                nats = float(surprises(reading.logits, self._tensor([row.token]))[0])
+                foretold.append(self._after(float(mirror.novelty[before]), nats))
             else:
-                foretold.append(None if index else 0.0)
+                foretold.append(None if index else UNTOLD)
         return foretold
+
+    def _after(self, novelty: float, surprise: float) -> Told:
+        """What is known of a token, given the novelty of the one before it."""
+        return Told(surprise, running_novelty(novelty, surprise, self._conduct.novelty))
 
     def _commit_chunk(
         self,
         rows: Sequence[Row],
         start: int,
-        foretold: Sequence[float | None],
-        carried: float | None,
+        foretold: Sequence[Told | None],
+        link: Link | None,
         edit: Edit,
         mirror: Mirror,
-    ) -> float | None:
-        """One read and one patch; returns the surprise of the row after this chunk."""
+    ) -> Link | None:
+        """One read and one patch; returns what its last row tells of the row after it."""
         span = rows[start : start + self.graphs.chunk]
         width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)))
         plan = self.graphs.empty_edit(width)
@@ -152,26 +158,27 @@ class Memory:
             )
             plan = plan._replace(keys=learnt.new_keys, values=learnt.new_values)
             nats = learnt.surprises.tolist()
-        span_surprises = [
-            known if known is not None else (link or 0.0)
-            for known, link in zip(
-                foretold[start : start + len(span)], [carried, *nats], strict=False
-            )
-        ]
+        told: list[Told] = []
+        for index, known in enumerate(foretold[start : start + len(span)]):
+            if known is None:
+                assert link is not None
+                known = self._after(link.novelty, link.next_surprise)
+            told.append(known)
+            link = Link(known.novelty, nats[index])
         appended = bool(span) and span[-1].position > self.position
         if self.uncommitted and not appended:
             uncommitted, position = True, self.position
             cursor = Cursor(*(tensor.add(0) for tensor in self.cursor))
         else:
-            standing = standing_after(span, span_surprises, edit, mirror)
+            standing = standing_after(span, told, edit, mirror)
             uncommitted, position = False, standing.position
             cursor = standing.cursor(self.tick, self.device)
-        constants = self._constants
-        columns = row_columns(span, span_surprises, width, self.tick, constants, self.device)
+        constants = self._conduct.brightness
+        columns = row_columns(span, told, width, self.tick, constants, self.device)
         plan = plan._replace(rows=columns, cursor=cursor)
         self.graphs.patch(with_edit(plan, self.state, edit, mirror, constants))
         self.settle(self.count - len(edit.cull) + len(span), position, uncommitted=uncommitted)
-        return nats[len(span) - 1] if span else None
+        return link if span else None
 
     def _take_back(
         self, positions: set[int], cursor: Cursor, before: tuple[int, int, bool]

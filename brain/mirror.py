@@ -29,8 +29,10 @@ class Mirror:
     position: npt.NDArray[np.int64]
     brightness: npt.NDArray[np.float32]
     surprise: npt.NDArray[np.float32]
+    novelty: npt.NDArray[np.float32]
     source: npt.NDArray[np.uint8]
     born: npt.NDArray[np.int64]
+    lit: npt.NDArray[np.int64]
     pinned: npt.NDArray[np.bool_]
     decode: Callable[[Sequence[int]], str]
 

@@ -26,7 +26,7 @@ from brain.opening import open_brain, typed
 from compiled.state import NOWHERE, Cursor
 from conf.schema import Conf, register
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, DESCRIPTION = "state.safetensors", "brain.json"
 _ROW_AXIS = {"keys": 2, "values": 2}
 

@@ -8,10 +8,10 @@ import torch
 from brain.errors import Refused
 from brain.mirror import SOURCES
 from brain.policies import policy
-from compiled.choose import KeepScore
+from compiled.choose import Conduct
 from compiled.llama import LlamaConfig
 from compiled.sample import SamplingMethod
-from compiled.score import MOST_CULLED, Brightness, Forgetting
+from compiled.score import MOST_CULLED, Brightness, Forgetting, Novelty
 from compiled.state import state_bytes
 from conf.schema import Conf, CullConf, SamplerConf
 
@@ -36,9 +36,7 @@ class Settings:
     top_p: float
     min_p: float
     repetition_penalty: float
-    brightness: Brightness
-    forgetting: Forgetting
-    keep_score: KeepScore
+    conduct: Conduct
     nvtx: bool
 
     def check_against(self, config: LlamaConfig) -> None:
@@ -68,10 +66,6 @@ def settings_of(conf: Conf) -> Settings:
     if conf.engine.chunk is not None and conf.engine.chunk < 1:
         raise Refused(f"engine.chunk must be at least 1, not {conf.engine.chunk}")
     _check_sampler(conf.sampler)
-    brightness = conf.cull.brightness
-    unknown = set(brightness.seeds) - set(SOURCES)
-    if unknown:
-        raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
     return Settings(
         capacity=conf.capacity,
         dtype=getattr(torch, conf.dtype.value),
@@ -90,14 +84,7 @@ def settings_of(conf: Conf) -> Settings:
         top_p=conf.sampler.top_p,
         min_p=conf.sampler.min_p,
         repetition_penalty=conf.sampler.repetition_penalty,
-        brightness=Brightness(
-            brightness.decay,
-            brightness.gain,
-            brightness.maximum,
-            tuple(float(brightness.seeds.get(source, 0.0)) for source in SOURCES),
-        ),
-        forgetting=_forgetting(conf.cull, conf.capacity),
-        keep_score=policy(conf.cull.policy),
+        conduct=_conduct(conf.cull, conf.capacity),
         nvtx=conf.nvtx,
     )
 
@@ -133,6 +120,29 @@ def _check_sampler(sampler: SamplerConf) -> None:
         refuse("repetition_penalty", "above 0 (1 is off)")
 
 
+def _conduct(cull: CullConf, capacity: int) -> Conduct:
+    brightness = cull.brightness
+    unknown = set(brightness.seeds) - set(SOURCES)
+    if unknown:
+        raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
+    if not 0 <= cull.novelty.decay < 1:
+        raise Refused(f"cull.novelty.decay must be in 0 to below 1, not {cull.novelty.decay}")
+    if not 0 <= cull.novelty.share <= 1:
+        raise Refused(f"cull.novelty.share must be between 0 and 1, not {cull.novelty.share}")
+    forgetting = _forgetting(cull, capacity)
+    return Conduct(
+        brightness=Brightness(
+            brightness.decay,
+            brightness.gain,
+            brightness.maximum,
+            tuple(float(brightness.seeds.get(source, 0.0)) for source in SOURCES),
+        ),
+        novelty=Novelty(cull.novelty.decay),
+        forgetting=forgetting,
+        keep_score=policy(cull.policy, forgetting, cull.novelty.share),
+    )
+
+
 def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
     """Constants of culling. In a small memory the protected ranges shrink with it, so that there
     is always something to forget.
@@ -151,10 +161,12 @@ def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
         raise Refused(f"cull.sinks must be 0 or more, not {cull.sinks}")
     if cull.recent < 1:
         raise Refused(f"cull.recent must be at least 1 (the row being read), not {cull.recent}")
+    if not 0 <= cull.recent_share <= 0.5:
+        raise Refused(f"cull.recent_share must be between 0 and 0.5, not {cull.recent_share}")
     sinks = min(cull.sinks, target // 4)
-    recent = min(cull.recent, target // 2)
+    recent = min(max(cull.recent, int(cull.recent_share * target)), target // 2)
     assert sinks + recent + MOST_CULLED <= target
-    return Forgetting(target, sinks, recent)
+    return Forgetting(target, sinks, recent, cull.at_once)
 
 
 def _free_bytes(device: torch.device) -> int | None:

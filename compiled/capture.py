@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from compiled.choose import Choice, Forced, KeepScore, choose
+from compiled.choose import Choice, Conduct, Forced, choose
 from compiled.llama import LlamaConfig, Weights
 from compiled.patch import Plan, RowColumns, patch
 from compiled.read import Reading, Study, read, study
 from compiled.sample import Sampling, SamplingMethod, surprises
-from compiled.score import Brightness, Forgetting
 from compiled.state import NOWHERE, Cursor, State
 
 CUDA_GRAPH_WARMUP_RUNS = 3
@@ -43,9 +42,7 @@ class Behaviour:
 
     config: LlamaConfig
     method: SamplingMethod
-    brightness: Brightness
-    forgetting: Forgetting
-    keep_score: KeepScore
+    conduct: Conduct
     widths: tuple[int, ...] = (1, 16)  # tokens per captured read, ascending from 1
     smallest_bucket: int = 1024  # slots
     chunk: int | None = None  # most tokens that are read to be committed; None: the widest width
@@ -244,8 +241,10 @@ class Graphs:
             position=column(dtype=torch.int64),
             brightness=column(dtype=torch.float32),
             surprise=column(dtype=torch.float32),
+            novelty=column(dtype=torch.float32),
             source=column(dtype=torch.uint8),
             born=column(dtype=torch.int64),
+            lit=column(dtype=torch.int64),
             pinned=column(dtype=torch.bool),
             length=torch.zeros((), dtype=torch.int64, device=self.device),
         )
@@ -255,6 +254,7 @@ class Graphs:
             rows=rows,
             cull=torch.zeros_like(state.valid),
             brightness=state.brightness.add(0),
+            lit=state.lit.add(0),
             cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
             pinned=state.pinned.logical_or(state.pinned),
             erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=self.device),
@@ -275,6 +275,7 @@ class Graphs:
                 rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
                 cull=torch.zeros_like(plan.cull),
                 brightness=self.state.brightness.add(0),
+                lit=self.state.lit.add(0),
                 cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
             )
         )
@@ -328,13 +329,7 @@ def _bound_read(config: LlamaConfig, bucket: int, *tensors: Any) -> Reading:
 
 
 def _bound_choose(behaviour: Behaviour, *tensors: Any) -> Choice:
-    return choose(
-        *tensors,
-        method=behaviour.method,
-        brightness=behaviour.brightness,
-        forgetting=behaviour.forgetting,
-        keep_score=behaviour.keep_score,
-    )
+    return choose(*tensors, method=behaviour.method, conduct=behaviour.conduct)
 
 
 def _capture(

@@ -3,6 +3,7 @@ what to forget, and where the next read stands. It only returns; the patch write
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,12 +12,20 @@ from torch import Tensor
 from compiled.patch import Plan, RowColumns
 from compiled.read import Reading
 from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
-from compiled.score import Brightness, Forgetting, brighten, decide_cull, seed_brightness
+from compiled.score import (
+    Brightness,
+    Forgetting,
+    Novelty,
+    brighten,
+    decide_cull,
+    running_novelty,
+    seed_brightness,
+)
 from compiled.state import Cursor, State
 
-KeepScore = Callable[[State, Tensor, Tensor], Tensor]
-"""A policy: (state, brightness [capacity], mass [capacity]) → keep-scores [capacity] float32.
-Rows with the lowest scores are forgotten first."""
+KeepScore = Callable[[State, Reading], Tensor]
+"""A policy: (state, reading) → keep-scores [capacity] float32; the state's ``brightness`` is that
+after the reading. Rows with the lowest scores are forgotten first."""
 
 UNFORCED = -1
 """In place of a token id: let the sampler choose."""
@@ -38,6 +47,7 @@ class Choice(NamedTuple):
     cull: Tensor  # [capacity] bool
     culled: Tensor  # [MOST_CULLED] int64: positions of those rows, filled up with NOWHERE
     brightness: Tensor  # [capacity] float32
+    lit: Tensor  # [capacity] int64
     cursor: Cursor  # standing at ``token``
 
     def plan(self, reading: Reading) -> Plan:
@@ -48,8 +58,19 @@ class Choice(NamedTuple):
             self.rows,
             self.cull,
             self.brightness,
+            self.lit,
             self.cursor,
         )
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """What decides, after a read, which rows stay: constants and policy."""
+
+    brightness: Brightness
+    novelty: Novelty
+    forgetting: Forgetting
+    keep_score: KeepScore
 
 
 def choose(
@@ -60,28 +81,38 @@ def choose(
     forced: Forced,
     *,
     method: SamplingMethod,
-    brightness: Brightness,
-    forgetting: Forgetting,
-    keep_score: KeepScore,
+    conduct: Conduct,
 ) -> Choice:
     """Chooses from the reading of the cursor's token (T = 1)."""
     logits = reading.logits[0]  # [vocab]
     seen = seen_tokens(logits.shape[0], state.token_id, state.valid, cursor.token)
     sampled = sample(logits, seen, cursor.tick, method, sampling)
     token = torch.where(forced.token >= 0, forced.token, sampled)
-    surprise = surprises(reading.logits, token)
+    return follow(state, cursor, reading, Forced(token, forced.source), conduct)
 
-    bright = brighten(state, reading.mass, brightness)
-    keep_scores = keep_score(state, bright, reading.mass)
-    cull, culled = decide_cull(state, cursor, keep_scores, forgetting)
+
+def follow(
+    state: State, cursor: Cursor, reading: Reading, spoken: Forced, conduct: Conduct
+) -> Choice:
+    """What becomes of every row once the token is known: steps 2 and 3, and the patch they ask
+    for. ``spoken.token`` is the token itself.
+    """
+    token = spoken.token
+    surprise = surprises(reading.logits, token)
+    bright, lit = brighten(state, cursor.tick + 1, reading.mass, conduct.brightness)
+    now = state._replace(brightness=bright, lit=lit)
+    keep_scores = conduct.keep_score(now, reading)
+    cull, culled = decide_cull(state, cursor, keep_scores, conduct.forgetting)
     tick = cursor.tick + 1
     rows = RowColumns(
         token_id=cursor.token + 0,
         position=cursor.position + 0,
-        brightness=seed_brightness(cursor.source, brightness),
+        brightness=seed_brightness(cursor.source, conduct.brightness),
         surprise=cursor.surprise + 0,
+        novelty=cursor.novelty + 0,
         source=cursor.source + 0,
         born=tick[None] + 0,
+        lit=tick[None] + 0,
         pinned=torch.zeros_like(cursor.source, dtype=torch.bool),
         length=cursor.uncommitted + 0,
     )
@@ -89,8 +120,9 @@ def choose(
         token=token + 0,
         position=cursor.position + 1,
         surprise=surprise + 0,
-        source=forced.source + 0,
+        novelty=running_novelty(cursor.novelty, surprise, conduct.novelty),
+        source=spoken.source + 0,
         uncommitted=torch.ones_like(cursor.uncommitted),
         tick=tick,
     )
-    return Choice(token, surprise, rows, cull, culled, bright, following)
+    return Choice(token + 0, surprise, rows, cull, culled, bright, lit, following)

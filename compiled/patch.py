@@ -27,8 +27,10 @@ class RowColumns(NamedTuple):
     position: Tensor  # [W] int64
     brightness: Tensor  # [W] float32
     surprise: Tensor  # [W] float32
+    novelty: Tensor  # [W] float32
     source: Tensor  # [W] uint8
     born: Tensor  # [W] int64
+    lit: Tensor  # [W] int64
     pinned: Tensor  # [W] bool
     length: Tensor  # [] int64
 
@@ -44,6 +46,7 @@ class Plan(NamedTuple):
     rows: RowColumns
     cull: Tensor  # [capacity] bool: rows to forget
     brightness: Tensor  # [capacity] float32: of the rows that are already there
+    lit: Tensor  # [capacity] int64: of the rows that are already there
     cursor: Cursor  # where the next read stands
     pinned: Tensor | None = None  # [capacity] bool: of the rows that are already there
     erase: Tensor | None = None  # [E] int64: slots to overwrite with zeros; NOWHERE is padding
@@ -90,6 +93,7 @@ def patch(state: State, cursor: Cursor, plan: Plan) -> None:
 
     state.valid.logical_and_(~plan.cull)
     state.brightness.copy_(plan.brightness)
+    state.lit.copy_(plan.lit)
     if plan.pinned is not None:
         state.pinned.copy_(plan.pinned)
     if plan.erase is not None:
@@ -103,8 +107,10 @@ def patch(state: State, cursor: Cursor, plan: Plan) -> None:
     _write_rows(state.position, slots, rows.position, live)
     _write_rows(state.brightness, slots, rows.brightness, live)
     _write_rows(state.surprise, slots, rows.surprise, live)
+    _write_rows(state.novelty, slots, rows.novelty, live)
     _write_rows(state.source, slots, rows.source, live)
     _write_rows(state.born, slots, rows.born, live)
+    _write_rows(state.lit, slots, rows.lit, live)
     _write_rows(state.pinned, slots, rows.pinned, live)
     _write_rows(state.valid, slots, torch.ones_like(live), live)
 

@@ -5,6 +5,7 @@ Both only return new values. The patch writes them.
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,36 +26,66 @@ class Brightness:
 
 
 @dataclass(frozen=True)
+class Novelty:
+    """How surprise becomes novelty: each token keeps ``decay`` of the running mean before it."""
+
+    decay: float = 0.9
+
+
+@dataclass(frozen=True)
 class Forgetting:
     """Constants of culling. Protected are the first ``sinks`` positions, the newest ``recent``
-    positions and pinned rows. ``target`` 0 means that nothing is ever culled.
+    positions and pinned rows. ``target`` 0 means that nothing is ever culled. ``at_once``: straight
+    to the target, however far above it the count is; otherwise at most two rows a tick.
     """
 
     target: int = 0
     sinks: int = 4
     recent: int = 32
+    at_once: bool = False
 
 
 MOST_CULLED = 2
-"""Rows culled in one tick, at most."""
+"""Rows culled in one tick, at most, unless they go at once."""
 
 
-def cull_count(count: int, target: int) -> int:
-    """How many rows a tick culls: below the target none, at the target one, above it two."""
-    if target == 0 or count < target:
+def cull_count(count: int, constants: Forgetting) -> int:
+    """How many rows a tick culls: below the target none, at the target one, above it two; or as
+    many as bring the count back to the target once the tick's own row is there.
+    """
+    above = count - constants.target + 1
+    if constants.target == 0 or above < 1:
         return 0
-    return 1 if count == target else MOST_CULLED
+    return above if constants.at_once else min(above, MOST_CULLED)
 
 
-def brighten(state: State, mass: Tensor, constants: Brightness) -> Tensor:
-    """Brightness of every row after a reading: decayed, plus the attention it received.
+def brighten(
+    state: State, tick: Tensor, mass: Tensor, constants: Brightness
+) -> tuple[Tensor, Tensor]:
+    """Brightness of every row after a reading: decayed, plus the attention it received; and when
+    each row was last lit, that is, drew more attention than the average row.
 
     ``mass`` [capacity] float32 of one query is scaled by the number of valid rows, so that a row
-    with average attention gains ``gain``. Returns [capacity] float32; forgotten rows are dark.
+    with average attention gains ``gain``. ``tick`` [] int64 is the one being made. Returns
+    brightness [capacity] float32 (forgotten rows are dark) and ``lit`` [capacity] int64.
     """
     scaled = mass * state.valid.sum()
     brighter = constants.decay * state.brightness + constants.gain * scaled
-    return torch.where(state.valid, brighter.clamp(0.0, constants.maximum), 0.0)
+    bright = torch.where(state.valid, brighter.clamp(0.0, constants.maximum), 0.0)
+    return bright, torch.where(state.valid & (scaled > 1.0), tick, state.lit)
+
+
+Nats = TypeVar("Nats", Tensor, float)
+
+
+def running_novelty(before: Nats, surprise: Nats, constants: Novelty) -> Nats:
+    """Novelty of the next token, in nats: of the device's numbers or the host's.
+
+    An exponential mean of surprise: high all through a passage that could not be foreseen, its
+    easy words included. A token's own surprise finds the first word of a fact; this finds the
+    answer at its end.
+    """
+    return constants.decay * before + (1.0 - constants.decay) * surprise
 
 
 def seed_brightness(source: Tensor, constants: Brightness) -> Tensor:
@@ -68,25 +99,23 @@ def seed_brightness(source: Tensor, constants: Brightness) -> Tensor:
 def decide_cull(
     state: State, cursor: Cursor, keep_scores: Tensor, constants: Forgetting
 ) -> tuple[Tensor, Tensor]:
-    """Which rows to forget, 0, 1 or 2 of them by the rule of ``cull_count``.
+    """Which rows to forget, as many as ``cull_count`` says.
 
     The lowest keep-scores go; of equal scores, the earliest position. Slot order plays no part.
-    Returns the rows [capacity] bool, and their positions [MOST_CULLED] int64 filled up with
-    NOWHERE.
+    Returns the rows [capacity] bool, and their positions [MOST_CULLED] (``at_once``: [capacity])
+    int64 filled up with NOWHERE.
     """
     cull = torch.zeros_like(state.valid)
-    positions = torch.full((MOST_CULLED,), NOWHERE, dtype=torch.int64, device=cull.device)
     if constants.target == 0:
-        return cull, positions
+        most = state.capacity if constants.at_once else MOST_CULLED
+        return cull, torch.full((most,), NOWHERE, dtype=torch.int64, device=cull.device)
     count = state.valid.sum()
-    eligible = (
-        state.valid
-        & ~state.pinned
-        & (state.position >= constants.sinks)
-        & (state.position <= cursor.position - constants.recent)
-    )
+    eligible = may_go(state, cursor, constants)
     # What is no number counts as lowest: the host relies on the count, whatever the scores.
     keep_scores = torch.where(keep_scores.isnan(), -math.inf, keep_scores)
+    if constants.at_once:
+        cull = _lowest(state, eligible, keep_scores, (count - constants.target + 1).clamp(min=0))
+        return cull, torch.where(cull, state.position, NOWHERE)
     chosen = []
     for number in range(MOST_CULLED):
         wanted = count >= constants.target if number == 0 else count > constants.target
@@ -98,3 +127,23 @@ def decide_cull(
         cull = cull | victim
         eligible = eligible & ~victim
     return cull, torch.stack(chosen)
+
+
+def may_go(state: State, cursor: Cursor, constants: Forgetting) -> Tensor:
+    """Rows that are not protected: [capacity] bool."""
+    return (
+        state.valid
+        & ~state.pinned
+        & (state.position >= constants.sinks)
+        & (state.position <= cursor.position - constants.recent)
+    )
+
+
+def _lowest(state: State, eligible: Tensor, scores: Tensor, number: Tensor) -> Tensor:
+    """The ``number`` [] int64 eligible rows with the lowest scores, earlier ones first: bool."""
+    by_position = torch.argsort(torch.where(eligible, state.position, _LAST_POSITION))
+    by_score = torch.argsort(torch.where(eligible, scores, math.inf)[by_position], stable=True)
+    order = by_position[by_score]  # ineligible rows of infinite score may precede eligible ones
+    rank = torch.cumsum(eligible[order], 0)
+    going = eligible[order] & (rank <= number)
+    return torch.zeros_like(eligible).scatter(0, order, going)

@@ -27,8 +27,10 @@ class State(NamedTuple):
     position: Tensor  # [capacity] int64, unique among valid rows
     brightness: Tensor  # [capacity] float32
     surprise: Tensor  # [capacity] float32, nats: negative log-likelihood on arrival
+    novelty: Tensor  # [capacity] float32, nats: running mean of surprise up to this row
     source: Tensor  # [capacity] uint8
     born: Tensor  # [capacity] int64, tick of birth
+    lit: Tensor  # [capacity] int64, tick in which it last drew more than average attention
     valid: Tensor  # [capacity] bool
     pinned: Tensor  # [capacity] bool
 
@@ -48,6 +50,7 @@ class Cursor(NamedTuple):
     token: Tensor  # [1] int64
     position: Tensor  # [1] int64
     surprise: Tensor  # [1] float32, nats, of ``token`` when it was spoken or fed
+    novelty: Tensor  # [1] float32, nats, running mean of surprise up to ``token``
     source: Tensor  # [1] uint8
     uncommitted: Tensor  # [] int64: 1 while the token has no row yet, 0 when the cache holds it
     tick: Tensor  # [] int64: ticks completed
@@ -67,8 +70,10 @@ def allocate_state(
         position=torch.full((capacity,), NOWHERE, dtype=torch.int64, device=device),
         brightness=torch.zeros(capacity, dtype=torch.float32, device=device),
         surprise=torch.zeros(capacity, dtype=torch.float32, device=device),
+        novelty=torch.zeros(capacity, dtype=torch.float32, device=device),
         source=torch.zeros(capacity, dtype=torch.uint8, device=device),
         born=torch.zeros(capacity, dtype=torch.int64, device=device),
+        lit=torch.zeros(capacity, dtype=torch.int64, device=device),
         valid=torch.zeros(capacity, dtype=torch.bool, device=device),
         pinned=torch.zeros(capacity, dtype=torch.bool, device=device),
     )
@@ -80,6 +85,7 @@ def allocate_cursor(device: torch.device) -> Cursor:
         token=torch.zeros(1, dtype=torch.int64, device=device),
         position=torch.full((1,), NOWHERE, dtype=torch.int64, device=device),
         surprise=torch.zeros(1, dtype=torch.float32, device=device),
+        novelty=torch.zeros(1, dtype=torch.float32, device=device),
         source=torch.zeros(1, dtype=torch.uint8, device=device),
         uncommitted=torch.zeros((), dtype=torch.int64, device=device),
         tick=torch.zeros((), dtype=torch.int64, device=device),
@@ -89,7 +95,7 @@ def allocate_cursor(device: torch.device) -> Cursor:
 def state_bytes(config: LlamaConfig, capacity: int, dtype: torch.dtype) -> int:
     """Bytes that :func:`allocate_state` takes, computed before anything is allocated."""
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-    mirror_row = 8 + 8 + 4 + 4 + 1 + 8 + 1 + 1
+    mirror_row = 8 + 8 + 4 + 4 + 4 + 1 + 8 + 8 + 1 + 1
     return capacity * (row + mirror_row)
 
 

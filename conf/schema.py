@@ -73,14 +73,25 @@ class BrightnessConf:
 
 
 @dataclass
+class NoveltyConf:
+    """How surprising the passage was in which a row was said."""
+
+    decay: float = MISSING  # share of the running mean of surprise that each token keeps
+    share: float = MISSING  # policy novelty: share of the target kept for the most novel rows
+
+
+@dataclass
 class CullConf:
     """What is forgotten."""
 
-    policy: str = MISSING  # none, sink_recent, brightness
+    policy: str = MISSING  # one file each in brain/policies
     target: int | None = MISSING  # rows to settle at; null: the capacity
+    at_once: bool = MISSING  # straight to the target; false: at most two rows a tick
     sinks: int = MISSING  # first positions that are never forgotten
     recent: int = MISSING  # newest positions that are never forgotten
+    recent_share: float = MISSING  # the same as a share of the target, if that is more
     brightness: BrightnessConf = field(default_factory=BrightnessConf)
+    novelty: NoveltyConf = field(default_factory=NoveltyConf)
 
 
 @dataclass

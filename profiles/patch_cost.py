@@ -34,8 +34,10 @@ def plan_for(state: State, cursor: Cursor) -> Plan:
         position=torch.ones(1, dtype=torch.int64),
         brightness=torch.ones(1),
         surprise=torch.ones(1),
+        novelty=torch.ones(1),
         source=torch.ones(1, dtype=torch.uint8),
         born=torch.ones(1, dtype=torch.int64),
+        lit=torch.ones(1, dtype=torch.int64),
         pinned=torch.zeros(1, dtype=torch.bool),
         length=torch.ones((), dtype=torch.int64),
     )
@@ -45,6 +47,7 @@ def plan_for(state: State, cursor: Cursor) -> Plan:
         rows=rows,
         cull=cull,
         brightness=state.brightness.clone(),
+        lit=state.lit.clone(),
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
     )
 

@@ -48,9 +48,9 @@ def toy_state(
     state = allocate_state(config, capacity, torch.float32, CPU)
     state.keys.normal_(generator=generator)
     state.values.normal_(generator=generator)
-    for column in (state.brightness, state.surprise):
+    for column in (state.brightness, state.surprise, state.novelty):
         column.uniform_(0, 9, generator=generator)
-    for column in (state.token_id, state.position, state.born, state.source):
+    for column in (state.token_id, state.position, state.born, state.lit, state.source):
         column.random_(0, config.vocab_size, generator=generator)
     for slot, position in rows.items():
         state.valid[slot], state.position[slot] = True, position
@@ -74,8 +74,10 @@ def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int
         position=torch.randint(1000, 1 << 40, (width,), generator=generator),
         brightness=torch.rand(width, generator=generator),
         surprise=torch.rand(width, generator=generator),
+        novelty=torch.rand(width, generator=generator),
         source=torch.randint(0, 5, (width,), generator=generator, dtype=torch.uint8),
         born=torch.randint(0, 99, (width,), generator=generator),
+        lit=torch.randint(0, 99, (width,), generator=generator),
         pinned=torch.randint(0, 2, (width,), generator=generator).bool(),
         length=torch.tensor(length),
     )
@@ -85,6 +87,7 @@ def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int
         rows=rows,
         cull=torch.zeros_like(state.valid),
         brightness=state.brightness.clone(),
+        lit=state.lit.clone(),
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
         pinned=state.pinned.clone(),
         erase=torch.full((width,), NOWHERE),

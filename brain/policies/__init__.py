@@ -1,22 +1,42 @@
 """Which rows are forgotten first: one file per policy, one function each.
 
-A policy is a tensor function ``(state, brightness, mass) → keep-scores [capacity]``, compiled into
-the graph that chooses. The lowest scores go first; protection is not its business.
+A policy is a tensor function ``(state, reading) → keep-scores [capacity]``, compiled into the graph
+that chooses. The lowest scores go first; protection is not its business.
 """
 
 from brain.errors import Refused
-from brain.policies import brightness, sink_recent
+from brain.policies import (
+    brightness,
+    h2o,
+    keydiff,
+    novelty,
+    random,
+    sink_recent,
+    surprise,
+    tova,
+)
 from compiled.choose import KeepScore
+from compiled.score import Forgetting
 
-POLICIES: dict[str, KeepScore] = {
+PLAIN: dict[str, KeepScore] = {
     "none": sink_recent.keep_score,  # never asked: without a target nothing is culled
     "sink_recent": sink_recent.keep_score,
     "brightness": brightness.keep_score,
+    "h2o": h2o.keep_score,
+    "tova": tova.keep_score,
+    "keydiff": keydiff.keep_score,
+    "surprise": surprise.keep_score,
+    "random": random.keep_score,
 }
+POLICIES = (*PLAIN, "novelty")
 
 
-def policy(name: str) -> KeepScore:
-    """The keep-score function of a policy. Raises Refused for an unknown name."""
-    if name not in POLICIES:
+def policy(name: str, forgetting: Forgetting, share: float) -> KeepScore:
+    """The keep-score function of a policy; ``share`` of the target is what ``novelty`` keeps for
+    novel rows. Raises Refused for an unknown name.
+    """
+    if name == "novelty":
+        return novelty.Novelty(round(share * forgetting.target), forgetting.recent)
+    if name not in PLAIN:
         raise Refused(f"cull.policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
-    return POLICIES[name]
+    return PLAIN[name]

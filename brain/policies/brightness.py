@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from compiled.read import Reading
 from compiled.state import State
 
 
-def keep_score(state: State, brightness: Tensor, mass: Tensor) -> Tensor:
+def keep_score(state: State, reading: Reading) -> Tensor:
     """Brightness itself: [capacity] float32."""
-    return brightness
+    return state.brightness

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from compiled.read import Reading
 from compiled.state import State
 
 
-def keep_score(state: State, brightness: Tensor, mass: Tensor) -> Tensor:
+def keep_score(state: State, reading: Reading) -> Tensor:
     """Position: [capacity] float32, exact up to 2^24; of equal scores the earliest goes first."""
     return state.position.to(torch.float32)

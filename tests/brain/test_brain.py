@@ -14,7 +14,7 @@ import brain
 from brain import Append, Boost, Brain, Cull, Pin, Refused, Replace
 from brain.brain import MOST_POSITIONS
 from brain.steps import Step
-from compiled.score import cull_count
+from compiled.score import Forgetting, cull_count
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -362,7 +362,7 @@ def test_the_target_is_reached_and_kept(policy: str, open_tiny: OpenTiny) -> Non
         for tick in b.stream(ticks=60):
             pending = int(tick.number > 1)
             before = counts[-1] if counts else prompt
-            assert len(tick.culled) == cull_count(before, 24)
+            assert len(tick.culled) == cull_count(before, Forgetting(24))
             assert tick.count == len(b) == before - len(tick.culled) + pending
             assert len(b) == int(b.state.valid.sum())
             mirror = b.mirror

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compiled.capture import Behaviour, Graphs, buckets, smallest_at_least
+from compiled.choose import Conduct
 from compiled.philox import key_of
 from compiled.sample import Sampling, SamplingMethod
-from compiled.score import Brightness, Forgetting
+from compiled.score import Brightness, Forgetting, Novelty
 from toys import toy_config, toy_cursor, toy_state, toy_weights
 
 
@@ -42,9 +43,7 @@ def behaviour(**options: Any) -> Behaviour:
     return Behaviour(
         toy_config(),
         SamplingMethod(),
-        Brightness(),
-        Forgetting(),
-        lambda state, brightness, mass: brightness,
+        Conduct(Brightness(), Novelty(), Forgetting(), lambda state, reading: state.brightness),
         **options,
     )
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled.choose import UNFORCED, Choice, Forced, choose
+from compiled.choose import UNFORCED, Choice, Conduct, Forced, choose
 from compiled.philox import key_of
 from compiled.read import Reading, read
 from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
-from compiled.score import Brightness, Forgetting, brighten, decide_cull
+from compiled.score import Brightness, Forgetting, Novelty, brighten, decide_cull
 from compiled.state import NOWHERE, Cursor, State
 from toys import digest, toy_config, toy_cursor, toy_state, toy_weights
 
@@ -23,11 +23,12 @@ SAMPLING = Sampling(
 )
 METHOD = SamplingMethod(top_k=20)
 BRIGHTNESS = Brightness(decay=0.9, seeds=(9.0, 8.0, 7.0, 6.0, 5.0))
+NOVELTY = Novelty(decay=0.75)
 FORGETTING = Forgetting(target=8, sinks=1, recent=2)
 
 
-def keep_score(state: State, brightness: Tensor, mass: Tensor) -> Tensor:
-    return brightness - mass
+def keep_score(state: State, reading: Reading) -> Tensor:
+    return state.brightness - reading.mass + state.lit
 
 
 def situation(uncommitted: bool) -> tuple[State, Cursor, Reading]:
@@ -38,6 +39,7 @@ def situation(uncommitted: bool) -> tuple[State, Cursor, Reading]:
     cursor.tick.fill_(41)
     cursor.source.fill_(3)
     cursor.surprise.fill_(1.25)
+    cursor.novelty.fill_(2.5)
     one = torch.tensor(1)
     reading = read(
         config, toy_weights(config), state, cursor.token, cursor.position, one, bucket=12
@@ -54,9 +56,7 @@ def chosen(state: State, cursor: Cursor, reading: Reading, token: int = UNFORCED
         SAMPLING,
         forced,
         method=METHOD,
-        brightness=BRIGHTNESS,
-        forgetting=FORGETTING,
-        keep_score=keep_score,
+        conduct=Conduct(BRIGHTNESS, NOVELTY, FORGETTING, keep_score),
     )
 
 
@@ -73,9 +73,10 @@ def test_a_choice_is_the_sum_of_its_parts(uncommitted: bool, fed: int) -> None:
     assert choice.token.tolist() == [token]
     assert torch.equal(choice.surprise, surprises(reading.logits, torch.tensor([token])))
 
-    bright = brighten(state, reading.mass, BRIGHTNESS)
+    bright, lit = brighten(state, torch.tensor(42), reading.mass, BRIGHTNESS)
     assert torch.equal(choice.brightness, bright)
-    cull, culled = decide_cull(state, cursor, bright - reading.mass, FORGETTING)
+    assert torch.equal(choice.lit, lit)
+    cull, culled = decide_cull(state, cursor, bright - reading.mass + lit, FORGETTING)
     assert torch.equal(choice.cull, cull)
     assert torch.equal(choice.culled, culled)
     assert NOWHERE not in culled.tolist()
@@ -86,7 +87,8 @@ def test_a_choice_is_the_sum_of_its_parts(uncommitted: bool, fed: int) -> None:
     assert rows.brightness.tolist() == [6.0]  # the seed of its source
     assert rows.surprise.tolist() == [1.25]
     assert rows.source.tolist() == [3]
-    assert rows.born.tolist() == [42]
+    assert rows.novelty.tolist() == [2.5]
+    assert rows.born.tolist() == rows.lit.tolist() == [42]
     assert rows.pinned.tolist() == [False]
     assert int(rows.length) == int(uncommitted)
 
@@ -94,6 +96,8 @@ def test_a_choice_is_the_sum_of_its_parts(uncommitted: bool, fed: int) -> None:
     assert following.token.tolist() == [token]
     assert following.position.tolist() == [int(cursor.position) + 1]
     assert torch.equal(following.surprise, choice.surprise)
+    running = NOVELTY.decay * 2.5 + (1 - NOVELTY.decay) * float(choice.surprise)
+    assert float(following.novelty) == pytest.approx(running, rel=1e-6)
     assert following.source.tolist() == [2]
     assert int(following.uncommitted) == 1
     assert int(following.tick) == 42
@@ -104,7 +108,8 @@ def test_a_choice_shares_no_memory_with_what_the_patch_will_write() -> None:
     state, cursor, reading = situation(True)
     plan = chosen(state, cursor, reading).plan(reading)
     written = {tensor.untyped_storage().data_ptr() for tensor in (*state, *cursor)}
-    tensors = [plan.keys, plan.values, *plan.rows, plan.cull, plan.brightness, *plan.cursor]
+    tensors = [plan.keys, plan.values, *plan.rows, plan.cull, plan.brightness, plan.lit]
+    tensors += plan.cursor
     assert not any(tensor.untyped_storage().data_ptr() in written for tensor in tensors)
     assert plan.keys is reading.new_keys
     assert plan.values is reading.new_values

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from compiled.patch import Plan, lowest_free_slots, patch
+from compiled.patch import Plan, RowColumns, lowest_free_slots, patch
 from compiled.state import NOWHERE, Cursor, State, addresses
 from toys import digest, raw_bytes, toy_config, toy_cursor, toy_plan, toy_state
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAPACITY = 9
 SLOT = st.integers(0, CAPACITY - 1)
-COLUMNS = ("token_id", "position", "brightness", "surprise", "source", "born", "pinned")
+COLUMNS = tuple(name for name in RowColumns._fields if name != "length")
 
 
 def copied(state: State) -> dict[str, npt.NDArray[Any]]:
@@ -117,11 +117,13 @@ class PatchMachine(RuleBasedStateMachine):
             plan.pinned[slot] = pinned
         for slot, light in (lights or {}).items():
             plan.brightness[slot] = light
+            plan.lit[slot] = self.seed
         plan = plan._replace(
             cursor=Cursor(*(torch.full_like(tensor, self.seed) for tensor in self.cursor))
         )
         assert plan.pinned is not None
-        asked = copied(self.state._replace(pinned=plan.pinned, brightness=plan.brightness))
+        lasting = {"pinned": plan.pinned, "brightness": plan.brightness, "lit": plan.lit}
+        asked = copied(self.state._replace(**lasting))
         if not edits:
             plan = plan._replace(pinned=None, erase=None)
         given = plan._replace(
@@ -136,6 +138,7 @@ class PatchMachine(RuleBasedStateMachine):
             self.model["valid"][slot] = 0
             self.occupied.discard(slot)
         self.model["brightness"] = asked["brightness"]
+        self.model["lit"] = asked["lit"]
         if edits:
             self.model["pinned"] = asked["pinned"]
         for slot in erase or ():

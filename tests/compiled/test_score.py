@@ -12,9 +12,11 @@ from compiled.score import (
     MOST_CULLED,
     Brightness,
     Forgetting,
+    Novelty,
     brighten,
     cull_count,
     decide_cull,
+    running_novelty,
     seed_brightness,
 )
 from compiled.state import NOWHERE, Cursor, State
@@ -23,6 +25,7 @@ from toys import digest, toy_config, toy_cursor, toy_state
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAPACITY = 12
+TICK = torch.tensor(77)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,27 @@ CAPACITY = 12
     [(0, 10, 0), (9, 10, 0), (10, 10, 1), (11, 10, 2), (999, 10, 2), (999, 0, 0)],
 )
 def test_how_many_are_culled(count: int, target: int, culled: int) -> None:
-    assert cull_count(count, target) == culled
+    assert cull_count(count, Forgetting(target)) == culled
+
+
+@pytest.mark.parametrize(
+    ("count", "target", "culled"),
+    [(0, 10, 0), (9, 10, 0), (10, 10, 1), (11, 10, 2), (999, 10, 990), (999, 0, 0)],
+)
+def test_how_many_are_culled_at_once(count: int, target: int, culled: int) -> None:
+    """So many that the target is what is left when the tick's own row is there."""
+    assert cull_count(count, Forgetting(target, at_once=True)) == culled
+    assert not culled or count - culled + 1 == target
+
+
+def test_novelty_is_a_running_mean_of_surprise() -> None:
+    constants = Novelty(decay=0.75)
+    assert running_novelty(2.0, 6.0, constants) == 3.0
+    assert running_novelty(torch.tensor([2.0]), torch.tensor([6.0]), constants).tolist() == [3.0]
+    told = 0.0
+    for _ in range(100):
+        told = running_novelty(told, 5.0, constants)
+    assert told == pytest.approx(5.0, abs=1e-9)
 
 
 def test_brightness_decays_and_gains_by_attention() -> None:
@@ -38,7 +61,7 @@ def test_brightness_decays_and_gains_by_attention() -> None:
     state.brightness.copy_(torch.arange(CAPACITY))
     mass = torch.zeros(CAPACITY)
     mass[[1, 2, 4]] = torch.tensor([0.5, 0.25, 0.0])
-    bright = brighten(state, mass, Brightness(decay=0.5, gain=2.0, maximum=5.0))
+    bright, lit = brighten(state, TICK, mass, Brightness(decay=0.5, gain=2.0, maximum=5.0))
     expected = torch.zeros(CAPACITY)
     expected[1] = 0.5 * 1 + 2.0 * (0.5 * 4)  # 4 valid rows: average attention counts 1
     expected[2] = 0.5 * 2 + 2.0 * (0.25 * 4)
@@ -47,6 +70,9 @@ def test_brightness_decays_and_gains_by_attention() -> None:
     torch.testing.assert_close(bright, expected.clamp(max=5.0), rtol=1e-6, atol=0)
     assert bright[1] == 4.5
     assert bright[9] == 4.5
+    expected_lit = state.lit.clone()
+    expected_lit[1] = 77  # twice the average attention; slot 2 drew just the average
+    assert torch.equal(lit, expected_lit)
 
 
 def test_average_attention_gains_one_a_tick_and_settles() -> None:
@@ -55,7 +81,7 @@ def test_average_attention_gains_one_a_tick_and_settles() -> None:
     state.brightness.zero_()
     constants, mass = Brightness(decay=0.9), state.valid / 8
     for _ in range(300):
-        state.brightness.copy_(brighten(state, mass, constants))
+        state.brightness.copy_(brighten(state, TICK, mass, constants)[0])
     # gain / (1 - decay); 0.9 is rounded to float32, so 10 is off by some 10 * 2^-24 / 0.1.
     torch.testing.assert_close(state.brightness[:8], torch.full((8,), 10.0), rtol=1e-5, atol=0)
     assert (state.brightness[8:] == 0).all()
@@ -64,8 +90,9 @@ def test_average_attention_gains_one_a_tick_and_settles() -> None:
 def test_brightness_stays_within_its_bounds() -> None:
     state = toy_state(toy_config(), CAPACITY, {0: 0, 1: 1})
     state.brightness[:2] = torch.tensor([300.0, -40.0])
-    bright = brighten(state, torch.zeros(CAPACITY), Brightness())
+    bright, lit = brighten(state, TICK, torch.zeros(CAPACITY), Brightness())
     assert bright[:2].tolist() == [255.0, 0.0]
+    assert torch.equal(lit, state.lit)
 
 
 def test_seeds_go_by_source() -> None:
@@ -85,9 +112,7 @@ def plain_decision(
         and position >= forgetting.sinks
         and not position > at - forgetting.recent
     ]
-    return [
-        position for _, position in sorted(candidates)[: cull_count(len(rows), forgetting.target)]
-    ]
+    return [position for _, position in sorted(candidates)[: cull_count(len(rows), forgetting)]]
 
 
 def decide(
@@ -95,7 +120,7 @@ def decide(
 ) -> tuple[list[int], list[int]]:
     """Positions that are told, and positions of the rows that are marked."""
     cull, positions = decide_cull(state, toy_cursor(at), scores, forgetting)
-    assert positions.shape == (MOST_CULLED,)
+    assert positions.shape == ((CAPACITY,) if forgetting.at_once else (MOST_CULLED,))
     marked = state.position[cull].tolist()
     assert bool(state.valid[cull].all())
     return [p for p in positions.tolist() if p != NOWHERE], sorted(marked)
@@ -118,18 +143,21 @@ def test_the_decision_is_that_of_plain_python(data: st.DataObject) -> None:
         target=max(0, len(slots) + data.draw(st.integers(-2, 1), "above or below")),
         sinks=data.draw(st.integers(0, 4)),
         recent=data.draw(st.integers(1, 5)),
+        at_once=data.draw(st.booleans(), "at once"),
     )
     state = toy_state(toy_config(), CAPACITY, rows)
     state.pinned[list(pinned)] = True
     before = digest(*state)
     told, marked = decide(state, at, torch.tensor(scores), forgetting)
-    assert told == plain_decision(rows, pinned, scores, at, forgetting)
+    expected = plain_decision(rows, pinned, scores, at, forgetting)
+    assert told == expected if not forgetting.at_once else set(told) == set(expected)
     assert marked == sorted(told)
     assert digest(*state) == before
 
     order = torch.tensor(data.draw(st.permutations(range(CAPACITY)), "order"))
     moved = State(*(t.index_select(2 if t.dim() == 4 else 0, order) for t in state))
-    assert decide(moved, at, torch.tensor(scores)[order], forgetting) == (told, marked)
+    again, marked_again = decide(moved, at, torch.tensor(scores)[order], forgetting)
+    assert (sorted(again), marked_again) == (sorted(told), marked)
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan, math.inf])

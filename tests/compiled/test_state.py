@@ -30,8 +30,10 @@ def test_dtypes_are_those_of_the_contract() -> None:
         "position": torch.int64,
         "brightness": torch.float32,
         "surprise": torch.float32,
+        "novelty": torch.float32,
         "source": torch.uint8,
         "born": torch.int64,
+        "lit": torch.int64,
         "valid": torch.bool,
         "pinned": torch.bool,
     }

@@ -1,0 +1,41 @@
+"""Novel passages stay, whatever they look like; of all other rows the dimmest go first.
+
+Attention tells what the language needs now: brightness keeps it fluent. It cannot tell what will be
+asked for later. What could not be foreseen when it was said cannot be guessed when it is asked for,
+so it must be kept; and a fact is a passage, not a word: the answer at its end is often easy to
+foresee by then ("is made of …"). So the running mean of surprise decides, not a token's own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compiled.read import Reading
+from compiled.state import State
+
+_KEPT = 1e6
+"""Above any brightness."""
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Keeps the ``most`` novel rows that are older than the newest ``recent`` positions."""
+
+    most: int
+    recent: int
+
+    def __call__(self, state: State, reading: Reading) -> Tensor:
+        """Brightness, raised above all others for the most novel rows: [capacity] float32.
+
+        Newer rows are protected and take nobody's place yet.
+        """
+        most = min(self.most, state.capacity)
+        if most == 0:
+            return state.brightness
+        newest = torch.where(state.valid, state.position, 0).amax()
+        settled = state.valid & (state.position <= newest - self.recent)
+        novelty = torch.where(settled, state.novelty, -math.inf)
+        least = torch.topk(novelty, most).values[-1]
+        return state.brightness + torch.where(settled & (novelty >= least), _KEPT, 0.0)

@@ -1,0 +1,11 @@
+"""The rows that could be foreseen go first."""
+
+from torch import Tensor
+
+from compiled.read import Reading
+from compiled.state import State
+
+
+def keep_score(state: State, reading: Reading) -> Tensor:
+    """The token's own negative log-likelihood on arrival, in nats: [capacity] float32."""
+    return state.surprise
