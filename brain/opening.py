@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,11 +32,16 @@ def open(model: str = "smollm2", **overrides: Any) -> Brain:
 def compose_conf(overrides: list[str]) -> Conf:
     """The typed configuration for these overrides. Raises Refused."""
     register()
+    around = GlobalHydra.instance()
+    hydra = around.hydra  # of an application that runs us, this one's own included
+    around.clear()
     try:
         with initialize_config_module("conf", version_base=None):
             return typed(compose("config", overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise Refused(configuration_error(error)) from None
+    finally:
+        around.hydra = hydra
 
 
 def typed(conf: DictConfig) -> Conf:

@@ -84,7 +84,7 @@ def settings_of(conf: Conf) -> Settings:
         top_p=conf.sampler.top_p,
         min_p=conf.sampler.min_p,
         repetition_penalty=conf.sampler.repetition_penalty,
-        conduct=_conduct(conf.cull, conf.capacity),
+        conduct=conduct_of(conf.cull, conf.capacity),
         nvtx=conf.nvtx,
     )
 
@@ -120,7 +120,8 @@ def _check_sampler(sampler: SamplerConf) -> None:
         refuse("repetition_penalty", "above 0 (1 is off)")
 
 
-def _conduct(cull: CullConf, capacity: int) -> Conduct:
+def conduct_of(cull: CullConf, capacity: int) -> Conduct:
+    """What decides which rows stay in a memory of this capacity. Raises Refused, naming the key."""
     brightness = cull.brightness
     unknown = set(brightness.seeds) - set(SOURCES)
     if unknown:

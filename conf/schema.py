@@ -141,6 +141,36 @@ class BenchTask:
 
 
 @dataclass
+class EvalTask:
+    """``task=eval``: how well each policy remembers, on any text."""
+
+    name: str = "eval"
+    text: str | None = None  # a UTF-8 file, or a folder of them
+    measures: list[str] = field(default_factory=lambda: ["fluency", "retrieval"])  # endurance
+    policies: list[str] = field(
+        default_factory=lambda: [
+            "sink_recent",
+            "novelty",
+            "brightness",
+            "surprise",
+            "h2o",
+            "tova",
+            "keydiff",
+            "random",
+        ]
+    )
+    budgets: list[int] = field(default_factory=lambda: [256])  # rows
+    streams: int = 16  # texts fed side by side
+    tokens: int = 512  # fluency: scored tokens per stream
+    full: bool = True  # measure the full memory too, which forgets nothing
+    distances: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 8.0])  # budgets
+    spacing: float = 4.0  # retrieval: budgets from one fact to the next
+    facts: int = 2  # retrieval: facts per stream; trials are streams times facts
+    kinds: list[str] = field(default_factory=list)  # retrieval: empty: all
+    bucket: int = 10_000  # endurance: ticks per point
+
+
+@dataclass
 class Conf:
     """Everything that can be set."""
 
@@ -177,5 +207,5 @@ def register() -> None:
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)
-    for task in (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask):
+    for task in (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask):
         store.store(group="task", name=f"{task.name}_schema", node=task)

@@ -1,0 +1,1 @@
+"""How well a policy remembers: fluency, retrieval and endurance, measured on any text."""

@@ -1,0 +1,154 @@
+"""Facts to be planted in a text and asked for later.
+
+Each kind is a statement, a question whose next word is the answer, and the pool of words that the
+answer and its distractors come from. They differ in how much they stand out: a record stands alone
+on its line, a remark hides in the prose around it.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from brain.tokens import Tokenizer
+
+DISTRACTORS = 9
+"""Wrong answers beside the right one. Chance is one in ten."""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Osborne Tremaine Hollis Quentin Barnaby Ingrid Rosalind Thaddeus Wilhelm Cordelia Ambrose "
+    "Felicity Gideon Jasper Leopold Miriam Nathaniel Octavia Percival Sabrina Tobias Ursula "
+    "Vincent Winifred Yolanda Zachary Beatrice Clement Dorothea Montague Philippa Reginald"
+)
+MATERIALS = _words(
+    "copper glass silver wood iron stone paper gold ivory brass wax leather silk clay bone steel "
+    "marble chalk coal salt"
+)
+SURNAMES = _words(
+    "Parker Hughes Fisher Webb Stone Marsh Cooper Walsh Grant Chapman Knight Mason Wolf Fox Reed "
+    "Palmer Hunter Baker Cook Young"
+)
+THINGS = _words("letter crown map diary medal violin lantern mirror ring sword flute compass")
+ROOMS = _words("kitchen attic cellar garden library stable nursery chapel tower barn hall")
+ANIMALS = _words("horse cat dog wolf bear goose snake fox bull rat owl lion bird sheep goat")
+QUALITIES = _words("patient crooked silent hungry golden sleepless laughing purple drowned clever")
+TRADES = _words("gardener blacksmith sailor tailor nurse priest carpenter miller doctor shepherd")
+COLOURS = _words("green yellow scarlet brown orange violet silver black white blue red grey")
+PLACES = _words("bridge station harbour market mill castle bank church inn farm prison school")
+NUMBERS = _words("four nine twelve thirty forty seven eleven sixty ninety eighty three fifty")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``statement`` and ``question`` are templates; ``answers`` fills ``{answer}``."""
+
+    name: str
+    statement: str
+    question: str
+    answers: Sequence[str]
+
+
+KINDS = (
+    Kind(
+        "key",
+        "\nThe secret key of {name} is made of {answer}. Remember it.\n",
+        "\nThe secret key of {name} is made of",
+        MATERIALS,
+    ),
+    Kind("record", "\nItem held by {name}: {answer}\n", "\nItem held by {name}:", MATERIALS),
+    Kind(
+        "name",
+        "\nIt was {name} {answer} who had hidden the {thing} beneath the old chapel. Nobody else "
+        "knew.\n",
+        "\nThe {thing} beneath the old chapel had been hidden by {name}",
+        SURNAMES,
+    ),
+    Kind(
+        "quote",
+        '\n"Beware of the {quality} {answer}," said {name} to the {trade}.\n',
+        '\nThe {trade} remembered what {name} had said: "Beware of the {quality}',
+        ANIMALS,
+    ),
+    Kind(
+        "remark",
+        " In those years the {thing} of {name} was kept in the {answer}, and nobody thought it "
+        "strange.",
+        " As everyone knew, the {thing} of {name} was kept in the",
+        ROOMS,
+    ),
+    Kind(
+        "gossip",
+        " The carriage of Sir {name} had been painted {answer} that spring, to the great amusement "
+        "of his friends.",
+        " He remembered that the carriage of Sir {name} had been painted",
+        COLOURS,
+    ),
+    Kind(
+        "note",
+        "\nDear {name}, the parcel you asked for is waiting for you at the {answer}. Yours, the "
+        "clerk.\n",
+        "\nThe clerk had told {name} that the parcel was waiting at the",
+        PLACES,
+    ),
+    Kind(
+        "count",
+        " {name} counted the {thing}s twice and found that there were {answer} of them.",
+        " When {name} had counted the {thing}s, there were",
+        NUMBERS,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact as tokens. The answer is ``options[0]``; all are single, distinct tokens."""
+
+    kind: str
+    statement: tuple[int, ...]
+    question: tuple[int, ...]
+    options: tuple[int, ...]  # the first token of " word", of the answer and its distractors
+
+
+def make_facts(tokenizer: Tokenizer, count: int, kinds: Sequence[Kind], seed: str) -> list[Fact]:
+    """Facts of every kind in turn, about different people, the same for the same seed."""
+    draw = random.Random(seed)
+    names = draw.sample(NAMES, len(NAMES))
+    return [
+        _fact(tokenizer, kinds[index % len(kinds)], names[index % len(names)], draw)
+        for index in range(count)
+    ]
+
+
+def _fact(tokenizer: Tokenizer, kind: Kind, name: str, draw: random.Random) -> Fact:
+    words = {
+        "name": name,
+        "thing": draw.choice(THINGS),
+        "quality": draw.choice(QUALITIES),
+        "trade": draw.choice(TRADES),
+    }
+    answers = _distinct(tokenizer, draw.sample(kind.answers, len(kind.answers)))
+    answers = answers[: DISTRACTORS + 1]
+    return Fact(
+        kind=kind.name,
+        statement=tuple(tokenizer.encode(kind.statement.format(**words, answer=answers[0][0]))),
+        question=tuple(tokenizer.encode(kind.question.format(**words))),
+        options=tuple(first for _, first in answers),
+    )
+
+
+def _distinct(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[str, int]]:
+    """Words with the tokens they begin with, one word for each token."""
+    by_token: dict[int, str] = {}
+    for word in words:
+        by_token.setdefault(_first_token(tokenizer, word), word)
+    return [(word, token) for token, word in by_token.items()]
+
+
+def _first_token(tokenizer: Tokenizer, word: str) -> int:
+    """The token that begins a word in the middle of a text."""
+    before = tokenizer.encode("a")
+    return tokenizer.encode(f"a {word}")[len(before)]

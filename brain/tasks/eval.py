@@ -1,0 +1,191 @@
+"""``task=eval``: how well each policy remembers, on any text.
+
+Writes ``eval.json`` and a picture for each measure into the run folder; prints the tables.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from brain.brain import Brain
+from brain.checkpoints import Checkpoint
+from brain.errors import Refused
+from brain.evaluation import endurance, fluency, plots, retrieval
+from brain.evaluation.contestants import FULL, Contestant, contestants
+from brain.evaluation.facts import KINDS, Fact, Kind, make_facts
+from brain.evaluation.texts import excerpts, read_text
+from brain.opening import open_brain, open_checkpoint
+from brain.settings import settings_of
+from brain.terminal import capture_graphs, note
+from conf.schema import Conf, EvalTask
+
+MEASURES = ("fluency", "retrieval", "endurance")
+
+
+def run(conf: Conf, run_dir: Path) -> None:
+    """Measures what ``task.measures`` names. Raises Refused before anything long begins."""
+    task = cast(EvalTask, conf.task)
+    _check(task, conf)
+    policies = contestants(task.policies, task.budgets)
+    kinds = _kinds(task.kinds)
+    text = read_text(Path(task.text)) if task.text is not None else None
+    if text is None and set(task.measures) - {"endurance"}:
+        raise Refused("task.text is missing: give a UTF-8 file or a folder of them to measure on")
+    settings = settings_of(conf)
+    note(f"loading {conf.model.name} …")
+    checkpoint = open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+    report: dict[str, Any] = {
+        "model": checkpoint.name,
+        "model_sha256": checkpoint.sha256,
+        "torch": torch.__version__,
+        "device": str(settings.device),
+        "dtype": conf.dtype.value,
+        "seed": conf.seed,
+        "task": dataclasses.asdict(task),
+    }
+    if text is not None:
+        ids = checkpoint.tokenizer.encode(text, special=False)
+        where = str(task.text)
+        if "fluency" in task.measures:
+            report["fluency"] = _fluency(checkpoint, policies, task, ids, where, run_dir)
+        if "retrieval" in task.measures:
+            report["retrieval"] = _retrieval(
+                checkpoint, policies, task, ids, where, kinds, conf.seed, run_dir
+            )
+    if "endurance" in task.measures:
+        report["endurance"] = _endurance(conf, task, run_dir)
+    (run_dir / "eval.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    note(f"results and pictures in {run_dir}")
+
+
+def _check(task: EvalTask, conf: Conf) -> None:
+    for measure in task.measures:
+        if measure not in MEASURES:
+            raise Refused(f"task.measures: {measure!r} is unknown; use {', '.join(MEASURES)}")
+    if not task.measures:
+        raise Refused(f"task.measures is empty: use {', '.join(MEASURES)}")
+    if not task.policies or not task.budgets:
+        raise Refused("task.policies and task.budgets must not be empty")
+    for name in ("streams", "tokens", "facts", "bucket"):
+        if getattr(task, name) < 1:
+            raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
+    if not task.distances or min(task.distances) <= 0:
+        raise Refused("task.distances must be above 0, in budgets, like [0.5,1,2]")
+    if task.spacing <= 0:
+        raise Refused(f"task.spacing must be above 0, not {task.spacing}")
+    if conf.ticks < 1:
+        raise Refused(f"ticks must be at least 1, not {conf.ticks}")
+
+
+def _kinds(names: Sequence[str]) -> list[Kind]:
+    known = {kind.name: kind for kind in KINDS}
+    for name in names:
+        if name not in known:
+            raise Refused(f"task.kinds: {name!r} is unknown; use {', '.join(known)}")
+    return [known[name] for name in names] or list(KINDS)
+
+
+def _fluency(
+    checkpoint: Checkpoint,
+    policies: Sequence[Contestant],
+    task: EvalTask,
+    ids: Sequence[int],
+    where: str,
+    run_dir: Path,
+) -> list[dict[str, Any]]:
+    budgets = sorted(set(task.budgets))
+    longest = budgets[-1] + task.tokens + 1
+    # Every budget scores the same tokens: the last ones of the same excerpts.
+    texts = excerpts(ids, task.streams, longest, where)
+    entries = [(policy, budget) for budget in budgets for policy in _with_full(policies, task)]
+    total = sum(task.streams * (budget + task.tokens) for _, budget in entries)
+    results = []
+    with tqdm(total=total, unit="token", desc="fluency") as bar:
+        for policy, budget in entries:
+            bar.set_postfix_str(f"{policy.label} {budget}")
+            part = texts[:, longest - (budget + task.tokens + 1) :]
+            results.append(fluency.measure(checkpoint, policy, budget, part, bar.update))
+    rows = fluency.table(results)
+    print(f"\nfluency: {task.streams * task.tokens} tokens read with a full memory")
+    print(f"{'policy':<34} {'rows':>5} {'nats/token':>10} {'against sinks and recent':>25}")
+    for row in rows:
+        against = (
+            f"{row['difference']:+.4f} ± {row['standard_error']:.4f}" if "difference" in row else ""
+        )
+        print(f"{row['policy']:<34} {row['budget']:>5} {row['nll']:>10.4f} {against:>25}")
+    plots.plot_fluency(rows, run_dir / "fluency.png")
+    return rows
+
+
+def _retrieval(
+    checkpoint: Checkpoint,
+    policies: Sequence[Contestant],
+    task: EvalTask,
+    ids: Sequence[int],
+    where: str,
+    kinds: Sequence[Kind],
+    seed: int,
+    run_dir: Path,
+) -> list[dict[str, Any]]:
+    facts: list[list[Fact]] = []
+    for stream in range(task.streams):
+        first = stream * task.facts % len(kinds)  # so that all kinds come equally often
+        turned = [*kinds[first:], *kinds[:first]]
+        facts.append(make_facts(checkpoint.tokenizer, task.facts, turned, f"{seed}/{stream}"))
+    courses = {
+        budget: retrieval.lay_course(facts, budget, task.distances, task.spacing)
+        for budget in sorted(set(task.budgets))
+    }
+    longest = max(course.length for course in courses.values())
+    texts = excerpts(ids, task.streams, longest, where)
+    entries = [(policy, budget) for budget in courses for policy in _with_full(policies, task)]
+    total = sum(task.streams * (courses[budget].length - 2) for _, budget in entries)
+    results = []
+    with tqdm(total=total, unit="token", desc="retrieval") as bar:
+        for policy, budget in entries:
+            bar.set_postfix_str(f"{policy.label} {budget}")
+            course = courses[budget]
+            planted = retrieval.planted(texts, facts, course)
+            results.append(
+                retrieval.measure(checkpoint, policy, budget, planted, facts, course, bar.update)
+            )
+    rows = retrieval.table(results)
+    trials = task.streams * task.facts
+    print(f"\nretrieval: share of {trials} facts whose answer ranks first of ten, ± standard error")
+    distances = "".join(f"{distance:>13g}×" for distance in sorted(set(task.distances)))
+    print(f"{'policy':<34} {'rows':>5} {distances} {'nats/token':>11}")
+    for policy, budget in entries:
+        cells = [r for r in rows if (r["policy"], r["budget"]) == (policy.label, budget)]
+        shares = "".join(f"{c['recall']:>7.2f} ± {c['standard_error']:.2f}" for c in cells)
+        print(f"{policy.label:<34} {budget:>5} {shares} {cells[0]['nll']:>11.4f}")
+    plots.plot_recall(rows, run_dir / "retrieval.png")
+    return rows
+
+
+def _endurance(conf: Conf, task: EvalTask, run_dir: Path) -> list[dict[str, Any]]:
+    brain: Brain = open_brain(conf)
+    capture_graphs(brain)
+    brain.prime(conf.prompt, conf.source)
+    rows = []
+    print(f"\nendurance: {conf.ticks} ticks, cull={conf.cull.policy}, {brain.capacity} slots")
+    print(f"{'ticks':>8} {'nats/token':>10} {'distinct':>9} {'ticks/s':>8} {'MB':>8} {'rows':>6}")
+    with tqdm(total=conf.ticks, unit="tick", desc="endurance") as bar:
+        for row in endurance.endure(brain, conf.ticks, task.bucket):
+            bar.update(row["ticks"] - bar.n)
+            rows.append(row)
+            tqdm.write(
+                f"{row['ticks']:>8} {row['nll']:>10.4f} {row['distinct']:>9.3f} "
+                f"{row['ticks_per_second']:>8.1f} {row['resident_mb']:>8.1f} {row['rows']:>6}"
+            )
+    plots.plot_endurance(rows, run_dir / "endurance.png")
+    return rows
+
+
+def _with_full(policies: Sequence[Contestant], task: EvalTask) -> list[Contestant]:
+    full = Contestant(FULL)
+    return [*([full] if task.full and full not in policies else []), *policies]

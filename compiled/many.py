@@ -1,0 +1,87 @@
+"""Many memories in step: the same read, decision and patch, mapped over a leading axis.
+
+For evaluation, where many texts are fed at once: the products of all streams become one product.
+Nothing here is a second way of doing anything; every function is that of one memory under
+``torch.func.vmap``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled.choose import Conduct, Forced, follow
+from compiled.llama import LlamaConfig, Weights
+from compiled.patch import patch
+from compiled.read import read
+from compiled.state import Cursor, State, allocate_cursor, allocate_state
+
+
+class Memories(NamedTuple):
+    """Tensors of ``state.py`` with a leading axis of streams."""
+
+    state: State  # [streams, …]
+    cursor: Cursor  # [streams, …]
+
+
+def allocate_memories(
+    streams: int, config: LlamaConfig, capacity: int, dtype: torch.dtype, device: torch.device
+) -> Memories:
+    """Empty memories whose cursors wait for a first token."""
+    one_state = allocate_state(config, capacity, dtype, device)
+    one_cursor = allocate_cursor(device)
+    return Memories(
+        State(*(tensor.expand(streams, *tensor.shape).contiguous() for tensor in one_state)),
+        Cursor(*(tensor.expand(streams, *tensor.shape).contiguous() for tensor in one_cursor)),
+    )
+
+
+def advance(
+    config: LlamaConfig,
+    weights: Weights,
+    memories: Memories,
+    tokens: Tensor,
+    conduct: Conduct,
+    source: int,
+    *,
+    bucket: int,
+) -> Tensor:
+    """One teacher-forced tick of every stream: reads its cursor, moves on to ``tokens``.
+
+    ``tokens`` [streams] int64. Returns their negative log-likelihoods [streams] float32. In place.
+    """
+
+    def tick(state: State, cursor: Cursor, token: Tensor) -> Tensor:
+        one = torch.ones((), dtype=torch.int64, device=token.device)
+        reading = read(config, weights, state, cursor.token, cursor.position, one, bucket=bucket)
+        spoken = Forced(token, torch.full_like(cursor.source, source))
+        choice = follow(state, cursor, reading, spoken, conduct)
+        patch(state, cursor, choice.plan(reading))
+        return choice.surprise
+
+    surprise: Tensor = torch.func.vmap(tick)(*memories, tokens[:, None])  # [streams, 1]
+    return surprise[:, 0]
+
+
+def last_logits(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    *,
+    bucket: int,
+) -> Tensor:
+    """Reads some tokens against every stream's memory, writing nothing.
+
+    ``tokens``, ``positions`` [streams, T] int64, ``lengths`` [streams] int64 (at least 1). Returns
+    the logits after each stream's last live token: [streams, vocab] float32.
+    """
+
+    def ask(state: State, tokens: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+        logits = read(config, weights, state, tokens, positions, length, bucket=bucket).logits
+        return logits.index_select(0, length[None] - 1)[0]
+
+    answers: Tensor = torch.func.vmap(ask)(state, tokens, positions, lengths)
+    return answers
