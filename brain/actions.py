@@ -77,6 +77,18 @@ class Edit:
     replacing: list[tuple[int, int, int]] = field(default_factory=list)  # token, position, source
     appending: list[tuple[int, int]] = field(default_factory=list)  # token, source
 
+    def moved(self, positions: Sequence[int]) -> "Edit":
+        """The same edit of rows that stood at ``positions``, ascending, and now stand densely."""
+        to = {position: place for place, position in enumerate(positions)}
+        return Edit(
+            cull={to[position] for position in self.cull},
+            erase={to[position] for position in self.erase},
+            pin={to[position]: pinned for position, pinned in self.pin.items()},
+            boost={to[position]: amount for position, amount in self.boost.items()},
+            replacing=[(token, to[position], source) for token, position, source in self.replacing],
+            appending=self.appending,
+        )
+
 
 @dataclass(frozen=True)
 class Limits:

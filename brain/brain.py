@@ -22,6 +22,7 @@ from brain.commit import Row, Told
 from brain.errors import Refused, warn
 from brain.memory import Memory
 from brain.mirror import Mirror, mirror_of, source_number
+from brain.repair import Repair, best_repair, dimmest_pair
 from brain.settings import Settings
 from brain.steps import Observer, Step
 from brain.tick import Speech, Tick
@@ -29,7 +30,7 @@ from brain.tokens import StreamDecoder
 from compiled.capture import Graphs
 from compiled.choose import UNFORCED, Forced
 from compiled.read import Reading, trimmed
-from compiled.score import MOST_CULLED, Forgetting, cull_count
+from compiled.score import MOST_CULLED, Forgetting, cull_count, may_go
 from compiled.state import NOWHERE, Cursor, State
 from conf.schema import Conf
 
@@ -211,6 +212,8 @@ class Brain:
         """
         mirror = self.mirror
         edit = resolve(actions, mirror, self._limits())
+        if edit.appending and self._stay_in_range(1 + len(edit.appending)):
+            edit, mirror = edit.moved(mirror.position.tolist()), self.mirror
         rows = [Row(*row) for row in edit.replacing]
         pending: Told | None = None
         if edit.appending:
@@ -248,16 +251,18 @@ class Brain:
     def _advance(self, forced: Forced) -> Tick:
         self._require_primed()
         self._require_room(1)
+        rebased = self._stay_in_range(1)
+        repaired = self._repair()
         culled = cull_count(self.memory.count, self._forgetting)
         count = self.memory.count - culled + int(self.memory.uncommitted)
-        self._warn_of_range(self.memory.position)
         self.graphs.begin_step()
         with self._named("1 read"):
             reading = self.memory.read_cursor()
         with self._named("2 score, 3 decide"):
             choice = self.graphs.choose(reading, forced)
         plan = choice.plan(reading)
-        tick = Tick(self.memory.tick + 1, self.memory.position + 1, count, choice, self._speech)
+        number, position = self.memory.tick + 1, self.memory.position + 1
+        tick = Tick(number, position, count, choice, self._speech, repaired, rebased=rebased)
         if self.observer is not None:
             self.observer(Step(tick, self.memory.cursor, reading, choice, plan))
         with self._named("4 patch"):
@@ -270,6 +275,36 @@ class Brain:
     @property
     def _forgetting(self) -> Forgetting:
         return self.settings.conduct.forgetting
+
+    def _repair(self) -> tuple[Repair, ...]:
+        """Every so many ticks, once there is something to forget: a repair, if one is worth it."""
+        settings, number = self.settings.repair, self.memory.tick + 1
+        if settings.every == 0 or number % settings.every:
+            return ()
+        if cull_count(self.memory.count, self._forgetting) == 0:
+            return ()
+        mirror = self.mirror
+        candidates = may_go(self.state, self.cursor, self._forgetting)
+        scores = self.settings.conduct.keep_score(self.state, self._unread())
+        pair = dimmest_pair(
+            scores.cpu().numpy()[mirror.slot], candidates.cpu().numpy()[mirror.slot]
+        )
+        if pair is None:
+            return ()
+        repair = best_repair(mirror, pair, number, settings, self._log_probabilities)
+        if repair is None:
+            return ()
+        self.patch([repair.action])
+        return (repair,)
+
+    def _log_probabilities(self, token: int, position: int) -> Tensor:
+        """Of what follows a token read as of a position: [vocab] float32 on the host."""
+        return torch.log_softmax(self.read([token], [position]).logits[-1], -1).cpu()
+
+    def _unread(self) -> Reading:
+        """What no token has read: for a policy to be asked between two ticks."""
+        nothing = torch.zeros(0, device=self.device)
+        return Reading(nothing, nothing, nothing, torch.zeros_like(self.state.brightness), nothing)
 
     def _limits(self) -> Limits:
         forgetting = self._forgetting
@@ -305,14 +340,24 @@ class Brain:
             raise Refused(f"read: position {position} is not in 0 to {MOST_POSITIONS - 1}")
         return int(position)
 
-    def _warn_of_range(self, position: int) -> None:
+    def _stay_in_range(self, tokens: int) -> bool:
+        """Before ``tokens`` more positions are taken: renumbers the rows, or warns, if that would
+        leave the range the model was trained on. Returns whether it renumbered.
+        """
         trained = self.checkpoint.config.max_position_embeddings
-        if position >= trained and not self._warned_of_range:
+        last = self.memory.position + tokens - 1
+        if last < trained:
+            return False
+        if self.settings.rebases:
+            self.memory.rebase()
+            return True
+        if not self._warned_of_range:
             self._warned_of_range = True
             warn(
-                f"position {position} is past the range {self.checkpoint.name} was trained on "
-                f"({trained}): expect the text to degrade; prime again to start from 0"
+                f"position {last} is past the range {self.checkpoint.name} was trained on "
+                f"({trained}): expect the text to degrade; positions=rebase renumbers the rows"
             )
+        return False
 
     def _new_speech(self) -> Speech:
         return Speech(StreamDecoder(self.tokenizer, at_start=False))

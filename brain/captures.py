@@ -13,6 +13,7 @@ numbers and words. The names of the tensors say where they belong:
 Writing is an observer of the loop (``steps.py``). With captures off there is none, and no cost.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from brain.brain import Brain
+from brain.heatmap import remembered
 from brain.mirror import SOURCES
 from brain.steps import Step
 from compiled.sample import candidates, penalize, seen_tokens
@@ -59,7 +61,10 @@ class CaptureWriter:
             "read.in.mirror.position": state.position,
             "read.in.mirror.token_id": state.token_id,
             "read.in.mirror.valid": state.valid,
-            "read.in.mirror.brightness": state.brightness,
+            **{
+                f"read.in.mirror.{name}": getattr(state, name)
+                for name in ("brightness", "surprise", "novelty", "source", "born", "lit", "pinned")
+            },
             "read.out.new_keys": step.reading.new_keys,
             "read.out.new_values": step.reading.new_values,
             "read.out.mass": step.reading.mass,
@@ -108,6 +113,7 @@ class CaptureWriter:
         read_token = int(step.cursor.token[0])
         return {
             "tick": tick.number,
+            "remembered": [dataclasses.asdict(row) for row in remembered(self._brain)],
             "1 read": {
                 "received": {
                     "token": read_token,

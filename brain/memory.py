@@ -58,6 +58,7 @@ class Memory:
             settings.widths,
             settings.smallest_bucket,
             settings.chunk,
+            settings.rebases,
         )
         self.graphs = Graphs(
             behaviour,
@@ -200,6 +201,12 @@ class Memory:
         everything = self.state.valid.logical_or(self.state.valid)
         self.graphs.patch(plan._replace(cull=everything, cursor=nowhere))
         self.settle(0, NOWHERE, uncommitted=False)
+
+    def rebase(self) -> None:
+        """Renumbers positions densely, in text order."""
+        self.graphs.begin_step()
+        self.graphs.rebase()
+        self.position = self.count - 1 + int(self.uncommitted)
 
     def settle(self, count: int, position: int, *, uncommitted: bool) -> None:
         """The host's account of what the patch has just done. Exact without asking the device:

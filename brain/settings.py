@@ -8,12 +8,13 @@ import torch
 from brain.errors import Refused
 from brain.mirror import SOURCES
 from brain.policies import policy
+from brain.repair import RepairSettings
 from compiled.choose import Conduct
 from compiled.llama import LlamaConfig
 from compiled.sample import SamplingMethod
 from compiled.score import MOST_CULLED, Brightness, Forgetting, Novelty
 from compiled.state import state_bytes
-from conf.schema import Conf, CullConf, SamplerConf
+from conf.schema import Conf, CullConf, Positions, SamplerConf
 
 FEWEST_ROWS_TO_CULL = 8
 """Below this target, sinks, recent rows and victims do not all fit."""
@@ -37,10 +38,17 @@ class Settings:
     min_p: float
     repetition_penalty: float
     conduct: Conduct
+    repair: RepairSettings
+    rebases: bool
     nvtx: bool
 
     def check_against(self, config: LlamaConfig) -> None:
         """Raises Refused if a memory of this capacity cannot be had on the device."""
+        if self.rebases and self.capacity >= config.max_position_embeddings:
+            raise Refused(
+                f"positions=rebase needs a capacity below {config.max_position_embeddings}, the "
+                f"range the model was trained on, not {self.capacity}"
+            )
         needed = state_bytes(config, self.capacity, self.dtype)
         free = _free_bytes(self.device)
         if free is not None and needed > free:
@@ -85,6 +93,8 @@ def settings_of(conf: Conf) -> Settings:
         min_p=conf.sampler.min_p,
         repetition_penalty=conf.sampler.repetition_penalty,
         conduct=conduct_of(conf.cull, conf.capacity),
+        repair=_repair(conf),
+        rebases=conf.positions is Positions.rebase,
         nvtx=conf.nvtx,
     )
 
@@ -142,6 +152,17 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
         forgetting=forgetting,
         keep_score=policy(cull.policy, forgetting, cull.novelty.share),
     )
+
+
+def _repair(conf: Conf) -> RepairSettings:
+    repair = conf.repair
+    if repair.every < 0:
+        raise Refused(f"repair.every must be 0 (never) or more, not {repair.every}")
+    if repair.candidates < 1:
+        raise Refused(f"repair.candidates must be at least 1, not {repair.candidates}")
+    if math.isnan(repair.least_gain):
+        raise Refused("repair.least_gain must be a number of nats, not nan")
+    return RepairSettings(repair.every, repair.candidates, repair.least_gain)
 
 
 def _forgetting(cull: CullConf, capacity: int) -> Forgetting:

@@ -9,6 +9,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from brain.repair import Repair
 from brain.tokens import StreamDecoder
 from compiled.choose import Choice
 from compiled.state import NOWHERE
@@ -71,16 +72,26 @@ class Tick:
     """What one pass of the loop did.
 
     Attributes: ``number`` (1 for the first tick after a prime), ``position`` of the token that was
-    spoken, ``count`` of rows remembered after the tick's patch, ``repaired`` pairs (none yet).
+    spoken, ``count`` of rows remembered after the tick's patch; before this tick's read:
+    ``repairs`` that were made, ``rebased``, whether all positions were renumbered.
     """
 
     def __init__(
-        self, number: int, position: int, count: int, choice: Choice, speech: Speech
+        self,
+        number: int,
+        position: int,
+        count: int,
+        choice: Choice,
+        speech: Speech,
+        repairs: tuple[Repair, ...] = (),
+        *,
+        rebased: bool = False,
     ) -> None:
         self.number = number
         self.position = position
         self.count = count
-        self.repaired: tuple[tuple[int, int], ...] = ()
+        self.rebased = rebased
+        self.repairs = repairs
         self._token = HostCopy(choice.token)
         self._surprise = HostCopy(choice.surprise)
         self._culled = HostCopy(choice.culled)
@@ -101,6 +112,11 @@ class Tick:
     def culled(self) -> tuple[int, ...]:
         """Positions of the rows that were forgotten."""
         return tuple(int(p) for p in self._culled.wait() if p != NOWHERE)
+
+    @property
+    def repaired(self) -> tuple[tuple[int, int], ...]:
+        """Positions of the pairs that were replaced by one token each."""
+        return tuple(repair.positions for repair in self.repairs)
 
     @property
     def text(self) -> str:

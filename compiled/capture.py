@@ -1,7 +1,8 @@
 """Which graphs exist, and proof that there are no others.
 
 A brain needs a fixed set of graphs: the read for every (width, bucket), the choice, the patch of
-a tick, and for every width above 1 the patch of an edit and the surprise of its tokens. With
+a tick, and for every width above 1 the patch of an edit and the surprise of its tokens; and, if it
+may renumber positions, re-basing. With
 ``engine="compiled"`` each is captured once by ``torch.compile(fullgraph=True, dynamic=False)``: in
 CUDA-graph mode on CUDA, through Inductor alone on a CPU. A graph break or a second compilation of
 any of them is an error, not a slow path. With ``engine="eager"`` the same functions are called
@@ -24,7 +25,7 @@ from torch.fx import GraphModule
 
 from compiled.choose import Choice, Conduct, Forced, choose
 from compiled.llama import LlamaConfig, Weights
-from compiled.patch import Plan, RowColumns, patch
+from compiled.patch import Plan, RowColumns, patch, rebase
 from compiled.read import Reading, Study, read, study
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.state import NOWHERE, Cursor, State
@@ -33,7 +34,7 @@ CUDA_GRAPH_WARMUP_RUNS = 3
 """A CUDA graph runs once to warm up, once to record, and only then is replayed."""
 
 
-TICK, EDIT, CHOOSE = "tick", "edit", "choose"
+TICK, EDIT, CHOOSE, REBASE = "tick", "edit", "choose", "rebase"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Behaviour:
     widths: tuple[int, ...] = (1, 16)  # tokens per captured read, ascending from 1
     smallest_bucket: int = 1024  # slots
     chunk: int | None = None  # most tokens that are read to be committed; None: the widest width
+    rebases: bool = False  # whether positions are ever renumbered
 
     def __post_init__(self) -> None:
         """Raises ValueError for widths or a bucket that cannot form a set."""
@@ -199,6 +201,12 @@ class Graphs:
         graph = self._graph(name, patch) if self.is_captured(width) else patch
         graph(self.state, self.cursor, plan)
 
+    def rebase(self, *, wanted: bool = True) -> None:
+        """``rebase``: renumbers positions densely and turns the keys."""
+        flag = torch.full((), wanted, dtype=torch.bool, device=self.device)
+        arguments = (self.state, self.cursor, self.weights.inverse_frequencies, flag)
+        self._graph(REBASE, rebase)(*arguments)
+
     def expected(self) -> tuple[str, ...]:
         """Names of all graphs that this brain can ever need, in order of warm-up."""
         sequences = [(1, bucket, TICK) for bucket in self.buckets]
@@ -208,7 +216,7 @@ class Graphs:
             for width, bucket, kind in sequences
             for name in (_read_name(width, bucket), *_names_after_read(width, kind))
         ]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*names, *([REBASE] if self.behaviour.rebases else [])]))
 
     def warm_up(self) -> Iterator[str]:
         """Captures every graph, yielding each one's name before it is compiled.
@@ -230,6 +238,10 @@ class Graphs:
             for _ in range(runs):  # an edit that only forgets reads nothing first
                 self.begin_step()
                 self.patch(self.empty_edit(width))
+        for _ in range(runs if self.behaviour.rebases else 0):
+            yield from self._new(REBASE)
+            self.begin_step()
+            self.rebase(wanted=False)
 
     def empty_edit(self, width: int) -> Plan:
         """An edit of a width that changes nothing, to be filled with ``_replace``."""

@@ -1,13 +1,18 @@
 """The patch: step 0/4, the only code in this package that writes tensors in place.
 
     patch(state, cursor, plan) → None
+    rebase(state, cursor, inverse_frequencies, wanted) → None
 
-It culls, erases, appends and replaces. Keys, values and mirror columns of a slot are written by
-the same graph: two blades of one knife. Culling clears ``valid``, O(1) per row; appending takes
+The patch culls, erases, appends and replaces. Keys, values and mirror columns of a slot are written
+by the same graph: two blades of one knife. Culling clears ``valid``, O(1) per row; appending takes
 the lowest free slots and moves O(rows written) bytes. Nothing here is proportional to the size of
 the cache: the only O(capacity) work is scanning and writing single mirror columns.
 
 The plan is fixed in shape and validated before the graph runs. Once it runs it cannot fail.
+
+Re-basing renumbers positions densely in text order and turns every key by the difference. It does
+touch the whole cache, so it runs only when the positions would leave the range that the model was
+trained on: once in thousands of ticks.
 """
 
 from typing import NamedTuple
@@ -15,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled.rope import rotate_rows, rotation
 from compiled.state import NOWHERE, Cursor, State
 
 
@@ -116,3 +122,31 @@ def patch(state: State, cursor: Cursor, plan: Plan) -> None:
 
     for held, following in zip(cursor, plan.cursor, strict=True):
         held.copy_(following)
+
+
+def dense_positions(valid: Tensor, position: Tensor) -> Tensor:
+    """Each valid row's place in text order, from 0; a row that is not valid keeps its position.
+
+    ``valid`` [capacity] bool, ``position`` [capacity] int64 → [capacity] int64.
+    """
+    last = torch.iinfo(torch.int64).max
+    order = torch.argsort(torch.where(valid, position, last))
+    place = torch.arange(valid.shape[0], device=valid.device)
+    return torch.where(valid, torch.empty_like(place).scatter(0, order, place), position)
+
+
+def rebase(state: State, cursor: Cursor, inverse_frequencies: Tensor, wanted: Tensor) -> None:
+    """Renumbers all rows densely, in place; does nothing where ``wanted`` [] bool is false.
+
+    Every key is turned once, by the whole difference, in float32 from float64 angles: one rounding
+    to the cache's dtype, where turning step by step would round a thousand times. The cursor comes
+    to stand on the newest row, or behind it if its token has no row yet.
+    """
+    moving = state.valid & wanted  # [capacity]
+    dense = torch.where(moving, dense_positions(state.valid, state.position), state.position)
+    cos, sin = rotation(dense - state.position, inverse_frequencies)  # [capacity, head_dim / 2]
+    for keys in state.keys:  # [kv_heads, capacity, head_dim], a view: never a second cache
+        keys.copy_(torch.where(moving[:, None], rotate_rows(keys, cos, sin), keys))
+    state.position.copy_(dense)
+    behind = state.valid.sum() - 1 + cursor.uncommitted
+    cursor.position.copy_(torch.where(wanted, behind, cursor.position))

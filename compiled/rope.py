@@ -63,7 +63,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     ``x`` [T, heads, head_dim]; ``cos``, ``sin`` [T, head_dim / 2]; the result has x's dtype.
     """
+    return rotate_rows(x, cos[:, None], sin[:, None])
+
+
+def rotate_rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same in any layout: ``x`` [..., head_dim], ``cos`` and ``sin`` [..., head_dim / 2]
+    of a shape that broadcasts against it.
+    """
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # [T, 1, head_dim / 2]
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)

@@ -28,6 +28,13 @@ class Source(Enum):
     folder = "folder"
 
 
+class Positions(Enum):
+    """What becomes of positions as the text grows past the trained range."""
+
+    keep = "keep"  # they grow, with a warning
+    rebase = "rebase"  # they are renumbered densely
+
+
 @dataclass
 class ModelConf:
     """A model and where to get it."""
@@ -92,6 +99,15 @@ class CullConf:
     recent_share: float = MISSING  # the same as a share of the target, if that is more
     brightness: BrightnessConf = field(default_factory=BrightnessConf)
     novelty: NoveltyConf = field(default_factory=NoveltyConf)
+
+
+@dataclass
+class RepairConf:
+    """Whether the dimmest pair of rows may be replaced by one token."""
+
+    every: int = MISSING  # ticks between two attempts; 0: never
+    candidates: int = MISSING  # of the model's own
+    least_gain: float = MISSING  # nats
 
 
 @dataclass
@@ -178,6 +194,7 @@ class Conf:
     engine: EngineConf = MISSING
     sampler: SamplerConf = MISSING
     cull: CullConf = MISSING
+    repair: RepairConf = MISSING
     task: Any = MISSING
 
     prompt: str = MISSING
@@ -186,6 +203,7 @@ class Conf:
     stop_at_eos: bool = False
     seed: int = 0
     capacity: int = 1024
+    positions: Positions = Positions.keep
     dtype: DType = DType.float32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: int | None = None  # CPU threads; null: as PyTorch chooses
@@ -204,6 +222,7 @@ def register() -> None:
         "engine": EngineConf,
         "sampler": SamplerConf,
         "cull": CullConf,
+        "repair": RepairConf,
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)

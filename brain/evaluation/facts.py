@@ -5,10 +5,12 @@ answer and its distractors come from. They differ in how much they stand out: a 
 on its line, a remark hides in the prose around it.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from brain.errors import Refused
 from brain.tokens import Tokenizer
 
 DISTRACTORS = 9
@@ -105,12 +107,12 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact as tokens. The answer is ``options[0]``; all are single, distinct tokens."""
+    """One fact as tokens. The answer is ``options[0]``; all are distinct."""
 
     kind: str
     statement: tuple[int, ...]
     question: tuple[int, ...]
-    options: tuple[int, ...]  # the first token of " word", of the answer and its distractors
+    options: tuple[int, ...]  # the token that tells the answer, then the distractors
 
 
 def make_facts(tokenizer: Tokenizer, count: int, kinds: Sequence[Kind], seed: str) -> list[Fact]:
@@ -130,25 +132,28 @@ def _fact(tokenizer: Tokenizer, kind: Kind, name: str, draw: random.Random) -> F
         "quality": draw.choice(QUALITIES),
         "trade": draw.choice(TRADES),
     }
-    answers = _distinct(tokenizer, draw.sample(kind.answers, len(kind.answers)))
-    answers = answers[: DISTRACTORS + 1]
+    prefix, tokens = _told_apart(tokenizer, kind.answers)
+    firsts: dict[int, str] = {}
+    for word in draw.sample(sorted(tokens), len(tokens)):
+        firsts.setdefault(tokens[word], word)
+    options = tuple(firsts)[: DISTRACTORS + 1]
+    if len(options) < 2:
+        raise Refused(f"this tokenizer cannot tell the answers of {kind.name!r} facts apart")
+    answer = firsts[options[0]]
     return Fact(
         kind=kind.name,
-        statement=tuple(tokenizer.encode(kind.statement.format(**words, answer=answers[0][0]))),
-        question=tuple(tokenizer.encode(kind.question.format(**words))),
-        options=tuple(first for _, first in answers),
+        statement=tuple(tokenizer.encode(kind.statement.format(**words, answer=answer))),
+        question=(*tokenizer.encode(kind.question.format(**words)), *prefix),
+        options=options,
     )
 
 
-def _distinct(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[str, int]]:
-    """Words with the tokens they begin with, one word for each token."""
-    by_token: dict[int, str] = {}
-    for word in words:
-        by_token.setdefault(_first_token(tokenizer, word), word)
-    return [(word, token) for token, word in by_token.items()]
-
-
-def _first_token(tokenizer: Tokenizer, word: str) -> int:
-    """The token that begins a word in the middle of a text."""
-    before = tokenizer.encode("a")
-    return tokenizer.encode(f"a {word}")[len(before)]
+def _told_apart(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[list[int], dict[str, int]]:
+    """The tokens with which all these words begin in the middle of a text (none, or a space that is
+    a token of its own), and the token that comes next for each of them.
+    """
+    before = len(tokenizer.encode("a"))
+    spelled = {word: tokenizer.encode(f"a {word}")[before:] for word in words}
+    together = zip(*spelled.values(), strict=False)
+    prefix = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, together)]
+    return prefix, {word: ids[len(prefix)] for word, ids in spelled.items() if ids[len(prefix) :]}

@@ -59,8 +59,13 @@ def run(conf: Conf, run_dir: Path) -> None:
             )
     if "endurance" in task.measures:
         report["endurance"] = _endurance(conf, task, run_dir)
-    (run_dir / "eval.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    _write(report, run_dir / "eval.json")
     note(f"results and pictures in {run_dir}")
+
+
+def _write(report: Any, path: Path) -> None:
+    """Also after every part of a measure: a long evaluation that is cut short keeps what it has."""
+    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 def _check(task: EvalTask, conf: Conf) -> None:
@@ -110,6 +115,7 @@ def _fluency(
             bar.set_postfix_str(f"{policy.label} {budget}")
             part = texts[:, longest - (budget + task.tokens + 1) :]
             results.append(fluency.measure(checkpoint, policy, budget, part, bar.update))
+            _write(fluency.table(results), run_dir / "fluency.json")
     rows = fluency.table(results)
     print(f"\nfluency: {task.streams * task.tokens} tokens read with a full memory")
     print(f"{'policy':<34} {'rows':>5} {'nats/token':>10} {'against sinks and recent':>25}")
@@ -154,6 +160,7 @@ def _retrieval(
             results.append(
                 retrieval.measure(checkpoint, policy, budget, planted, facts, course, bar.update)
             )
+            _write(retrieval.table(results), run_dir / "retrieval.json")
     rows = retrieval.table(results)
     trials = task.streams * task.facts
     print(f"\nretrieval: share of {trials} facts whose answer ranks first of ten, ± standard error")
@@ -178,6 +185,7 @@ def _endurance(conf: Conf, task: EvalTask, run_dir: Path) -> list[dict[str, Any]
         for row in endurance.endure(brain, conf.ticks, task.bucket):
             bar.update(row["ticks"] - bar.n)
             rows.append(row)
+            _write(rows, run_dir / "endurance.json")
             tqdm.write(
                 f"{row['ticks']:>8} {row['nll']:>10.4f} {row['distinct']:>9.3f} "
                 f"{row['ticks_per_second']:>8.1f} {row['resident_mb']:>8.1f} {row['rows']:>6}"

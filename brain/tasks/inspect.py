@@ -1,39 +1,63 @@
-"""``task=inspect``: print one captured tick legibly."""
+"""``task=inspect``: print what a run remembers, and a captured tick of it, legibly."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
 from brain.errors import Refused, one_line
+from brain.heatmap import FILE, in_terminal, page, read_rows, rows_of
+from brain.terminal import note
 from conf.schema import Conf, InspectTask
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Prints the tick to standard output. Raises Refused if there is no such capture."""
+    """Prints what is remembered, and a captured tick if there is one; writes ``memory.html``.
+
+    Raises Refused if the folder holds neither.
+    """
     task = cast(InspectTask, conf.task)
     if task.path is None:
-        raise Refused("task.path is missing: give a run folder that was made with capture=true")
+        raise Refused("task.path is missing: give the folder of a run")
     if task.top < 1:
         raise Refused(f"task.top must be at least 1, not {task.top}")
-    path = _capture(Path(task.path).expanduser(), task.tick)
-    try:
-        described = json.loads(path.read_text("utf-8"))
-        print(legible(described, _shapes(path.with_suffix(".safetensors")), task.top))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise Refused(f"{path} is damaged ({one_line(error)})") from None
+    folder = Path(task.path).expanduser()
+    if task.tick is None and not _captures(folder) and (folder / FILE).is_file():
+        rows, what = read_rows(folder / FILE), f"what {folder} remembers at its end"
+    else:
+        path = _capture(folder, task.tick)
+        try:
+            described = json.loads(path.read_text("utf-8"))
+            print(legible(described, _shapes(path.with_suffix(".safetensors")), task.top))
+            rows = rows_of(described["remembered"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise Refused(f"{path} is damaged ({one_line(error)})") from None
+        what = f"what {folder} remembers before the patch of tick {described['tick']}"
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\n{what}: {len(rows)} rows\n")
+    print(in_terminal(rows, colour=colour, width=max(20, shutil.get_terminal_size().columns - 1)))
+    picture = run_dir / "memory.html"
+    picture.write_text(page(rows, what), "utf-8")
+    note(f"heat map: {picture}")
+
+
+def _captures(folder: Path) -> list[Path]:
+    if (folder / "captures").is_dir():
+        folder = folder / "captures"
+    return sorted(folder.glob("tick_*.json")) if folder.is_dir() else []
 
 
 def _capture(folder: Path, tick: int | None) -> Path:
-    if (folder / "captures").is_dir():
-        folder = folder / "captures"
-    found = sorted(folder.glob("tick_*.json")) if folder.is_dir() else []
+    found = _captures(folder)
     if not found:
         raise Refused(f"{folder} holds no captures: run brain with capture=true first")
     if tick is None:
         return found[-1]
-    path = folder / f"tick_{tick:06d}.json"
+    path = found[0].with_name(f"tick_{tick:06d}.json")
     if path not in found:
         numbers = [int(p.stem.removeprefix("tick_")) for p in found]
         raise Refused(

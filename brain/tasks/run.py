@@ -5,6 +5,8 @@ import json
 import platform
 import sys
 import time
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from brain.brain import Brain
 from brain.captures import CaptureWriter
 from brain.errors import Refused
+from brain.heatmap import FILE, remembered, write_rows
 from brain.opening import open_brain
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
@@ -21,8 +24,9 @@ from conf.schema import Conf
 def run(conf: Conf, run_dir: Path) -> None:
     """Speaks ``conf.ticks`` tokens on standard output.
 
-    Writes ``transcript.txt`` (the exact text), ``run.json`` (ids, timings, versions) and, if asked
-    to, ``captures/`` into the run folder.
+    Writes ``transcript.txt`` (the exact text), ``run.json`` (ids, timings, versions),
+    ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was replaced, by what,
+    when and with what gain) and, if asked to, ``captures/`` into the run folder.
     """
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
@@ -40,8 +44,9 @@ def run(conf: Conf, run_dir: Path) -> None:
     if sys.stderr.isatty():
         note(f"\033[2m{conf.prompt}\033[0m")
     primed = time.perf_counter()
-    ids, interrupted = _speak(brain, conf, run_dir / "transcript.txt")
+    ids, interrupted = _speak(brain, conf, run_dir)
     spoken = time.perf_counter() - primed
+    write_rows(remembered(brain), run_dir / FILE)
     _write_report(brain, conf, run_dir / "run.json", ids, primed - started, spoken)
     note(
         f"{len(ids)} tokens in {spoken:.1f} s ({len(ids) / spoken:.1f} per second), "
@@ -52,11 +57,16 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise KeyboardInterrupt
 
 
-def _speak(brain: Brain, conf: Conf, transcript: Path) -> tuple[list[int], bool]:
-    """Prints and records every token; returns their ids, and whether Ctrl-C cut them short."""
-    ids: list[int] = []
+def _speak(brain: Brain, conf: Conf, run_dir: Path) -> tuple["array[int]", bool]:
+    """Prints and records every token and repair; returns the ids of the tokens, and whether Ctrl-C
+    cut them short.
+    """
+    ids = array("q")  # a loop of a million ticks takes 8 MB
     interrupted = False
-    with transcript.open("w", encoding="utf-8", newline="") as record:
+    with (
+        (run_dir / "transcript.txt").open("w", encoding="utf-8", newline="") as record,
+        (run_dir / "repairs.jsonl").open("w", encoding="utf-8") as repairs,
+    ):
 
         def say(text: str) -> None:
             record.write(text)
@@ -67,6 +77,9 @@ def _speak(brain: Brain, conf: Conf, transcript: Path) -> tuple[list[int], bool]
         try:
             for tick in brain.stream(conf.ticks, stop_at_eos=conf.stop_at_eos):
                 ids.append(tick.token)
+                for repair in tick.repairs:
+                    repairs.write(json.dumps(repair.to_json()) + "\n")
+                    repairs.flush()
                 say(tick.text)
         except KeyboardInterrupt:
             interrupted = True
@@ -78,7 +91,7 @@ def _speak(brain: Brain, conf: Conf, transcript: Path) -> tuple[list[int], bool]
 
 
 def _write_report(
-    brain: Brain, conf: Conf, path: Path, ids: list[int], ready: float, spoken: float
+    brain: Brain, conf: Conf, path: Path, ids: Sequence[int], ready: float, spoken: float
 ) -> None:
     report: dict[str, Any] = {
         "model": brain.checkpoint.name,
@@ -92,7 +105,7 @@ def _write_report(
         "capacity": brain.capacity,
         "rows": len(brain),
         "prompt": conf.prompt,
-        "tokens": ids,
+        "tokens": list(ids),
         "seconds_until_ready": round(ready, 3),
         "seconds_speaking": round(spoken, 3),
         "graphs": [
