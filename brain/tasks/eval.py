@@ -19,7 +19,7 @@ from brain.evaluation import endurance, fluency, plots, retrieval
 from brain.evaluation.contestants import FULL, Contestant, contestants
 from brain.evaluation.facts import KINDS, Fact, Kind, make_facts
 from brain.evaluation.texts import excerpts, read_text
-from brain.opening import open_brain, open_checkpoint
+from brain.opening import open_checkpoint
 from brain.settings import settings_of
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf, EvalTask
@@ -39,6 +39,11 @@ def run(conf: Conf, run_dir: Path) -> None:
     settings = settings_of(conf)
     note(f"loading {conf.model.name} …")
     checkpoint = open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+    brain: Brain | None = None
+    if "endurance" in task.measures:
+        brain = Brain(checkpoint, settings, conf)
+        capture_graphs(brain)
+        brain.prime(conf.prompt, conf.source)
     report: dict[str, Any] = {
         "model": checkpoint.name,
         "model_sha256": checkpoint.sha256,
@@ -57,8 +62,8 @@ def run(conf: Conf, run_dir: Path) -> None:
             report["retrieval"] = _retrieval(
                 checkpoint, policies, task, ids, where, kinds, conf.seed, run_dir
             )
-    if "endurance" in task.measures:
-        report["endurance"] = _endurance(conf, task, run_dir)
+    if brain is not None:
+        report["endurance"] = _endurance(brain, conf, task, run_dir)
     _write(report, run_dir / "eval.json")
     note(f"results and pictures in {run_dir}")
 
@@ -174,10 +179,7 @@ def _retrieval(
     return rows
 
 
-def _endurance(conf: Conf, task: EvalTask, run_dir: Path) -> list[dict[str, Any]]:
-    brain: Brain = open_brain(conf)
-    capture_graphs(brain)
-    brain.prime(conf.prompt, conf.source)
+def _endurance(brain: Brain, conf: Conf, task: EvalTask, run_dir: Path) -> list[dict[str, Any]]:
     rows = []
     print(f"\nendurance: {conf.ticks} ticks, cull={conf.cull.policy}, {brain.capacity} slots")
     print(f"{'ticks':>8} {'nats/token':>10} {'distinct':>9} {'ticks/s':>8} {'MB':>8} {'rows':>6}")

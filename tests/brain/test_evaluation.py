@@ -1,6 +1,7 @@
 """Evaluation measures what it says: against the brain itself, and against plain arithmetic."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +243,37 @@ def test_settings_of_a_policy_may_be_changed() -> None:
     assert conduct.forgetting.target == 64
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["task.text=nowhere.txt"], "nowhere.txt cannot be read"),
+        ([], "task.text is missing"),
+        (["task.measures=[]"], "task.measures"),
+        (["task.measures=[vigour]"], "vigour"),
+        (["task.policies=[whim]"], "whim"),
+        (["task.policies=[]"], "task.policies"),
+        (["task.budgets=[4]"], "cull.target=4"),
+        (["task.distances=[0]"], "task.distances"),
+        (["task.kinds=[rumour]"], "rumour"),
+        (["task.streams=0"], "task.streams"),
+        (["task.measures=[endurance]", "prompt=Far too long a prompt", "capacity=8"], "capacity"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_long(
+    arguments: list[str], told: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    from brain.opening import compose_conf
+    from brain.tasks import eval as task
+
+    conf = compose_conf(
+        ["task=eval", "model=folder", f"model.path={tiny_folder}", "capacity=32", *arguments]
+    )
+    with pytest.raises(Refused, match=re.escape(told)) as refused:
+        task.run(conf, tmp_path)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) -> None:
     from test_app import call
 
@@ -261,6 +293,7 @@ def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) 
         "task.distances=[0.5,1]",
         "task.bucket=5",
         "ticks=10",
+        "prompt=Once",
         "capacity=32",
         "hydra.run.dir=out",
     )

@@ -21,7 +21,7 @@ ALWAYS = {"repair": "pairs", "repair.every": 1, "repair.least_gain": -100.0}
 
 
 def pair_of(scores: list[float], may_go: list[bool]) -> int | None:
-    return dimmest_pair(np.array(scores), np.array(may_go))
+    return dimmest_pair(np.array(scores, float), np.array(may_go, bool))
 
 
 def test_the_dimmest_pair_has_neighbours_and_may_go() -> None:
