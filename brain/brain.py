@@ -278,11 +278,23 @@ class Brain:
 
     def _repair(self) -> tuple[Repair, ...]:
         """Every so many ticks, once there is something to forget: a repair, if one is worth it."""
-        settings, number = self.settings.repair, self.memory.tick + 1
-        if settings.every == 0 or number % settings.every:
+        every = self.settings.repair.every
+        if every == 0 or (self.memory.tick + 1) % every:
             return ()
         if cull_count(self.memory.count, self._forgetting) == 0:
             return ()
+        repair = self.best_repair()
+        if repair is None:
+            return ()
+        self.patch([repair.action])
+        return (repair,)
+
+    def best_repair(self) -> Repair | None:
+        """The repair of the dimmest pair of rows that may go, if it gains enough. Changes nothing:
+        ``patch([repair.action])`` does.
+        """
+        self._require_primed()
+        settings, number = self.settings.repair, self.memory.tick + 1
         mirror = self.mirror
         candidates = may_go(self.state, self.cursor, self._forgetting)
         scores = self.settings.conduct.keep_score(self.state, self._unread())
@@ -290,12 +302,8 @@ class Brain:
             scores.cpu().numpy()[mirror.slot], candidates.cpu().numpy()[mirror.slot]
         )
         if pair is None:
-            return ()
-        repair = best_repair(mirror, pair, number, settings, self._log_probabilities)
-        if repair is None:
-            return ()
-        self.patch([repair.action])
-        return (repair,)
+            return None
+        return best_repair(mirror, pair, number, settings, self._log_probabilities)
 
     def _log_probabilities(self, token: int, position: int) -> Tensor:
         """Of what follows a token read as of a position: [vocab] float32 on the host."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from brain.actions import Edit
 from brain.mirror import Mirror
 from compiled.patch import Plan, RowColumns
-from compiled.score import Brightness, seed_brightness
+from compiled.score import Brightness, Novelty, seed_brightness
 from compiled.state import NOWHERE, Cursor, State
 
 
@@ -93,9 +93,29 @@ def standing_after(
     )
 
 
+def echoes_of(
+    rows: Sequence[Row], told: Sequence[Told], said: Sequence[bool], constants: Novelty
+) -> tuple[list[float], float]:
+    """What each of these rows hears of those after it, and what a row just before the first that is
+    ``said`` (rather than put in an old place) hears of them all, but for that one step: nats, as
+    ``score.echo`` would add up one by one.
+    """
+    heard = [0.0] * len(rows)
+    after, at = 0.0, 0  # heard at position ``at`` of everything said from there on
+    for index in reversed(range(len(rows))):
+        if not said[index]:
+            continue
+        if after:
+            heard[index] = after * constants.decay ** (at - rows[index].position)
+        after = heard[index] + (1.0 - constants.decay) * told[index].surprise
+        at = rows[index].position
+    return heard, after
+
+
 def row_columns(
     rows: Sequence[Row],
     told: Sequence[Told],
+    echoes: Sequence[float],
     width: int,
     born: int,
     constants: Brightness,
@@ -113,7 +133,9 @@ def row_columns(
         position=column([row.position for row in rows], torch.int64),
         brightness=seed_brightness(source, constants),
         surprise=column([one.surprise for one in told], torch.float32),
-        novelty=column([one.novelty for one in told], torch.float32),
+        novelty=column(
+            [one.novelty + echo for one, echo in zip(told, echoes, strict=True)], torch.float32
+        ),
         source=source,
         born=torch.full((width,), born, dtype=torch.int64, device=device),
         lit=torch.full((width,), born, dtype=torch.int64, device=device),

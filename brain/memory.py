@@ -17,6 +17,7 @@ from brain.commit import (
     Row,
     Standing,
     Told,
+    echoes_of,
     predecessor,
     row_columns,
     standing_after,
@@ -29,7 +30,7 @@ from compiled.capture import Behaviour, Graphs
 from compiled.philox import key_of
 from compiled.read import Reading
 from compiled.sample import Sampling, surprises
-from compiled.score import running_novelty
+from compiled.score import echo, running_novelty
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
 
 
@@ -146,6 +147,7 @@ class Memory:
     ) -> Link | None:
         """One read and one patch; returns what its last row tells of the row after it."""
         span = rows[start : start + self.graphs.chunk]
+        newest = int(mirror.position[-1]) if len(mirror) else NOWHERE
         width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)))
         plan = self.graphs.empty_edit(width)
         nats: list[float] = []
@@ -175,8 +177,14 @@ class Memory:
             uncommitted, position = False, standing.position
             cursor = standing.cursor(self.tick, self.device)
         constants = self._conduct.brightness
-        columns = row_columns(span, told, width, self.tick, constants, self.device)
+        said = [row.position > newest for row in span]
+        echoes, strength = echoes_of(span, told, said, self._conduct.novelty)
+        columns = row_columns(span, told, echoes, width, self.tick, constants, self.device)
         plan = plan._replace(rows=columns, cursor=cursor)
+        if any(said):
+            at = self._tensor(span[said.index(True)].position)
+            heard = torch.tensor(strength, dtype=torch.float32, device=self.device)
+            plan = plan._replace(novelty=echo(self.state, at, heard, self._conduct.novelty))
         self.graphs.patch(with_edit(plan, self.state, edit, mirror, constants))
         self.settle(self.count - len(edit.cull) + len(span), position, uncommitted=uncommitted)
         return link if span else None

@@ -267,6 +267,7 @@ class Graphs:
             cull=torch.zeros_like(state.valid),
             brightness=state.brightness.add(0),
             lit=state.lit.add(0),
+            novelty=state.novelty.add(0),
             cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
             pinned=state.pinned.logical_or(state.pinned),
             erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=self.device),
@@ -288,6 +289,7 @@ class Graphs:
                 cull=torch.zeros_like(plan.cull),
                 brightness=self.state.brightness.add(0),
                 lit=self.state.lit.add(0),
+                novelty=self.state.novelty.add(0),
                 cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
             )
         )

@@ -18,6 +18,7 @@ from compiled.score import (
     Novelty,
     brighten,
     decide_cull,
+    echo,
     running_novelty,
     seed_brightness,
 )
@@ -48,6 +49,7 @@ class Choice(NamedTuple):
     culled: Tensor  # [MOST_CULLED] int64: positions of those rows, filled up with NOWHERE
     brightness: Tensor  # [capacity] float32
     lit: Tensor  # [capacity] int64
+    novelty: Tensor  # [capacity] float32
     cursor: Cursor  # standing at ``token``
 
     def plan(self, reading: Reading) -> Plan:
@@ -59,6 +61,7 @@ class Choice(NamedTuple):
             self.cull,
             self.brightness,
             self.lit,
+            self.novelty,
             self.cursor,
         )
 
@@ -100,7 +103,10 @@ def follow(
     token = spoken.token
     surprise = surprises(reading.logits, token)
     bright, lit = brighten(state, cursor.tick + 1, reading.mass, conduct.brightness)
-    now = state._replace(brightness=bright, lit=lit)
+    # The token that was read gets its row now, and is heard by the rows before it.
+    strength = (1.0 - conduct.novelty.decay) * cursor.surprise[0] * cursor.uncommitted
+    novelty = echo(state, cursor.position[0], strength, conduct.novelty)
+    now = state._replace(brightness=bright, lit=lit, novelty=novelty)
     keep_scores = conduct.keep_score(now, reading)
     cull, culled = decide_cull(state, cursor, keep_scores, conduct.forgetting)
     tick = cursor.tick + 1
@@ -125,4 +131,4 @@ def follow(
         uncommitted=torch.ones_like(cursor.uncommitted),
         tick=tick,
     )
-    return Choice(token + 0, surprise, rows, cull, culled, bright, lit, following)
+    return Choice(token + 0, surprise, rows, cull, culled, bright, lit, novelty, following)

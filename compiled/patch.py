@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     cull: Tensor  # [capacity] bool: rows to forget
     brightness: Tensor  # [capacity] float32: of the rows that are already there
     lit: Tensor  # [capacity] int64: of the rows that are already there
+    novelty: Tensor  # [capacity] float32: of the rows that are already there
     cursor: Cursor  # where the next read stands
     pinned: Tensor | None = None  # [capacity] bool: of the rows that are already there
     erase: Tensor | None = None  # [E] int64: slots to overwrite with zeros; NOWHERE is padding
@@ -100,6 +101,7 @@ def patch(state: State, cursor: Cursor, plan: Plan) -> None:
     state.valid.logical_and_(~plan.cull)
     state.brightness.copy_(plan.brightness)
     state.lit.copy_(plan.lit)
+    state.novelty.copy_(plan.novelty)
     if plan.pinned is not None:
         state.pinned.copy_(plan.pinned)
     if plan.erase is not None:

@@ -27,9 +27,9 @@ class Brightness:
 
 @dataclass(frozen=True)
 class Novelty:
-    """How surprise becomes novelty: each token keeps ``decay`` of the running mean before it."""
+    """How surprise becomes novelty: ``decay`` per token of distance, before a row and after it."""
 
-    decay: float = 0.9
+    decay: float = 0.93
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,25 @@ Nats = TypeVar("Nats", Tensor, float)
 
 
 def running_novelty(before: Nats, surprise: Nats, constants: Novelty) -> Nats:
-    """Novelty of the next token, in nats: of the device's numbers or the host's.
-
-    An exponential mean of surprise: high all through a passage that could not be foreseen, its
-    easy words included. A token's own surprise finds the first word of a fact; this finds the
-    answer at its end.
+    """Novelty of the next token at birth, in nats: an exponential mean of surprise up to it. Of the
+    device's numbers or the host's.
     """
     return constants.decay * before + (1.0 - constants.decay) * surprise
+
+
+def echo(state: State, at: Tensor, strength: Tensor, constants: Novelty) -> Tensor:
+    """Novelty of every row once something has been said at position ``at`` [] int64: rows before it
+    gain ``strength`` [] float32 nats, times ``decay`` per position of distance. Returns [capacity].
+
+    With ``running_novelty`` this makes novelty a mean of surprise over the passage around a row,
+    what came after it included. A token's own surprise finds the first word of a fact and the mean
+    up to it the last: the answer may be either, and stands out only in its passage. A row of some
+    age gains no more, so it costs nothing that what came after it may be forgotten.
+    """
+    distance = (at - state.position).to(torch.float32)  # [capacity]
+    share = torch.exp(distance.clamp(min=0.0) * math.log(constants.decay))
+    heard = state.valid & (distance > 0)
+    return state.novelty + torch.where(heard, share * strength, 0.0)
 
 
 def seed_brightness(source: Tensor, constants: Brightness) -> Tensor:

@@ -27,7 +27,7 @@ class State(NamedTuple):
     position: Tensor  # [capacity] int64, unique among valid rows
     brightness: Tensor  # [capacity] float32
     surprise: Tensor  # [capacity] float32, nats: negative log-likelihood on arrival
-    novelty: Tensor  # [capacity] float32, nats: running mean of surprise up to this row
+    novelty: Tensor  # [capacity] float32, nats: mean surprise of the passage around the row
     source: Tensor  # [capacity] uint8
     born: Tensor  # [capacity] int64, tick of birth
     lit: Tensor  # [capacity] int64, tick in which it last drew more than average attention

@@ -138,6 +138,15 @@ class InspectTask:
 
 
 @dataclass
+class CommandTask:
+    """``task=command``: have a running brain change what it remembers."""
+
+    name: str = "command"
+    path: str | None = None  # the folder of the run
+    actions: str | None = None  # a JSON list of actions, see brain/commands.py
+
+
+@dataclass
 class GraphsTask:
     """``task=graphs``: capture every graph and print the account."""
 
@@ -162,7 +171,9 @@ class EvalTask:
 
     name: str = "eval"
     text: str | None = None  # a UTF-8 file, or a folder of them
-    measures: list[str] = field(default_factory=lambda: ["fluency", "retrieval"])  # endurance
+    measures: list[str] = field(
+        default_factory=lambda: ["fluency", "retrieval"]
+    )  # endurance, repair
     policies: list[str] = field(
         default_factory=lambda: [
             "sink_recent",
@@ -184,6 +195,8 @@ class EvalTask:
     facts: int = 2  # retrieval: facts per stream; trials are streams times facts
     kinds: list[str] = field(default_factory=list)  # retrieval: empty: all
     bucket: int = 10_000  # endurance: ticks per point
+    pairs: int = 48  # repair: pairs to repair or drop
+    horizon: int = 32  # repair: tokens read afterwards
 
 
 @dataclass
@@ -226,5 +239,5 @@ def register() -> None:
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)
-    for task in (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask):
+    for task in (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask, CommandTask):
         store.store(group="task", name=f"{task.name}_schema", node=task)

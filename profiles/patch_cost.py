@@ -48,6 +48,7 @@ def plan_for(state: State, cursor: Cursor) -> Plan:
         cull=cull,
         brightness=state.brightness.clone(),
         lit=state.lit.clone(),
+        novelty=state.novelty.clone(),
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
     )
 

@@ -88,6 +88,7 @@ def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int
         cull=torch.zeros_like(state.valid),
         brightness=state.brightness.clone(),
         lit=state.lit.clone(),
+        novelty=state.novelty.clone(),
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
         pinned=state.pinned.clone(),
         erase=torch.full((width,), NOWHERE),

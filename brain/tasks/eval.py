@@ -15,16 +15,20 @@ from tqdm import tqdm
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
 from brain.errors import Refused
-from brain.evaluation import endurance, fluency, plots, retrieval
+from brain.evaluation import endurance, fluency, mending, plots, retrieval
 from brain.evaluation.contestants import FULL, Contestant, contestants
 from brain.evaluation.facts import KINDS, Fact, Kind, make_facts
 from brain.evaluation.texts import excerpts, read_text
 from brain.opening import open_checkpoint
 from brain.settings import settings_of
 from brain.terminal import capture_graphs, note
+from compiled.score import MOST_CULLED
 from conf.schema import Conf, EvalTask
 
-MEASURES = ("fluency", "retrieval", "endurance")
+MENDING_TICKS = 32
+"""Ticks before a pair is looked at: what brightness needs to tell rows apart."""
+
+MEASURES = ("fluency", "retrieval", "repair", "endurance")
 
 
 def run(conf: Conf, run_dir: Path) -> None:
@@ -62,6 +66,8 @@ def run(conf: Conf, run_dir: Path) -> None:
             report["retrieval"] = _retrieval(
                 checkpoint, policies, task, ids, where, kinds, conf.seed, run_dir
             )
+        if "repair" in task.measures:
+            report["repair"] = _repair(checkpoint, conf, task, ids, where)
     if brain is not None:
         report["endurance"] = _endurance(brain, conf, task, run_dir)
     _write(report, run_dir / "eval.json")
@@ -81,7 +87,7 @@ def _check(task: EvalTask, conf: Conf) -> None:
         raise Refused(f"task.measures is empty: use {', '.join(MEASURES)}")
     if not task.policies or not task.budgets:
         raise Refused("task.policies and task.budgets must not be empty")
-    for name in ("streams", "tokens", "facts", "bucket"):
+    for name in ("streams", "tokens", "facts", "bucket", "pairs", "horizon"):
         if getattr(task, name) < 1:
             raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
     if not task.distances or min(task.distances) <= 0:
@@ -176,6 +182,31 @@ def _retrieval(
         shares = "".join(f"{c['recall']:>7.2f} ± {c['standard_error']:.2f}" for c in cells)
         print(f"{policy.label:<34} {budget:>5} {shares} {cells[0]['nll']:>11.4f}")
     plots.plot_recall(rows, run_dir / "retrieval.png")
+    return rows
+
+
+def _repair(
+    checkpoint: Checkpoint, conf: Conf, task: EvalTask, ids: Sequence[int], where: str
+) -> list[dict[str, Any]]:
+    rows = []
+    budgets = sorted(set(task.budgets))
+    print(f"\nrepair: nats per token over the next {task.horizon}, repairing against dropping")
+    print(f"{'rows':>5} {'pairs':>6} {'repaired':>9} {'difference':>20} {'better in':>10}")
+    with tqdm(total=task.pairs * len(budgets), unit="pair", desc="repair") as bar:
+        for budget in budgets:
+            ticks = min(MENDING_TICKS, budget - 1)
+            cull = dataclasses.replace(conf.cull, target=budget)
+            capacity = budget + MOST_CULLED
+            settings = settings_of(dataclasses.replace(conf, cull=cull, capacity=capacity))
+            mended, dropped = (Brain(checkpoint, settings, conf) for _ in range(2))
+            texts = excerpts(ids, task.pairs, budget + task.horizon, where)
+            row = mending.measure(mended, dropped, texts, ticks, task.horizon, bar.update)
+            rows.append({"budget": budget, **row})
+            told = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+            error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+            better = "" if row["better"] is None else f"{row['better']:.0%}"
+            counts = f"{budget:>5} {row['pairs']:>6} {row['repaired']:>9}"
+            tqdm.write(f"{counts} {told + error:>20} {better:>10}")
     return rows
 
 

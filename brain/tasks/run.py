@@ -14,6 +14,7 @@ import torch
 
 from brain.brain import Brain
 from brain.captures import CaptureWriter
+from brain.commands import Inbox
 from brain.errors import Refused
 from brain.heatmap import FILE, remembered, write_rows
 from brain.opening import open_brain
@@ -26,7 +27,8 @@ def run(conf: Conf, run_dir: Path) -> None:
 
     Writes ``transcript.txt`` (the exact text), ``run.json`` (ids, timings, versions),
     ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was replaced, by what,
-    when and with what gain) and, if asked to, ``captures/`` into the run folder.
+    when and with what gain) and, if asked to, ``captures/`` into the run folder. Between ticks it
+    does what ``commands.jsonl`` there asks for (see ``brain/commands.py``).
     """
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
@@ -74,6 +76,7 @@ def _speak(brain: Brain, conf: Conf, run_dir: Path) -> tuple["array[int]", bool]
             sys.stdout.write(text)
             sys.stdout.flush()
 
+        inbox = Inbox(run_dir, brain)
         try:
             for tick in brain.stream(conf.ticks, stop_at_eos=conf.stop_at_eos):
                 ids.append(tick.token)
@@ -81,6 +84,7 @@ def _speak(brain: Brain, conf: Conf, run_dir: Path) -> tuple["array[int]", bool]
                     repairs.write(json.dumps(repair.to_json()) + "\n")
                     repairs.flush()
                 say(tick.text)
+                inbox.look()
         except KeyboardInterrupt:
             interrupted = True
         say(brain.finish_text())

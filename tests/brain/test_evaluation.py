@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from brain import Brain, Refused
-from brain.evaluation import fluency, retrieval
+from brain.evaluation import fluency, mending, retrieval
 from brain.evaluation.contestants import FULL, Contestant, contestants
 from brain.evaluation.endurance import endure
 from brain.evaluation.facts import DISTRACTORS, KINDS, make_facts
@@ -177,6 +177,36 @@ def test_endurance_accounts_for_every_tick(open_tiny: OpenTiny) -> None:
         assert row["resident_mb"] > 10
 
 
+def test_mending_compares_the_same_tokens_under_both_memories(open_tiny: OpenTiny) -> None:
+    options = {"cull.target": 20, "capacity": 24, "repair.least_gain": -100.0}
+    mended, dropped = open_tiny(**options), open_tiny(**options)
+    text = torch.randint(0, 256, (32,), generator=torch.Generator().manual_seed(5)).tolist()
+    one = mending.compare(mended, dropped, text, ticks=8, horizon=12)
+    assert one is not None
+    assert len(mended) == len(dropped) + 1
+    kept = mended.mirror
+    (put,) = [i for i, source in enumerate(kept.sources()) if source == "repair"]
+    assert set(kept.position.tolist()) - set(dropped.mirror.position.tolist()) == {
+        int(kept.position[put])
+    }
+    for brain, told in ((mended, one.repaired), (dropped, one.dropped)):
+        before = digest(*brain.state, *brain.cursor)
+        assert mending._nats(brain, text[-12:]) == pytest.approx(told, abs=1e-6)
+        assert digest(*brain.state, *brain.cursor) == before
+    row = mending.measure(mended, dropped, torch.tensor([text, text]), 8, 12, nothing)
+    assert row["pairs"] == row["repaired"] == 2
+    assert row["difference"] == pytest.approx(one.repaired - one.dropped, abs=1e-6)
+    assert row["standard_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_mending_compares_nothing_where_no_repair_gains(open_tiny: OpenTiny) -> None:
+    options = {"cull.target": 20, "capacity": 24, "repair.least_gain": 1000.0}
+    mended, dropped = open_tiny(**options), open_tiny(**options)
+    row = mending.measure(mended, dropped, TEXTS[:1, :32], 8, 12, nothing)
+    assert row["repaired"] == 0
+    assert row["difference"] is None
+
+
 # Bad input ---------------------------------------------------------------------------------------
 
 
@@ -284,7 +314,9 @@ def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) 
         tiny_folder,
         "task=eval",
         f"task.text={text}",
-        "task.measures=[fluency,retrieval,endurance]",
+        "task.measures=[fluency,retrieval,repair,endurance]",
+        "task.pairs=2",
+        "task.horizon=8",
         "task.policies=[sink_recent,novelty]",
         "task.budgets=[32,64]",
         "task.streams=2",
@@ -298,7 +330,7 @@ def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) 
         "hydra.run.dir=out",
     )
     assert done.returncode == 0, done.stderr
-    for word in ("fluency", "retrieval", "endurance", "sink_recent", "novelty", "full"):
+    for word in ("fluency", "retrieval", "repair", "endurance", "sink_recent", "novelty", "full"):
         assert word in done.stdout
     report = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert {row["budget"] for row in report["fluency"]} == {32, 64}

@@ -8,7 +8,7 @@ from compiled.choose import UNFORCED, Choice, Conduct, Forced, choose
 from compiled.philox import key_of
 from compiled.read import Reading, read
 from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
-from compiled.score import Brightness, Forgetting, Novelty, brighten, decide_cull
+from compiled.score import Brightness, Forgetting, Novelty, brighten, decide_cull, echo
 from compiled.state import NOWHERE, Cursor, State
 from toys import digest, toy_config, toy_cursor, toy_state, toy_weights
 
@@ -76,6 +76,8 @@ def test_a_choice_is_the_sum_of_its_parts(uncommitted: bool, fed: int) -> None:
     bright, lit = brighten(state, torch.tensor(42), reading.mass, BRIGHTNESS)
     assert torch.equal(choice.brightness, bright)
     assert torch.equal(choice.lit, lit)
+    strength = torch.tensor((1 - NOVELTY.decay) * 1.25 * uncommitted)
+    assert torch.equal(choice.novelty, echo(state, cursor.position[0], strength, NOVELTY))
     cull, culled = decide_cull(state, cursor, bright - reading.mass + lit, FORGETTING)
     assert torch.equal(choice.cull, cull)
     assert torch.equal(choice.culled, culled)
@@ -108,7 +110,15 @@ def test_a_choice_shares_no_memory_with_what_the_patch_will_write() -> None:
     state, cursor, reading = situation(True)
     plan = chosen(state, cursor, reading).plan(reading)
     written = {tensor.untyped_storage().data_ptr() for tensor in (*state, *cursor)}
-    tensors = [plan.keys, plan.values, *plan.rows, plan.cull, plan.brightness, plan.lit]
+    tensors = [
+        plan.keys,
+        plan.values,
+        *plan.rows,
+        plan.cull,
+        plan.brightness,
+        plan.lit,
+        plan.novelty,
+    ]
     tensors += plan.cursor
     assert not any(tensor.untyped_storage().data_ptr() in written for tensor in tensors)
     assert plan.keys is reading.new_keys

@@ -118,11 +118,17 @@ class PatchMachine(RuleBasedStateMachine):
         for slot, light in (lights or {}).items():
             plan.brightness[slot] = light
             plan.lit[slot] = self.seed
+            plan.novelty[slot] = light + 1
         plan = plan._replace(
             cursor=Cursor(*(torch.full_like(tensor, self.seed) for tensor in self.cursor))
         )
         assert plan.pinned is not None
-        lasting = {"pinned": plan.pinned, "brightness": plan.brightness, "lit": plan.lit}
+        lasting = {
+            "pinned": plan.pinned,
+            "brightness": plan.brightness,
+            "lit": plan.lit,
+            "novelty": plan.novelty,
+        }
         asked = copied(self.state._replace(**lasting))
         if not edits:
             plan = plan._replace(pinned=None, erase=None)
@@ -139,6 +145,7 @@ class PatchMachine(RuleBasedStateMachine):
             self.occupied.discard(slot)
         self.model["brightness"] = asked["brightness"]
         self.model["lit"] = asked["lit"]
+        self.model["novelty"] = asked["novelty"]
         if edits:
             self.model["pinned"] = asked["pinned"]
         for slot in erase or ():

@@ -16,6 +16,7 @@ from compiled.score import (
     brighten,
     cull_count,
     decide_cull,
+    echo,
     running_novelty,
     seed_brightness,
 )
@@ -54,6 +55,17 @@ def test_novelty_is_a_running_mean_of_surprise() -> None:
     for _ in range(100):
         told = running_novelty(told, 5.0, constants)
     assert told == pytest.approx(5.0, abs=1e-9)
+
+
+def test_an_echo_reaches_the_rows_before_it_and_fades_with_distance() -> None:
+    state = toy_state(toy_config(), CAPACITY, {1: 5, 2: 6, 4: 8, 9: 30})
+    told = echo(state, torch.tensor(8), torch.tensor(2.0), Novelty(decay=0.5))
+    expected = state.novelty.clone()
+    expected[1] += 2.0 * 0.5**3
+    expected[2] += 2.0 * 0.5**2
+    torch.testing.assert_close(told, expected, rtol=1e-6, atol=0)
+    far = echo(state, torch.tensor(1 << 40), torch.tensor(2.0), Novelty(decay=0.5))
+    assert torch.equal(far, state.novelty)
 
 
 def test_brightness_decays_and_gains_by_attention() -> None:

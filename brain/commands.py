@@ -1,0 +1,180 @@
+"""Commands to a running brain: lines of a file, each a batch of actions.
+
+``RUN_FOLDER/commands.jsonl`` is looked at between ticks. Every complete line that has been added is
+a JSON list of actions, applied wholly or refused wholly; ``answers.jsonl`` beside it gets one line
+for each. A line may be written by hand, by another program, or by ``brain task=command``:
+
+    [{"do": "pin", "positions": [3, 4]}, {"do": "inject", "text": " It rained.", "source": "tool"}]
+
+=========  =======================================================================================
+pin        positions; ``"pinned": false`` releases them
+boost      positions, amount
+cull       positions
+redact     positions
+replace    positions (neighbours), and the text or ids to put there; source (default repair)
+inject     text or ids to add after what has been said; source (default user)
+=========  =======================================================================================
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
+from brain.brain import Brain
+from brain.errors import Refused, one_line
+
+INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
+LONGEST_LINE = 1 << 20
+"""Characters of one batch."""
+
+Encode = Callable[[str], Sequence[int]]
+
+
+def parse_batch(line: str, encode: Encode) -> list[Action]:
+    """The actions of one line. Raises Refused, naming what is wrong with which action."""
+    if len(line) > LONGEST_LINE:
+        raise Refused(f"command of {len(line)} characters: at most {LONGEST_LINE} in one line")
+    try:
+        batch = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"command is not JSON ({one_line(error)})") from None
+    if isinstance(batch, dict):
+        batch = [batch]
+    if not isinstance(batch, list) or not batch:
+        raise Refused('command must be a list of actions, like [{"do": "pin", "positions": [3]}]')
+    return [_action(given, number, encode) for number, given in enumerate(batch)]
+
+
+def _action(given: Any, number: int, encode: Encode) -> Action:
+    if not isinstance(given, dict) or not isinstance(given.get("do"), str):
+        raise Refused(f'action {number} must be an object with a "do"')
+    fields = dict(given)
+    do = fields.pop("do")
+    if do not in _READERS:
+        raise Refused(f"action {number}: {do!r} is unknown; use {', '.join(_READERS)}")
+    action = _READERS[do](_Fields(fields, f"action {number} ({do})", encode))
+    return action
+
+
+class _Fields:
+    """What is given to one action; every field is taken once, and none may be left."""
+
+    def __init__(self, given: dict[str, Any], where: str, encode: Encode) -> None:
+        self._given, self._where, self._encode = given, where, encode
+
+    def take(self, name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
+        """A field of some type. Raises Refused if it is missing or another."""
+        if name not in self._given:
+            if default:
+                return default[0]
+            raise Refused(f"{self._where}: {name} is missing")
+        value = self._given.pop(name)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds:
+            told = " or ".join(k.__name__ for k in kinds)
+            raise Refused(f"{self._where}: {name} is {value!r}, expected {told}")
+        return value
+
+    def tokens(self) -> Sequence[int]:
+        """Text or ids: exactly one of them."""
+        if ("text" in self._given) == ("ids" in self._given):
+            raise Refused(f"{self._where}: give either text or ids")
+        if "ids" in self._given:
+            ids: list[int] = self.take("ids", list)
+            return ids
+        return self._encode(self.take("text", str))
+
+    def finish(self, action: Action) -> Action:
+        """The action, if nothing was given in vain."""
+        if self._given:
+            raise Refused(f"{self._where}: {sorted(self._given)[0]!r} is not one of its fields")
+        return action
+
+
+def _pin(f: _Fields) -> Action:
+    return f.finish(Pin(f.take("positions", list), f.take("pinned", bool, True)))
+
+
+def _boost(f: _Fields) -> Action:
+    return f.finish(Boost(f.take("positions", list), f.take("amount", (int, float))))
+
+
+def _cull(f: _Fields) -> Action:
+    return f.finish(Cull(f.take("positions", list)))
+
+
+def _redact(f: _Fields) -> Action:
+    return f.finish(Redact(f.take("positions", list)))
+
+
+def _replace(f: _Fields) -> Action:
+    positions = f.take("positions", list)
+    return f.finish(Replace(positions, f.tokens(), f.take("source", str, "repair")))
+
+
+def _inject(f: _Fields) -> Action:
+    return f.finish(Append(f.tokens(), f.take("source", str, "user")))
+
+
+_READERS: dict[str, Callable[[_Fields], Action]] = {
+    "pin": _pin,
+    "boost": _boost,
+    "cull": _cull,
+    "redact": _redact,
+    "replace": _replace,
+    "inject": _inject,
+}
+
+
+class Inbox:
+    """The commands of one run. Looking costs one call to the file system."""
+
+    def __init__(self, folder: Path, brain: Brain) -> None:
+        self._inbox, self._answers = folder / INBOX, folder / ANSWERS
+        self._brain = brain
+        self._read = 0  # bytes
+
+    def look(self) -> int:
+        """Applies what has come since the last look; returns how many batches were applied."""
+        try:
+            if self._inbox.stat().st_size <= self._read:
+                return 0
+            with self._inbox.open("rb") as file:
+                file.seek(self._read)
+                added = file.read()
+        except OSError:
+            return 0  # nobody has written one yet
+        complete = added[: added.rfind(b"\n") + 1]  # the rest is still being written
+        self._read += len(complete)
+        return sum(self._apply(line) for line in complete.splitlines() if line.strip())
+
+    def _apply(self, line: bytes) -> bool:
+        answer: dict[str, Any] = {"tick": self._brain.ticks}
+        try:
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise Refused(f"command is not UTF-8 (byte {error.start})") from None
+            actions = parse_batch(text, self._brain.encode)
+            self._brain.patch(actions)
+            answer |= {"applied": len(actions), "rows": len(self._brain)}
+        except Refused as refused:
+            answer["refused"] = str(refused)
+        with self._answers.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        return "applied" in answer
+
+
+def send(folder: Path, line: str) -> None:
+    """Adds one line to the inbox of a run. Raises Refused if there is no such run."""
+    if "\n" in line.strip():
+        raise Refused("a command is one line")
+    if not folder.is_dir():
+        raise Refused(f"{folder} is not the folder of a run")
+    try:
+        with (folder / INBOX).open("a", encoding="utf-8") as file:
+            file.write(line.strip() + "\n")
+    except OSError as error:
+        raise Refused(f"{folder / INBOX} cannot be written ({one_line(error)})") from None

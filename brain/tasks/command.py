@@ -1,0 +1,24 @@
+"""``task=command``: have a running brain change what it remembers."""
+
+from pathlib import Path
+from typing import cast
+
+from brain.commands import ANSWERS, parse_batch, send
+from brain.errors import Refused
+from brain.terminal import note
+from conf.schema import CommandTask, Conf
+
+
+def run(conf: Conf, run_dir: Path) -> None:
+    """Sends one batch of actions to the run in ``task.path``. Raises Refused if it is malformed;
+    whether the brain takes it, it says itself in ``answers.jsonl``.
+    """
+    task = cast(CommandTask, conf.task)
+    if task.path is None:
+        raise Refused("task.path is missing: give the folder of a running brain")
+    if task.actions is None:
+        raise Refused('task.actions is missing: give a JSON list, like [{"do":"pin",…}]')
+    parse_batch(task.actions, lambda text: [0] if text else [])
+    folder = Path(task.path).expanduser()
+    send(folder, task.actions)
+    note(f"sent; the answer will be in {folder / ANSWERS}")
