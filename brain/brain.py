@@ -16,7 +16,7 @@ import nvtx
 import torch
 from torch import Tensor
 
-from brain.actions import Action, Edit, Limits, resolve, token_ids
+from brain.actions import Action, Append, Edit, Limits, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
 from brain.errors import Refused, warn
@@ -227,6 +227,24 @@ class Brain:
                 pending = Told(float(held.surprise[0]), float(held.novelty[0]))
         rows.sort(key=lambda row: row.position)
         self.memory.commit(rows, edit, mirror, pending)
+
+    def apply(self, actions: Sequence[Action]) -> None:
+        """A batch for a brain that is running: as ``patch``, but what is appended passes through
+        the loop token by token, so that a full memory forgets to make room for it.
+        """
+        appended = [action for action in actions if isinstance(action, Append)]
+        rest = [action for action in actions if not isinstance(action, Append)]
+        if not appended or not self._forgetting.target:
+            self.patch(actions)
+            return
+        self._require_primed()
+        vocab_size = self.checkpoint.config.vocab_size
+        fed = [(token_ids(a.ids, vocab_size, "Append"), a.source) for a in appended]
+        for _, source in fed:
+            source_number(source)
+        self.patch(rest)  # after all checks but its own: the batch is refused as a whole
+        for ids, source in fed:
+            self.feed(ids, source)
 
     def warm_up(self) -> Iterator[str]:
         """Captures every graph, yielding each one's name before it is compiled.

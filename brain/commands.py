@@ -12,7 +12,8 @@ boost      positions, amount
 cull       positions
 redact     positions
 replace    positions (neighbours), and the text or ids to put there; source (default repair)
-inject     text or ids to add after what has been said; source (default user)
+inject     text or ids to add after what has been said; source (default user). They pass through
+           the loop like tokens that are spoken, so that a full memory makes room for them
 =========  =======================================================================================
 """
 
@@ -158,7 +159,7 @@ class Inbox:
             except UnicodeDecodeError as error:
                 raise Refused(f"command is not UTF-8 (byte {error.start})") from None
             actions = parse_batch(text, self._brain.encode)
-            self._brain.patch(actions)
+            self._brain.apply(actions)
             answer |= {"applied": len(actions), "rows": len(self._brain)}
         except Refused as refused:
             answer["refused"] = str(refused)

@@ -379,9 +379,10 @@ def test_what_is_culled_is_what_scored_lowest(either_brain: Brain) -> None:
     steps: list[tuple[dict[int, float], tuple[int, ...], int]] = []
 
     def note(step: Step) -> None:
-        valid = b.state.valid
-        lights = step.choice.brightness[valid].tolist()
-        scores = dict(zip(b.state.position[valid].tolist(), lights, strict=True))
+        valid, choice = b.state.valid, step.choice
+        now = b.state._replace(brightness=choice.brightness, novelty=choice.novelty)
+        told = b.settings.conduct.keep_score(now, step.reading)[valid].tolist()
+        scores = dict(zip(b.state.position[valid].tolist(), told, strict=True))
         steps.append((scores, step.tick.culled, int(step.cursor.position)))
 
     b.observer = note
@@ -543,3 +544,47 @@ def test_positions_past_the_trained_range_are_worth_one_warning(
     with pytest.warns(brain.BrainWarning, match="12") as warned:
         list(b.stream(ticks=9))
     assert len([w for w in warned if w.category is brain.BrainWarning]) == 1
+
+
+# Novelty -----------------------------------------------------------------------------------------
+
+
+def plain_novelty(surprises: list[float], positions: list[int], decay: float) -> list[float]:
+    """The mean of surprise around every token, before and after it, by its definition."""
+    told = []
+    for here in positions:
+        near = zip(surprises, positions, strict=True)
+        told.append(sum((1 - decay) * nats * decay ** abs(here - there) for nats, there in near))
+    return told
+
+
+@pytest.mark.parametrize("way", ["at once", "in chunks", "tick by tick", "every way"])
+def test_novelty_is_the_mean_surprise_around_a_row_however_it_came(
+    way: str, open_tiny: OpenTiny
+) -> None:
+    b = open_tiny(cull="none", **{"engine.widths": [1, 4] if way == "in chunks" else [1, 48]})
+    if way in ("at once", "in chunks"):
+        b.prime(IDS[:40])
+    elif way == "tick by tick":
+        b.prime(IDS[:2])
+        b.feed(IDS[2:40])
+    else:
+        b.prime(IDS[:9])
+        b.feed(IDS[9:15])
+        b.patch([Append(IDS[15:22])])
+        b.feed(IDS[22:30])
+        b.patch([Append(IDS[30:31]), Pin([3])])
+        b.feed(IDS[31:40])
+    mirror = b.mirror
+    expected = plain_novelty(mirror.surprise.tolist(), mirror.position.tolist(), decay=0.93)
+    assert mirror.novelty.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_forgotten_was_heard(open_tiny: OpenTiny) -> None:
+    """Novelty is what it was when the passage was whole, whatever is left of it."""
+    b = open_tiny(cull="none")
+    b.prime(IDS[:30])
+    before = dict(zip(b.mirror.position.tolist(), b.mirror.novelty.tolist(), strict=True))
+    b.patch([Cull([3, 4, 10, 11, 12])])
+    after = zip(b.mirror.position.tolist(), b.mirror.novelty.tolist(), strict=True)
+    assert all(before[position] == novelty for position, novelty in after)

@@ -1,5 +1,6 @@
 """Commands to a running brain: applied wholly or refused wholly, and always answered."""
 
+import contextlib
 import json
 import subprocess
 import time
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace
+from brain.actions import Action
 from brain.commands import ANSWERS, INBOX, LONGEST_LINE, Inbox, parse_batch, send
 from toys import digest
 
@@ -89,10 +91,8 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 
 @given(st.text() | JSON.map(json.dumps))
 def test_whatever_comes_is_understood_or_refused(line: str) -> None:
-    try:
+    with contextlib.suppress(Refused):
         parse_batch(line, letters)
-    except Refused:
-        pass
 
 
 def test_an_inbox_applies_complete_lines_once_and_answers_each(
@@ -133,6 +133,32 @@ def test_injected_text_is_remembered_with_its_source(open_tiny: OpenTiny, tmp_pa
     ids = b.encode("hi")
     assert b.mirror.token_id[-len(ids) :].tolist() == ids
     assert set(b.mirror.sources()[-len(ids) :]) == {"tool"}
+
+
+def test_a_full_memory_makes_room_for_what_is_injected(open_tiny: OpenTiny) -> None:
+    b = open_tiny(**{"capacity": 24, "cull.target": 24})
+    b.prime(IDS)
+    list(b.stream(10))
+    assert len(b) == 24
+    first = b.mirror.position[6]
+    b.apply([Append(b.encode("hello"), "tool"), Pin([int(first)])])
+    assert len(b) == 24
+    ids = b.encode("hello")
+    # The last of them is pending, as after any tick.
+    assert b.mirror.token_id[-len(ids) + 1 :].tolist() == ids[:-1]
+    assert b.mirror.sources()[-2:] == ["tool", "tool"]
+    assert int(b.cursor.token) == ids[-1]
+    assert b.mirror.pinned.sum() == 1
+    impossible: list[list[Action]] = [
+        [Append([999])],
+        [Append([1], "nobody")],
+        [Append([1]), Pin([10**6])],
+    ]
+    for wrong in impossible:
+        before = digest(*b.state, *b.cursor)
+        with pytest.raises(Refused):
+            b.apply(wrong)
+        assert digest(*b.state, *b.cursor) == before
 
 
 def test_sending_to_nowhere_is_refused(tmp_path: Path) -> None:
