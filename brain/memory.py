@@ -96,6 +96,7 @@ class Memory:
         foretold = self._foretold(rows, mirror, pending)
         chunk = self.graphs.chunk
         held = Cursor(*(tensor.add(0) for tensor in self.cursor))
+        novelty = self.state.novelty.add(0)
         before = (self.count, self.position, self.uncommitted)
         link: Link | None = None
         for start in range(0, max(1, len(rows)), chunk):
@@ -106,7 +107,8 @@ class Memory:
                 )
             except BaseException:
                 if start > 0:
-                    self._take_back({row.position for row in rows[:start]}, held, before)
+                    committed = {row.position for row in rows[:start]}
+                    self._take_back(committed, held, novelty, before)
                 raise
 
     def _foretold(
@@ -190,13 +192,20 @@ class Memory:
         return link if span else None
 
     def _take_back(
-        self, positions: set[int], cursor: Cursor, before: tuple[int, int, bool]
+        self,
+        positions: set[int],
+        cursor: Cursor,
+        novelty: Tensor,
+        before: tuple[int, int, bool],
     ) -> None:
-        """Forgets the rows of an append that was interrupted between two chunks."""
+        """Forgets the rows of an append that was interrupted between two chunks, and what others
+        heard of them.
+        """
         plan = self.graphs.empty_edit(self.graphs.edit_width_for(1))
         slots = torch.isin(self.state.position, self._tensor(sorted(positions)))
         self.graphs.begin_step()
-        self.graphs.patch(plan._replace(cull=slots & self.state.valid, cursor=cursor))
+        cull = slots & self.state.valid
+        self.graphs.patch(plan._replace(cull=cull, cursor=cursor, novelty=novelty))
         count, position, uncommitted = before
         self.settle(count, position, uncommitted=uncommitted)
 

@@ -29,7 +29,7 @@ class Brightness:
 class Novelty:
     """How surprise becomes novelty: ``decay`` per token of distance, before a row and after it."""
 
-    decay: float = 0.93
+    decay: float = 0.9
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def test_862_rows_stay_862_until_the_patch(
     assert (tick.position, tick.count, tick.culled) == (PROMPT, PROMPT, ())
     assert len(brain) == PROMPT
     after = digests(brain.state)
-    assert {name for name in after if after[name] != before[name]} == {"brightness"}
+    assert {name for name in after if after[name] != before[name]} == {"brightness", "lit"}
 
     # The next tick's patch commits the token that the first one spoke.
     assert brain.tick().count == len(brain) == PROMPT + 1

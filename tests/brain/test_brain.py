@@ -576,7 +576,7 @@ def test_novelty_is_the_mean_surprise_around_a_row_however_it_came(
         b.patch([Append(IDS[30:31]), Pin([3])])
         b.feed(IDS[31:40])
     mirror = b.mirror
-    expected = plain_novelty(mirror.surprise.tolist(), mirror.position.tolist(), decay=0.93)
+    expected = plain_novelty(mirror.surprise.tolist(), mirror.position.tolist(), decay=0.9)
     assert mirror.novelty.tolist() == pytest.approx(expected, rel=1e-5)
 
 
