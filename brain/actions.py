@@ -144,14 +144,22 @@ def resolve(actions: Sequence[Action], mirror: Mirror, limits: Limits) -> Edit:
                 if edit.pin.setdefault(position, action.pinned) != action.pinned:
                     raise Refused(f"position {position} is both pinned and released in one batch")
         elif isinstance(action, Boost):
-            if not isinstance(action.amount, (int, float)) or not math.isfinite(action.amount):
-                raise Refused(f"Boost by {action.amount!r}: the amount must be a finite number")
+            amount = _finite(action.amount)
             for position in _positions(action.positions, mirror, name):
-                edit.boost[position] = edit.boost.get(position, 0.0) + float(action.amount)
+                edit.boost[position] = edit.boost.get(position, 0.0) + amount
         else:
             raise Refused(f"{action!r} is not an action: use Append, Cull, Replace, Pin, …")
     _check_whole(edit, mirror, limits)
     return edit
+
+
+def _finite(amount: object) -> float:
+    try:
+        if isinstance(amount, (int, float)) and math.isfinite(amount):
+            return float(amount)
+    except OverflowError:
+        raise Refused("Boost: the amount is too large a number") from None
+    raise Refused(f"Boost by {amount!r}: the amount must be a finite number")
 
 
 def _positions(positions: Sequence[int], mirror: Mirror, name: str) -> list[int]:

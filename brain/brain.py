@@ -8,7 +8,7 @@ patch, three calls with no number crossing between host and device.
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Brain:
         self.memory = Memory(checkpoint, settings)
         self.device = self.memory.device
         self.observer: Observer | None = None
+        self.on_repair: Callable[[Repair], None] | None = None  # told of every repair made
         self._unforced = self._forced(UNFORCED, "model")
         self._warned_of_range = False
         self._speech = self._new_speech()
@@ -195,8 +196,9 @@ class Brain:
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
         source_number(source)
         self._require_room(len(checked))
-        ticks = [self._advance(self._forced(token, source)) for token in checked]
-        return torch.tensor([tick.surprise for tick in ticks], dtype=torch.float32)
+        # Of each tick no more is kept than is asked for: a text may be long.
+        nats = [self._advance(self._forced(token, source)).arriving for token in checked]
+        return torch.tensor([float(copy.wait()[0]) for copy in nats], dtype=torch.float32)
 
     def finish_text(self) -> str:
         """What the stream still owes: U+FFFD for a character never completed, else nothing."""
@@ -242,7 +244,8 @@ class Brain:
         fed = [(token_ids(a.ids, vocab_size, "Append"), a.source) for a in appended]
         for _, source in fed:
             source_number(source)
-        self.patch(rest)  # after all checks but its own: the batch is refused as a whole
+        if rest:
+            self.patch(rest)  # after all checks but its own: the batch is refused as a whole
         for ids, source in fed:
             self.feed(ids, source)
 
@@ -305,6 +308,8 @@ class Brain:
         if repair is None:
             return ()
         self.patch([repair.action])
+        if self.on_repair is not None:
+            self.on_repair(repair)
         return (repair,)
 
     def best_repair(self) -> Repair | None:

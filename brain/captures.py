@@ -77,6 +77,7 @@ class CaptureWriter:
             "patch.in.culled_positions": step.choice.culled,
             "patch.in.brightness": step.plan.brightness,
             "patch.in.lit": step.plan.lit,
+            "patch.in.novelty": step.plan.novelty,
         }
         tensors |= {f"choose.in.{k}": v for k, v in brain.graphs.sampling._asdict().items()}
         tensors |= {f"patch.in.row.{k}": v for k, v in step.plan.rows._asdict().items()}

@@ -135,12 +135,16 @@ class Inbox:
     def __init__(self, folder: Path, brain: Brain) -> None:
         self._inbox, self._answers = folder / INBOX, folder / ANSWERS
         self._brain = brain
-        self._read = 0  # bytes
+        # Bytes. What an earlier run in this folder was told is not said to this one.
+        self._read = self._inbox.stat().st_size if self._inbox.exists() else 0
 
     def look(self) -> int:
         """Applies what has come since the last look; returns how many batches were applied."""
         try:
-            if self._inbox.stat().st_size <= self._read:
+            size = self._inbox.stat().st_size
+            if size < self._read:
+                self._read = 0  # written anew
+            if size == self._read:
                 return 0
             with self._inbox.open("rb") as file:
                 file.seek(self._read)
@@ -172,7 +176,7 @@ def send(folder: Path, line: str) -> None:
     """Adds one line to the inbox of a run. Raises Refused if there is no such run."""
     if "\n" in line.strip():
         raise Refused("a command is one line")
-    if not folder.is_dir():
+    if not (folder / "transcript.txt").is_file():
         raise Refused(f"{folder} is not the folder of a run")
     try:
         with (folder / INBOX).open("a", encoding="utf-8") as file:

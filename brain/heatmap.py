@@ -4,6 +4,7 @@ Both can be read without colour: the terminal draws a bar below every character,
 below every token, as high as the token is bright.
 """
 
+import bisect
 import html
 import json
 from dataclasses import asdict, dataclass
@@ -94,13 +95,10 @@ def _row(row: Any) -> Row:
 
 def levels(rows: list[Row]) -> list[int]:
     """How bright each row is among all, 0 to 7: eight parts of equal number, so that one glaring
-    row does not make all others look alike.
+    row does not make all others look alike; equally bright rows are of one level.
     """
-    order = sorted(range(len(rows)), key=lambda index: rows[index].brightness)
-    found = [0] * len(rows)
-    for rank, index in enumerate(order):
-        found[index] = rank * len(BARS) // len(rows)
-    return found
+    order = sorted(row.brightness for row in rows)
+    return [bisect.bisect_left(order, row.brightness) * len(BARS) // len(rows) for row in rows]
 
 
 def in_terminal(rows: list[Row], *, colour: bool, width: int = 96) -> str:

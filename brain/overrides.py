@@ -12,7 +12,16 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-TEXT_KEYS = ("prompt", "model.path", "model.wheel", "cache_dir", "task.path", "task.folder")
+TEXT_KEYS = (
+    "prompt",
+    "model.path",
+    "model.wheel",
+    "cache_dir",
+    "task.path",
+    "task.folder",
+    "task.text",
+    "task.actions",
+)
 """Keys whose values are taken literally on the command line."""
 
 

@@ -102,9 +102,3 @@ def best_repair(
         token,
         gains[token],
     )
-
-
-def in_text_order(column: torch.Tensor, mirror: Mirror) -> npt.NDArray[Any]:
-    """A [capacity] column as the mirror orders its rows."""
-    ordered: npt.NDArray[Any] = column.cpu().numpy()[mirror.slot]
-    return ordered

@@ -44,10 +44,13 @@ class Settings:
 
     def check_against(self, config: LlamaConfig) -> None:
         """Raises Refused if a memory of this capacity cannot be had on the device."""
-        if self.rebases and self.capacity >= config.max_position_embeddings:
+        roomy = config.max_position_embeddings * 3 // 4
+        if self.rebases and self.capacity > roomy:
+            # Nearer to the range, keys would be turned, and rounded, every few ticks.
             raise Refused(
-                f"positions=rebase needs a capacity below {config.max_position_embeddings}, the "
-                f"range the model was trained on, not {self.capacity}"
+                f"positions=rebase needs capacity={roomy} or less, three quarters of the "
+                f"{config.max_position_embeddings} positions the model was trained on, not "
+                f"{self.capacity}"
             )
         needed = state_bytes(config, self.capacity, self.dtype)
         free = _free_bytes(self.device)
@@ -162,6 +165,8 @@ def _repair(conf: Conf) -> RepairSettings:
         raise Refused(f"repair.candidates must be at least 1, not {repair.candidates}")
     if math.isnan(repair.least_gain):
         raise Refused("repair.least_gain must be a number of nats, not nan")
+    if repair.every and conf.cull.policy == "tova":
+        raise Refused("repair=pairs needs keep-scores between two ticks, which cull=tova lacks")
     return RepairSettings(repair.every, repair.candidates, repair.least_gain)
 
 

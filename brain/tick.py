@@ -109,6 +109,11 @@ class Tick:
         return float(self._surprise.wait()[0])
 
     @property
+    def arriving(self) -> HostCopy:
+        """Its surprise, on its way to the host."""
+        return self._surprise
+
+    @property
     def culled(self) -> tuple[int, ...]:
         """Positions of the rows that were forgotten."""
         return tuple(int(p) for p in self._culled.wait() if p != NOWHERE)

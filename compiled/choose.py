@@ -46,7 +46,7 @@ class Choice(NamedTuple):
     surprise: Tensor  # [1] float32, nats, under the raw logits
     rows: RowColumns  # the row of the token that was read
     cull: Tensor  # [capacity] bool
-    culled: Tensor  # [MOST_CULLED] int64: positions of those rows, filled up with NOWHERE
+    culled: Tensor  # int64: positions of those rows, filled up with NOWHERE
     brightness: Tensor  # [capacity] float32
     lit: Tensor  # [capacity] int64
     novelty: Tensor  # [capacity] float32

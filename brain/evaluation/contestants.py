@@ -1,7 +1,8 @@
 """Policies to be compared: by name, with settings of their own where wanted.
 
-``novelty`` is the policy as configured; ``novelty:novelty.share=0.5,recent=64`` is the same with
-keys under ``cull`` changed; ``full`` forgets nothing and is the ceiling.
+``novelty`` is the policy as it comes, whatever ``cull`` says;
+``novelty:novelty.share=0.5,recent=64`` is the same with keys under ``cull`` changed; ``full``
+forgets nothing and is the ceiling.
 """
 
 from dataclasses import dataclass

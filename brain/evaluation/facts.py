@@ -117,6 +117,8 @@ class Fact:
 
 def make_facts(tokenizer: Tokenizer, count: int, kinds: Sequence[Kind], seed: str) -> list[Fact]:
     """Facts of every kind in turn, about different people, the same for the same seed."""
+    if count > len(NAMES):
+        raise Refused(f"{count} facts in one text: there are {len(NAMES)} names for them")
     draw = random.Random(seed)
     names = draw.sample(NAMES, len(NAMES))
     return [

@@ -29,13 +29,14 @@ class Novelty:
     def __call__(self, state: State, reading: Reading) -> Tensor:
         """Brightness, raised above all others for the most novel rows: [capacity] float32.
 
-        Newer rows are protected and take nobody's place yet.
+        Newer rows are protected and take nobody's place yet: the positions that ``decide_cull``
+        protects, the token being read standing one behind the newest row.
         """
         most = min(self.most, state.capacity)
         if most == 0:
             return state.brightness
         newest = torch.where(state.valid, state.position, 0).amax()
-        settled = state.valid & (state.position <= newest - self.recent)
+        settled = state.valid & (state.position <= newest + 1 - self.recent)
         novelty = torch.where(settled, state.novelty, -math.inf)
         least = torch.topk(novelty, most).values[-1]
         return state.brightness + torch.where(settled & (novelty >= least), _KEPT, 0.0)

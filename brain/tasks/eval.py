@@ -5,6 +5,7 @@ Writes ``eval.json`` and a picture for each measure into the run folder; prints 
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from brain.evaluation.contestants import FULL, Contestant, contestants
 from brain.evaluation.facts import KINDS, Fact, Kind, make_facts
 from brain.evaluation.texts import excerpts, read_text
 from brain.opening import open_checkpoint
-from brain.settings import settings_of
+from brain.settings import FEWEST_ROWS_TO_CULL, settings_of
 from brain.terminal import capture_graphs, note
 from compiled.score import MOST_CULLED
 from conf.schema import Conf, EvalTask
@@ -29,6 +30,10 @@ MENDING_TICKS = 32
 """Ticks before a pair is looked at: what brightness needs to tell rows apart."""
 
 MEASURES = ("fluency", "retrieval", "repair", "endurance")
+
+
+Planting = tuple[list[list[Fact]], dict[int, retrieval.Course]]
+"""The facts of every stream, and the course of every budget."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
@@ -56,15 +61,18 @@ def run(conf: Conf, run_dir: Path) -> None:
         "dtype": conf.dtype.value,
         "seed": conf.seed,
         "task": dataclasses.asdict(task),
+        "cull": dataclasses.asdict(conf.cull),  # of repair and endurance
     }
     if text is not None:
         ids = checkpoint.tokenizer.encode(text, special=False)
         where = str(task.text)
+        planting = _planting(checkpoint, task, kinds, conf.seed)
+        _check_length(task, planting, len(ids), where)
         if "fluency" in task.measures:
             report["fluency"] = _fluency(checkpoint, policies, task, ids, where, run_dir)
         if "retrieval" in task.measures:
             report["retrieval"] = _retrieval(
-                checkpoint, policies, task, ids, where, kinds, conf.seed, run_dir
+                checkpoint, policies, task, ids, where, planting, run_dir
             )
         if "repair" in task.measures:
             report["repair"] = _repair(checkpoint, conf, task, ids, where)
@@ -90,9 +98,11 @@ def _check(task: EvalTask, conf: Conf) -> None:
     for name in ("streams", "tokens", "facts", "bucket", "pairs", "horizon"):
         if getattr(task, name) < 1:
             raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
-    if not task.distances or min(task.distances) <= 0:
+    if min(task.budgets) < FEWEST_ROWS_TO_CULL:
+        raise Refused(f"task.budgets must be {FEWEST_ROWS_TO_CULL} rows or more")
+    if not task.distances or not all(0 < d < math.inf for d in task.distances):
         raise Refused("task.distances must be above 0, in budgets, like [0.5,1,2]")
-    if task.spacing <= 0:
+    if not 0 < task.spacing < math.inf:
         raise Refused(f"task.spacing must be above 0, not {task.spacing}")
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
@@ -104,6 +114,35 @@ def _kinds(names: Sequence[str]) -> list[Kind]:
         if name not in known:
             raise Refused(f"task.kinds: {name!r} is unknown; use {', '.join(known)}")
     return [known[name] for name in names] or list(KINDS)
+
+
+def _planting(checkpoint: Checkpoint, task: EvalTask, kinds: Sequence[Kind], seed: int) -> Planting:
+    facts: list[list[Fact]] = []
+    for stream in range(task.streams):
+        first = stream * task.facts % len(kinds)  # so that all kinds come equally often
+        turned = [*kinds[first:], *kinds[:first]]
+        facts.append(make_facts(checkpoint.tokenizer, task.facts, turned, f"{seed}/{stream}"))
+    courses = {
+        budget: retrieval.lay_course(facts, budget, task.distances, task.spacing)
+        for budget in sorted(set(task.budgets))
+    }
+    return facts, courses
+
+
+def _check_length(task: EvalTask, planting: Planting, length: int, where: str) -> None:
+    """Raises Refused if the text is too short for any of the measures."""
+    longest = max(task.budgets)
+    needed = {
+        "fluency": longest + task.tokens + 1,
+        "retrieval": max(course.length for course in planting[1].values()),
+        "repair": longest + task.horizon,
+    }
+    for measure in task.measures:
+        if length < needed.get(measure, 0):
+            raise Refused(
+                f"{where} has {length} tokens, but {measure} needs {needed[measure]}: give a "
+                "longer text, or lower task.budgets, task.tokens or task.distances"
+            )
 
 
 def _fluency(
@@ -145,19 +184,10 @@ def _retrieval(
     task: EvalTask,
     ids: Sequence[int],
     where: str,
-    kinds: Sequence[Kind],
-    seed: int,
+    planting: Planting,
     run_dir: Path,
 ) -> list[dict[str, Any]]:
-    facts: list[list[Fact]] = []
-    for stream in range(task.streams):
-        first = stream * task.facts % len(kinds)  # so that all kinds come equally often
-        turned = [*kinds[first:], *kinds[:first]]
-        facts.append(make_facts(checkpoint.tokenizer, task.facts, turned, f"{seed}/{stream}"))
-    courses = {
-        budget: retrieval.lay_course(facts, budget, task.distances, task.spacing)
-        for budget in sorted(set(task.budgets))
-    }
+    facts, courses = planting
     longest = max(course.length for course in courses.values())
     texts = excerpts(ids, task.streams, longest, where)
     entries = [(policy, budget) for budget in courses for policy in _with_full(policies, task)]

@@ -18,6 +18,7 @@ from brain.commands import Inbox
 from brain.errors import Refused
 from brain.heatmap import FILE, remembered, write_rows
 from brain.opening import open_brain
+from brain.repair import Repair
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
@@ -76,13 +77,15 @@ def _speak(brain: Brain, conf: Conf, run_dir: Path) -> tuple["array[int]", bool]
             sys.stdout.write(text)
             sys.stdout.flush()
 
+        def mended(repair: Repair) -> None:
+            repairs.write(json.dumps(repair.to_json()) + "\n")
+            repairs.flush()
+
+        brain.on_repair = mended
         inbox = Inbox(run_dir, brain)
         try:
             for tick in brain.stream(conf.ticks, stop_at_eos=conf.stop_at_eos):
                 ids.append(tick.token)
-                for repair in tick.repairs:
-                    repairs.write(json.dumps(repair.to_json()) + "\n")
-                    repairs.flush()
                 say(tick.text)
                 inbox.look()
         except KeyboardInterrupt:

@@ -124,12 +124,38 @@ def test_an_inbox_applies_complete_lines_once_and_answers_each(
     assert "UTF-8" in answers[3]["refused"]
 
 
+def test_a_run_does_not_hear_what_an_earlier_one_was_told(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    b = open_tiny()
+    b.prime(IDS)
+    file = tmp_path / INBOX
+    file.write_text('[{"do": "pin", "positions": [3]}]\n')
+    inbox = Inbox(tmp_path, b)
+    assert inbox.look() == 0
+    file.write_text('[{"do":"pin","positions":[4]}]\n')  # anew, and shorter
+    assert inbox.look() == 1
+    assert b.mirror.position[b.mirror.pinned].tolist() == [4]
+
+
+def test_a_number_too_large_is_refused(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    b = open_tiny()
+    b.prime(IDS)
+    inbox = Inbox(tmp_path, b)
+    huge = "1" + "0" * 400
+    (tmp_path / INBOX).write_text(f'[{{"do": "boost", "positions": [3], "amount": {huge}}}]\n')
+    assert inbox.look() == 0
+    assert "too large" in (tmp_path / ANSWERS).read_text()
+
+
 def test_injected_text_is_remembered_with_its_source(open_tiny: OpenTiny, tmp_path: Path) -> None:
     b = open_tiny(**{"cull": "none"})
     b.prime(IDS)
     b.tick()
+    inbox = Inbox(tmp_path, b)
+    (tmp_path / "transcript.txt").touch()
     send(tmp_path, '[{"do": "inject", "text": "hi", "source": "tool"}]')
-    assert Inbox(tmp_path, b).look() == 1
+    assert inbox.look() == 1
     ids = b.encode("hi")
     assert b.mirror.token_id[-len(ids) :].tolist() == ids
     assert set(b.mirror.sources()[-len(ids) :]) == {"tool"}
@@ -164,6 +190,8 @@ def test_a_full_memory_makes_room_for_what_is_injected(open_tiny: OpenTiny) -> N
 def test_sending_to_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not the folder of a run"):
         send(tmp_path / "nowhere", "[]")
+    with pytest.raises(Refused, match="not the folder of a run"):
+        send(tmp_path, "[]")
     with pytest.raises(Refused, match="one line"):
         send(tmp_path, "[]\n[]")
 
@@ -191,7 +219,7 @@ def test_a_running_brain_takes_commands(tiny_folder: Path, tmp_path: Path) -> No
             assert time.monotonic() < deadline
             time.sleep(0.05)
         batch = '[{"do":"pin","positions":[0]},{"do":"inject","text":"now","source":"system"}]'
-        call(tmp_path, tiny_folder, "task=command", "task.path=out", f"task.actions='{batch}'")
+        call(tmp_path, tiny_folder, "task=command", "task.path=out", f"task.actions={batch}")
         while not (out / ANSWERS).exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)

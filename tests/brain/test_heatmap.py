@@ -55,6 +55,7 @@ def test_rows_are_those_of_the_mirror(eager_brain: Brain) -> None:
 def test_levels_are_ranks_in_eight_equal_parts() -> None:
     rows = [row(index, "x", brightness) for index, brightness in enumerate([5, 1, 900, 3])]
     assert levels(rows) == [4, 0, 6, 2]
+    assert levels([row(index, "x", 50.0) for index in range(9)]) == [0] * 9
     assert levels([]) == []
 
 

@@ -108,7 +108,8 @@ def test_random_is_new_in_every_tick_and_the_same_in_every_run() -> None:
 
 def test_novelty_keeps_the_most_novel_settled_rows_whatever_their_brightness() -> None:
     state, reading = scene()
-    # Rows 8 and 9 stand within the newest six positions: 24 and 27 of 27.
+    # Rows 8 and 9 stand within the newest five rows' positions: 24 and 27 of 27, the token that is
+    # read standing at 28.
     state.novelty[:10] = torch.tensor([0.0, 5.0, 1.0, 6.0, 2.0, 4.0, 3.0, 0.5, 9.0, 9.0])
     kept = scores("novelty", state, reading) - state.brightness > 1000
     assert torch.nonzero(kept)[:, 0].tolist() == [1, 3, 5]  # 30% of a target of ten
