@@ -107,7 +107,7 @@ def echoes_of(
             continue
         if after:
             heard[index] = after * constants.decay ** (at - rows[index].position)
-        after = heard[index] + (1.0 - constants.decay) * told[index].surprise
+        after = heard[index] + constants.fresh * told[index].surprise
         at = rows[index].position
     return heard, after
 

@@ -104,7 +104,7 @@ def follow(
     surprise = surprises(reading.logits, token)
     bright, lit = brighten(state, cursor.tick + 1, reading.mass, conduct.brightness)
     # The token that was read gets its row now, and is heard by the rows before it.
-    strength = (1.0 - conduct.novelty.decay) * cursor.surprise[0] * cursor.uncommitted
+    strength = conduct.novelty.fresh * cursor.surprise[0] * cursor.uncommitted
     novelty = echo(state, cursor.position[0], strength, conduct.novelty)
     now = state._replace(brightness=bright, lit=lit, novelty=novelty)
     keep_scores = conduct.keep_score(now, reading)

@@ -31,6 +31,11 @@ class Novelty:
 
     decay: float = 0.9
 
+    @property
+    def fresh(self) -> float:
+        """Share of a token's own surprise in the mean that it joins."""
+        return 1.0 - self.decay
+
 
 @dataclass(frozen=True)
 class Forgetting:
@@ -82,7 +87,7 @@ def running_novelty(before: Nats, surprise: Nats, constants: Novelty) -> Nats:
     """Novelty of the next token at birth, in nats: an exponential mean of surprise up to it. Of the
     device's numbers or the host's.
     """
-    return constants.decay * before + (1.0 - constants.decay) * surprise
+    return constants.decay * before + constants.fresh * surprise
 
 
 def echo(state: State, at: Tensor, strength: Tensor, constants: Novelty) -> Tensor:

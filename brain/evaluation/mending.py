@@ -5,7 +5,7 @@ them as ``brain/repair.py`` would replace it, and dropped in the other, and both
 tokens that follow. Where no candidate gains enough nothing is compared: both would drop the pair.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from brain.actions import Cull
 from brain.brain import Brain
-
-Progress = Callable[[int], object]
+from brain.evaluation.streams import Progress
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from compiled.choose import Conduct
 from compiled.many import Memories, advance, allocate_memories, last_logits
 
 Progress = Callable[[int], object]
-"""Told how many tokens have been fed since it was last told."""
+"""Told how much has been done since it was last told."""
 
 _USER = SOURCES.index("user")
 

@@ -1,8 +1,10 @@
 """positions=rebase: a loop that never leaves the range its model was trained on."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,20 +22,14 @@ OpenShort = Callable[..., Brain]
 
 @pytest.fixture(scope="module")
 def short_folder(
-    tmp_path_factory: pytest.TempPathFactory, save_llama: Callable[..., object]
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+    edit_json: Callable[[Path, dict[str, Any]], None],
 ) -> Path:
     """The tiny Llama of conftest, trained on 60 positions."""
-    folder = tmp_path_factory.mktemp("short")
-    save_llama(
-        folder,
-        std=0.5,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=TRAINED,
-    )
+    folder = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(tiny_folder, folder)
+    edit_json(folder / "config.json", {"max_position_embeddings": TRAINED})
     return folder
 
 
@@ -59,9 +55,9 @@ def open_short(short_folder: Path) -> OpenShort:
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 def test_no_position_ever_leaves_the_trained_range(engine: str, open_short: OpenShort) -> None:
     b = open_short(engine=engine)
+    before = digest(*b.state, *b.cursor)
     for _ in b.warm_up():
         pass
-    before = digest(*b.state, *b.cursor)
     assert before == digest(*b.state, *b.cursor)
     b.prime(IDS[:10])
     rebased = 0
