@@ -8,9 +8,15 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from compiled.products import dot_rows, heads_at_once, mix_rows, streams_rows, sum_rows
+from compiled.products import dot_rows, mix_rows, streams_rows, sum_rows
+
+SLAB = 144
+"""Queries that attend at a time, of one key head, where no compiler fuses the steps on a CPU: their
+scores stay in the cache between a step and the next.
+"""
 
 
 class Visibility(NamedTuple):
@@ -54,11 +60,14 @@ def attend(
     new_keys: Tensor,
     new_values: Tensor,
     visible: Visibility,
+    *,
+    ascending: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention (Ainslie et al. 2023) of T new tokens.
 
     ``query`` [T, heads, head_dim]; ``keys``, ``values`` [kv_heads, bucket, head_dim];
-    ``new_keys``, ``new_values`` [kv_heads, T, head_dim].
+    ``new_keys``, ``new_values`` [kv_heads, T, head_dim]. ``ascending`` promises that no new token
+    that was asked for sees a later one, so that what is hidden anyway need not be computed.
 
     Returns the attended values [T, heads * head_dim] in the query's dtype, and the attention mass
     in float32, summed over heads and live queries: of every slot, then of every new token
@@ -73,19 +82,50 @@ def attend(
     grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     grouped = grouped / math.sqrt(head_dim)  # [kv_heads, group, T, head_dim]
     hidden = ~torch.cat([visible.cached, visible.new], dim=-1)  # [T, bucket + T]
+    columns = hidden.shape[1]
 
-    step = heads_at_once(query, num_kv_heads)
-    attended, masses = [], []
-    for first in range(0, num_kv_heads, step):
-        heads = slice(first, first + step)
-        cached, new = (keys[heads], values[heads]), (new_keys[heads], new_values[heads])
-        mixed, mass = _attend(grouped[heads], cached, new, hidden, visible.live)
-        attended.append(mixed)
-        masses.append(mass)
-    together = torch.cat(attended) if len(attended) > 1 else attended[0]
-    together = together.permute(2, 0, 1, 3).reshape(num_tokens, num_heads * head_dim)
+    slabs, masses = [], []
+    for queries in _slices(num_tokens, _queries_at_once(query)):
+        # New tokens behind a slab's last are hidden from all of it.
+        unseen = num_tokens - queries.stop if ascending else 0
+        seen = slice(0, num_tokens - unseen)
+        attended = []
+        for heads in _slices(num_kv_heads, _heads_at_once(query, num_kv_heads)):
+            mixed, mass = _attend(
+                grouped[heads, :, queries],
+                (keys[heads], values[heads]),
+                (new_keys[heads, seen], new_values[heads, seen]),
+                hidden[queries, : columns - unseen],
+                visible.live[queries],
+            )
+            attended.append(mixed)
+            masses.append(F.pad(mass, (0, unseen)) if unseen else mass)
+        slabs.append(_joined(attended, 0))
+    together = _joined(slabs, 2).permute(2, 0, 1, 3)  # [T, kv_heads, group, head_dim]
+    together = together.reshape(num_tokens, num_heads * head_dim)
     mass = torch.stack(masses).sum(0) if len(masses) > 1 else masses[0]
     return together.to(query.dtype), mass
+
+
+def _alone(query: Tensor) -> bool:
+    """Whether several queries attend on a CPU without a compiler to fuse the steps."""
+    return query.device.type == "cpu" and query.shape[0] > 1 and not torch.compiler.is_compiling()
+
+
+def _heads_at_once(query: Tensor, num_kv_heads: int) -> int:
+    return 1 if _alone(query) else num_kv_heads
+
+
+def _queries_at_once(query: Tensor) -> int:
+    return SLAB if _alone(query) else query.shape[0]
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _attend(
@@ -95,24 +135,28 @@ def _attend(
     hidden: Tensor,
     live: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of some key heads: ``query`` [K, group, T, head_dim], scaled.
+    """Attention of some queries with some key heads: ``query`` [K, group, T, head_dim], scaled.
 
-    Returns the attended values [K, group, T, head_dim] float32, and the mass [bucket + T].
+    ``cached`` [K, bucket, head_dim], ``new`` [K, seen, head_dim]: keys and values. ``hidden``
+    [T, bucket + seen]. Returns the attended values [K, group, T, head_dim] float32, and the mass
+    [bucket + seen].
     """
     num_kv_heads, group, num_tokens, head_dim = query.shape
     (keys, values), (new_keys, new_values) = cached, new
     bucket = keys.shape[1]
     streaming = streams_rows(query, num_tokens)
     queries = query.reshape(num_kv_heads, group * num_tokens, head_dim)
-    scores = torch.cat(
-        [dot_rows(queries, keys, streaming), dot_rows(queries, new_keys, streaming)], dim=-1
-    )  # [K, group * T, bucket + T]: scores are joined, the cache is not
+    scores = dot_rows(queries, new_keys, streaming)  # [K, group * T, seen]
+    if bucket:
+        # Scores are joined, the cache is not.
+        scores = torch.cat([dot_rows(queries, keys, streaming), scores], dim=-1)
     by_query = (num_kv_heads, group, num_tokens, -1)
     scores = torch.where(hidden, -math.inf, scores.view(by_query))
     shares = torch.softmax(scores, dim=-1, dtype=torch.float32)
 
     rows = shares.view(num_kv_heads, group * num_tokens, -1)
-    attended = mix_rows(rows[..., :bucket], values, streaming)
-    attended = attended + mix_rows(rows[..., bucket:], new_values, streaming)
+    attended = mix_rows(rows[..., bucket:], new_values, streaming)
+    if bucket:
+        attended = mix_rows(rows[..., :bucket], values, streaming) + attended
     mass = sum_rows(shares.view(num_kv_heads * group, num_tokens, -1), live, streaming)
     return attended.view(by_query), mass

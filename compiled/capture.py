@@ -157,7 +157,7 @@ class Graphs:
         """``read`` over the smallest bucket that holds every row below ``high_water``."""
         arguments = (self.weights, self.state, tokens, positions, length)
         if not self.is_captured(tokens.shape[0]):
-            return read(self.behaviour.config, *arguments, bucket=max(1, high_water))
+            return read(self.behaviour.config, *arguments, bucket=high_water)
         bucket = smallest_at_least(self.buckets, max(1, high_water))
         graph = self._graph(
             _read_name(tokens.shape[0], bucket),
@@ -184,7 +184,7 @@ class Graphs:
         """``study`` over the same bucket; where it is captured, a read and its surprises."""
         if not self.is_captured(tokens.shape[0]):
             arguments = (self.weights, self.state, tokens, positions, length, targets)
-            return study(self.behaviour.config, *arguments, bucket=max(1, high_water))
+            return study(self.behaviour.config, *arguments, bucket=high_water)
         reading = self.read(tokens, positions, length, high_water=high_water)
         return Study(self.surprises(reading.logits, targets), *reading[1:])
 

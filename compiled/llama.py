@@ -121,13 +121,14 @@ def decoder_layer(
     sin: Tensor,
     visible: Visibility,
     eps: float,
+    ascending: bool = False,
 ) -> LayerReading:
     """One pre-norm decoder layer over T new tokens and a read-only cache.
 
     The residual stream ``hidden`` [T, hidden] stays in float32 whatever the weights' dtype:
     it costs nothing beside the weights and is what keeps low precision close to float32.
     ``keys``, ``values`` [kv_heads, bucket, head_dim]; ``cos``, ``sin`` [T, head_dim / 2] float32.
-    All dimensions follow from the shapes.
+    All dimensions follow from the shapes. ``ascending``: see ``attend``.
     """
     num_tokens = hidden.shape[0]
     num_kv_heads, _, head_dim = keys.shape
@@ -143,7 +144,7 @@ def decoder_layer(
     new_keys = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
-    attended, mass = attend(query, keys, values, new_keys, new_values, visible)
+    attended, mass = attend(query, keys, values, new_keys, new_values, visible, ascending=ascending)
     hidden = hidden + linear(attended, weights.attention_out).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
     gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)

@@ -27,13 +27,20 @@ class Memories(NamedTuple):
 def allocate_memories(
     streams: int, config: LlamaConfig, capacity: int, dtype: torch.dtype, device: torch.device
 ) -> Memories:
-    """Empty memories whose cursors wait for a first token."""
+    """Empty memories whose cursors wait for a first token.
+
+    A layer's keys (and values) of all streams lie side by side: a read takes them layer by layer,
+    and would copy them to multiply them at once.
+    """
     one_state = allocate_state(config, capacity, dtype, device)
     one_cursor = allocate_cursor(device)
-    return Memories(
-        State(*(tensor.expand(streams, *tensor.shape).contiguous() for tensor in one_state)),
-        Cursor(*(tensor.expand(streams, *tensor.shape).contiguous() for tensor in one_cursor)),
-    )
+
+    def repeated(tensor: Tensor) -> Tensor:
+        axis = 1 if tensor.dim() == 4 else 0  # behind the layers
+        shape = [*tensor.shape[:axis], streams, *tensor.shape[axis:]]
+        return tensor.unsqueeze(axis).expand(shape).contiguous().movedim(axis, 0)
+
+    return Memories(State(*map(repeated, one_state)), Cursor(*map(repeated, one_cursor)))
 
 
 def advance(

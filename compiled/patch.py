@@ -79,6 +79,15 @@ def _write_rows(column: Tensor, slots: Tensor, rows: Tensor, live: Tensor, dim: 
     column.index_copy_(dim, slots, torch.where(live, rows, kept))
 
 
+def _write_cache(cache: Tensor, slots: Tensor, rows: Tensor, live: Tensor) -> None:
+    """The same for the keys or values [layers, kv_heads, W, head_dim] of all layers: one by one
+    where nothing fuses the steps, so that a long text is not held a third and a fourth time.
+    """
+    whole = slots.shape[0] == 1 or torch.compiler.is_compiling()
+    for held, new in [(cache, rows)] if whole else zip(cache, rows, strict=True):
+        _write_rows(held, slots, new, live[:, None], dim=held.dim() - 2)
+
+
 def _erase_slots(state: State, erase: Tensor) -> None:
     """Overwrites the slots with zeros (ids and positions with NOWHERE), leaving nothing behind."""
     asked = erase >= 0  # [E]
@@ -109,8 +118,8 @@ def patch(state: State, cursor: Cursor, plan: Plan) -> None:
 
     slots = lowest_free_slots(state.valid, width)  # [W]
     live = torch.arange(width, device=slots.device) < rows.length  # [W]
-    _write_rows(state.keys, slots, plan.keys, live[:, None], dim=2)
-    _write_rows(state.values, slots, plan.values, live[:, None], dim=2)
+    _write_cache(state.keys, slots, plan.keys, live)
+    _write_cache(state.values, slots, plan.values, live)
     _write_rows(state.token_id, slots, rows.token_id, live)
     _write_rows(state.position, slots, rows.position, live)
     _write_rows(state.brightness, slots, rows.brightness, live)

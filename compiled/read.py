@@ -68,12 +68,13 @@ class _Pass(NamedTuple):
 
 
 @torch.compiler.nested_compile_region
-def _layer(eps: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _layer(eps: float, ascending: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     # One region, compiled once and stamped out for every layer. The compiler recognises the
     # repetition only where everything that goes in and out is a plain tensor or number.
     hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
     visible = Visibility(cached, new, live)
-    reading = decoder_layer(hidden, LayerWeights(*weights), keys, values, cos, sin, visible, eps)
+    layer = LayerWeights(*weights)
+    reading = decoder_layer(hidden, layer, keys, values, cos, sin, visible, eps, ascending)
     return tuple(reading)
 
 
@@ -85,18 +86,21 @@ def _pass(
     positions: Tensor,
     length: Tensor,
     bucket: int,
+    *,
+    ascending: bool,
 ) -> _Pass:
     """From token ids to what the head takes."""
     cos, sin = rotation(positions, weights.inverse_frequencies)  # [T, head_dim / 2]
     visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
     hidden = F.embedding(tokens, weights.embedding).float()  # [T, hidden]
 
-    new_keys, new_values = [], []
+    keys, values = [], []
     columns = bucket + tokens.shape[0]
     mass = torch.zeros(columns, dtype=torch.float32, device=tokens.device)
     for layer in range(config.num_layers):
         hidden, key, value, layer_mass = _layer(
             config.rms_norm_eps,
+            ascending,
             hidden,
             cos,
             sin,
@@ -105,15 +109,19 @@ def _pass(
             state.values[layer, :, :bucket],
             *layer_weights(weights, layer),
         )
-        new_keys.append(key)
-        new_values.append(value)
+        keys.append(key)
+        values.append(value)
         mass = mass + layer_mass
 
+    new_keys = torch.stack(keys)
+    keys.clear()  # a long text's rows are held once, not twice
+    new_values = torch.stack(values)
+    values.clear()
     attention_rows = config.num_layers * config.num_heads
     return _Pass(
         final=rms_norm(hidden, weights.final_norm, config.rms_norm_eps),
-        new_keys=torch.stack(new_keys),
-        new_values=torch.stack(new_values),
+        new_keys=new_keys,
+        new_values=new_values,
         mass=F.pad(mass[:bucket] / attention_rows, (0, state.capacity - bucket)),
         own_mass=mass[bucket:] / attention_rows,
     )
@@ -135,7 +143,7 @@ def read(
     rest is padding, whose outputs mean nothing). ``bucket`` must reach past the highest occupied
     slot and is at most the capacity.
     """
-    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket)
+    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket, ascending=False)
     logits = linear(final, weights.head).float()  # [T, vocab]
     return Reading(logits, *rest)
 
@@ -153,9 +161,10 @@ def study(
 ) -> Study:
     """Reads T tokens that are followed by ``targets`` [T] int64; otherwise as ``read``.
 
-    No row of logits ever exists as a whole: T may be as large as makes the products fast.
+    They come in text order: the positions of the first ``length`` ascend. No row of logits ever
+    exists as a whole: T may be as large as makes the products fast.
     """
-    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket)
+    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket, ascending=True)
     return Study(head_surprises(final, weights.head, targets), *rest)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from compiled.philox import uniform
 from compiled.products import linear
 
-HEAD_BLOCK = 2048
+HEAD_BLOCK = 512
 """Rows of the head that are multiplied at a time where no logits are kept: the block of logits
 stays small enough for the cache, the product large enough to run at full speed.
 """
@@ -118,10 +118,13 @@ def head_surprises(final: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """
     normalisers, chosen = [], []
     for first in range(0, head.shape[0], HEAD_BLOCK):
-        logits = linear(final, head[first : first + HEAD_BLOCK]).float()  # [T, block]
-        normalisers.append(torch.logsumexp(logits, -1))
+        logits = linear(final, head[first : first + HEAD_BLOCK])  # [T, block]
+        # One fused pass; a logit less its log-probability is the log-sum-exp of its row, and most
+        # exactly so where both are largest.
+        told = torch.log_softmax(logits, -1, dtype=torch.float32)
+        normalisers.append(logits.amax(-1).float() - told.amax(-1))
         within = targets - first
         inside = (within >= 0) & (within < logits.shape[1])
-        told = logits.gather(-1, within.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-        chosen.append(torch.where(inside, told, 0.0))
+        at = within.clamp(0, logits.shape[1] - 1)[:, None]
+        chosen.append(torch.where(inside, logits.gather(-1, at)[:, 0].float(), 0.0))
     return torch.logsumexp(torch.stack(normalisers), 0) - torch.stack(chosen).sum(0)

@@ -4,7 +4,9 @@ Two kinds are supported: byte-level BPE (GPT-2, Llama 3, SmolLM) and the Llama 2
 characters with ``▁`` for space and byte fallback.
 """
 
+import functools
 import json
+import threading
 from typing import Any
 
 from tokenizers import Tokenizer as Library
@@ -36,20 +38,24 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
     spec["model"]["dropout"] = None
     spec["truncation"] = spec["padding"] = None
     byte_level = _is_byte_level(spec, where)
+    byte_fallback = bool(spec["model"].get("byte_fallback"))
     text = json.dumps(spec)
+    del spec  # large, and the library makes its own of it
     try:
-        library, plain = Library.from_str(text), Library.from_str(text)
+        library = Library.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise Refused(f"{where}: tokenizer cannot be loaded: {one_line(error)}") from None
-    plain.encode_special_tokens = True
+    one_at_a_time = threading.Lock()
 
-    def split(words: str) -> list[int]:
-        return list(library.encode(words, add_special_tokens=False).ids)
+    def encoded(words: str, *, special: bool) -> list[int]:
+        # Which of the two is a setting of the library, not of the call.
+        with one_at_a_time:
+            library.encode_special_tokens = not special
+            return list(library.encode(words, add_special_tokens=False).ids)
 
-    def split_plain(words: str) -> list[int]:
-        return list(plain.encode(words, add_special_tokens=False).ids)
-
-    spelling = _spellings(library, spec, byte_level)
+    split = functools.partial(encoded, special=True)
+    split_plain = functools.partial(encoded, special=False)
+    spelling = _spellings(library, byte_level=byte_level, byte_fallback=byte_fallback)
     bare, full = split("x"), list(library.encode("x", add_special_tokens=True).ids)
     first = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
     probe = b"".join(spelling[i] or b"" for i in bare)
@@ -97,12 +103,11 @@ def _steps(part: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _spellings(
-    library: Library, spec: dict[str, Any], byte_level: bool
+    library: Library, *, byte_level: bool, byte_fallback: bool
 ) -> tuple[bytes | None, ...]:
     """What each id stands for, as bytes; added tokens stand for their own text."""
     vocab: dict[str, int] = library.get_vocab(with_added_tokens=True)
     added = set(library.get_added_tokens_decoder())
-    fallback = bool(spec["model"].get("byte_fallback"))
     alphabet = byte_of_character()
     table: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
     for text, index in vocab.items():
@@ -110,7 +115,7 @@ def _spellings(
             table[index] = text.encode()
         elif byte_level and all(character in alphabet for character in text):
             table[index] = bytes(alphabet[character] for character in text)
-        elif not byte_level and fallback and is_byte_token(text):
+        elif not byte_level and byte_fallback and is_byte_token(text):
             table[index] = bytes([int(text[3:5], 16)])
         else:
             table[index] = text.encode() if byte_level else text.replace(SPACE, " ").encode()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import compiled.attention
 from compiled.attention import Visibility, attend, visibility
 from plain import sees_new, sees_slot
 from toys import raw_bytes
@@ -186,3 +187,28 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     attended, mass, own_mass = run(torch.full((1, 1, 1), 300.0), keys, values, low, zero, visible)
     assert mass.tolist() == [0.0, 0.5]
     assert own_mass.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("bucket", [0, 6])
+@pytest.mark.parametrize("slab", [1, 4, 11, 50])
+def test_slabs_are_the_whole(bucket: int, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many queries attend at a time, and whether what they cannot see is computed."""
+    generator = torch.Generator().manual_seed(slab)
+    tokens, length = 11, 9
+    query = torch.randn(tokens, 4, 8, generator=generator)
+    keys, values = torch.randn(2, 2, bucket, 8, generator=generator)
+    new_keys, new_values = torch.randn(2, 2, tokens, 8, generator=generator)
+    positions = [*range(bucket, bucket + length), 0, 0]
+    rows = torch.arange(bucket)
+    visible = visibility(rows >= 0, rows, torch.tensor(positions), torch.tensor(length))
+    tensors = (query, keys, values, new_keys, new_values, visible)
+    monkeypatch.setattr(compiled.attention, "SLAB", 1000)
+    whole, mass = attend(*tensors)
+    monkeypatch.setattr(compiled.attention, "SLAB", slab)
+    for ascending in (False, True):
+        attended, parts = attend(*tensors, ascending=ascending)
+        # Padding sees rows behind it or does not; nobody looks at what it makes of them.
+        # The same sums of a few numbers of size 1 in another order: 2^-24 each.
+        torch.testing.assert_close(attended[:length], whole[:length], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parts, mass, rtol=1e-5, atol=1e-5)
+        assert parts.sum().item() == pytest.approx(4 * length, rel=1e-5)

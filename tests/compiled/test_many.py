@@ -86,3 +86,11 @@ def test_asking_is_a_read_of_every_stream_and_writes_nothing() -> None:
         expected = alone.logits[lengths[stream] - 1]
         torch.testing.assert_close(told[stream], expected, rtol=1e-4, atol=5e-5)
     assert digest(*many.state) == before
+
+
+def test_a_layer_of_all_streams_lies_in_one_piece() -> None:
+    """Or every read would copy it to multiply it."""
+    many = allocate_memories(STREAMS, CONFIG, CAPACITY, torch.float32, CPU)
+    for cache in (many.state.keys, many.state.values):
+        assert cache.shape[:2] == (STREAMS, CONFIG.num_layers)
+        assert cache[:, 0].is_contiguous()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import compiled.products
-from compiled.products import dot_rows, linear, mix_rows, streams_rows, sum_rows
+from compiled.products import _takes_onednn, dot_rows, linear, mix_rows, streams_rows, sum_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,3 +38,34 @@ def test_streaming_is_the_same_product(dtype: torch.dtype, monkeypatch: pytest.M
 
 def test_nothing_streams_in_eager_mode() -> None:
     assert not streams_rows(torch.zeros(1, 4), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_a_product_is_the_product(rows: int, dtype: torch.dtype) -> None:
+    """Whichever library makes it, alone and under vmap."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, rows, 64, generator=generator).to(dtype)
+    weight = torch.randn(48, 64, generator=generator).to(dtype)
+    exact = x.double() @ weight.double().T
+    # 64 terms of size 1, rounded to 2^-24 each; in bfloat16 the sum itself, to 2^-9.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    alone = torch.stack([linear(one, weight) for one in x])
+    mapped = torch.func.vmap(lambda one: linear(one, weight))(x)
+    for product in (alone, mapped):
+        assert product.dtype == dtype
+        torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_the_library_under_vmap_is_the_one_that_knows_batches() -> None:
+    asked = []
+
+    def notes(x: torch.Tensor) -> torch.Tensor:
+        asked.append(_takes_onednn(x))
+        return x
+
+    x = torch.zeros(2, 3)
+    torch.func.vmap(notes)(x)
+    notes(x)
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    assert asked == [False, available]
