@@ -166,9 +166,15 @@ class Brain:
 
     # The loop
 
-    def tick(self) -> Tick:
-        """One pass of the loop: reads, speaks one token, forgets, remembers."""
-        return self._advance(self._unforced)
+    def tick(self, token: int | None = None) -> Tick:
+        """One pass of the loop: reads, speaks one token, forgets, remembers.
+
+        With ``token`` it speaks that one, as if it had drawn it: to follow what has been said.
+        """
+        if token is None:
+            return self._advance(self._unforced)
+        vocab_size = self.checkpoint.config.vocab_size
+        return self._advance(self._forced(token_ids([token], vocab_size, "tick")[0], "model"))
 
     def stream(self, ticks: int | None = None, *, stop_at_eos: bool = False) -> Iterator[Tick]:
         """Ticks for ever, or for a number of ticks, or until the model ends its text.
@@ -262,10 +268,17 @@ class Brain:
 
         save(self, folder)
 
-    def restore(self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int) -> None:
+    @property
+    def unfinished(self) -> bytes:
+        """The bytes of a character that the stream has begun and not completed."""
+        return self._speech.unfinished
+
+    def restore(
+        self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int, unfinished: bytes
+    ) -> None:
         """Takes over what was saved, as ``saves.py`` has checked it."""
         self.memory.restore(rows, cursor, high_water)
-        self._speech = self._new_speech()
+        self._speech = self._new_speech(unfinished)
 
     # Inside
 
@@ -390,8 +403,10 @@ class Brain:
             )
         return False
 
-    def _new_speech(self) -> Speech:
-        return Speech(StreamDecoder(self.tokenizer, at_start=False))
+    def _new_speech(self, unfinished: bytes = b"") -> Speech:
+        decoder = StreamDecoder(self.tokenizer, at_start=False)
+        decoder.go_on(unfinished)
+        return Speech(decoder)
 
     def _named(self, step: str) -> contextlib.AbstractContextManager[Any]:
         if not self.settings.nvtx:

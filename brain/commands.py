@@ -20,7 +20,7 @@ inject     text or ids to add after what has been said; source (default user). T
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
 from brain.brain import Brain
@@ -129,47 +129,80 @@ _READERS: dict[str, Callable[[_Fields], Action]] = {
 }
 
 
+class Lost(NamedTuple):
+    """A row that was redacted: the tick of its birth, and its token."""
+
+    born: int
+    token: int
+
+
 class Inbox:
-    """The commands of one run. Looking costs one call to the file system."""
+    """The commands of one run. Looking costs one call to the file system.
+
+    Attributes: ``read``, bytes of the inbox that have been obeyed; ``heard``, called for each line
+    after it was obeyed (or refused) and before it is answered, with the rows it redacted.
+    """
 
     def __init__(self, folder: Path, brain: Brain) -> None:
         self._inbox, self._answers = folder / INBOX, folder / ANSWERS
         self._brain = brain
         # Bytes. What an earlier run in this folder was told is not said to this one.
-        self._read = self._inbox.stat().st_size if self._inbox.exists() else 0
+        self.read = self._inbox.stat().st_size if self._inbox.exists() else 0
+        self.heard: Callable[[bytes, Sequence[Lost]], None] | None = None
 
     def look(self) -> int:
         """Applies what has come since the last look; returns how many batches were applied."""
         try:
             size = self._inbox.stat().st_size
-            if size < self._read:
-                self._read = 0  # written anew
-            if size == self._read:
+            if size < self.read:
+                self.read = 0  # written anew
+            if size == self.read:
                 return 0
             with self._inbox.open("rb") as file:
-                file.seek(self._read)
+                file.seek(self.read)
                 added = file.read()
         except OSError:
             return 0  # nobody has written one yet
-        complete = added[: added.rfind(b"\n") + 1]  # the rest is still being written
-        self._read += len(complete)
-        return sum(self._apply(line) for line in complete.splitlines() if line.strip())
+        applied = 0
+        for line in added[: added.rfind(b"\n") + 1].splitlines(keepends=True):
+            self.read += len(line)  # what has no line break is still being written
+            if line.strip():
+                applied += self.obey(line)
+        return applied
 
-    def _apply(self, line: bytes) -> bool:
+    def obey(self, line: bytes) -> bool:
+        """Applies one line and answers; returns whether it was applied."""
         answer: dict[str, Any] = {"tick": self._brain.ticks}
+        lost: Sequence[Lost] = ()
         try:
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 raise Refused(f"command is not UTF-8 (byte {error.start})") from None
             actions = parse_batch(text, self._brain.encode)
+            about_to_be_lost = self._redacted(actions)
             self._brain.apply(actions)
+            lost = about_to_be_lost
             answer |= {"applied": len(actions), "rows": len(self._brain)}
         except Refused as refused:
             answer["refused"] = str(refused)
+        if self.heard is not None:
+            self.heard(line, lost)
         with self._answers.open("a", encoding="utf-8") as file:
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
         return "applied" in answer
+
+    def _redacted(self, actions: Sequence[Action]) -> list[Lost]:
+        """The rows that these actions mean to redact."""
+        redactions = [action.positions for action in actions if isinstance(action, Redact)]
+        positions = {p for given in redactions for p in given if isinstance(p, int)}
+        if not positions:
+            return []
+        mirror = self._brain.mirror
+        rows = zip(
+            mirror.position.tolist(), mirror.born.tolist(), mirror.token_id.tolist(), strict=True
+        )
+        return [Lost(born, token) for position, born, token in rows if position in positions]
 
 
 def send(folder: Path, line: str) -> None:

@@ -1,12 +1,14 @@
 """Saving a whole brain into a folder, and loading it back to the exact next token.
 
 A save holds the occupied rows of every state tensor in slot order, the cursor, the counters and
-the configuration, as one safetensors and one JSON file. It is written under a temporary name and
-renamed, and everything in it is checked before a brain is made of it.
+the configuration, as one safetensors and one JSON file, which knows the checksum of the other. It
+is written under a temporary name, forced to the disk and renamed, and everything in it is checked
+before a brain is made of it.
 """
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from enum import Enum
@@ -21,18 +23,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from brain.brain import Brain
+from brain.checkpoints.digest import file_sha256
 from brain.errors import Refused, one_line
 from brain.opening import open_brain, typed
 from compiled.state import NOWHERE, Cursor
 from conf.schema import Conf, register
 
-FORMAT = 2
+FORMAT = 3
 TENSORS, DESCRIPTION = "state.safetensors", "brain.json"
+LONGEST_CHARACTER = 4
+"""Bytes of UTF-8."""
+MOST_SLOTS = 1 << 40
 _ROW_AXIS = {"keys": 2, "values": 2}
 
 
-def save(brain: Brain, folder: str | Path) -> None:
-    """Writes the brain to a folder, replacing a save that is already there.
+class OtherWeights(Refused):
+    """The save is of another model."""
+
+
+def save(brain: Brain, folder: str | Path, notes: Any = None) -> None:
+    """Writes the brain to a folder, replacing a save that is already there. ``notes`` (plain JSON)
+    are kept with it, for whoever saves.
 
     Raises Refused if the folder holds anything else, or cannot be written.
     """
@@ -54,15 +65,20 @@ def save(brain: Brain, folder: str | Path) -> None:
         "model_sha256": brain.checkpoint.sha256,
         "torch": torch.__version__,
         "high_water": brain.memory.high_water,
-        "conf": _plain(dataclasses.asdict(brain.conf)),
+        "unfinished": brain.unfinished.hex(),
+        "conf": plain(dataclasses.asdict(brain.conf)),
+        "notes": notes,
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             save_file(tensors, scratch / TENSORS)
+            description["sha256"] = file_sha256(scratch / TENSORS)
             text = json.dumps(description, indent=2, ensure_ascii=False)
             (scratch / DESCRIPTION).write_text(text + "\n", "utf-8")
+            for written in (scratch / TENSORS, scratch / DESCRIPTION, scratch):
+                to_disk(written)
             if folder.exists():
                 replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
                 folder.rename(replaced / "old")
@@ -70,29 +86,81 @@ def save(brain: Brain, folder: str | Path) -> None:
                 shutil.rmtree(replaced)
             else:
                 scratch.rename(folder)
+            to_disk(folder.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise Refused(f"{folder} cannot be written ({one_line(error)})") from None
 
 
-def load(folder: str | Path) -> Brain:
+def load(folder: str | Path, *, capacity: int | None = None) -> Brain:
     """The brain that was saved there: its next tick is the same token.
 
-    Raises Refused if the save is damaged, or is of another model than can be found now.
+    With ``capacity`` its memory gets another size, and the rows other slots where they need them.
+    Raises Refused if the save is damaged, is of another model than can be found now, or holds more
+    rows than would fit.
     """
     folder = Path(folder).expanduser()
     description = _description(folder)
-    brain = open_brain(_conf(description.get("conf"), folder))
-    if description.get("model_sha256") != brain.checkpoint.sha256:
-        raise Refused(f"{folder} was saved with other weights of {brain.checkpoint.name}")
-    rows, cursor = _tensors(folder, brain)
-    high_water = description.get("high_water")
-    occupied = int(rows["slot"][-1]) + 1 if len(rows["slot"]) else 0
-    if type(high_water) is not int or not occupied <= high_water <= brain.capacity:
-        raise Refused(f"{folder}: high_water {high_water!r} is not in {occupied} to capacity")
-    brain.restore(rows, cursor, high_water)
+    conf = _conf(description.get("conf"), folder)
+    if capacity is not None:
+        conf = dataclasses.replace(conf, capacity=capacity)
+    brain = open_brain(conf)
+    _restore(brain, folder, description)
     return brain
+
+
+def restore(brain: Brain, folder: Path) -> Any:
+    """Makes an open brain the one that was saved, and returns the notes kept with it.
+
+    Its settings stay its own. Raises Refused, with nothing changed, as ``load`` does; OtherWeights
+    if that is why.
+    """
+    description = _description(folder)
+    _restore(brain, folder, description)
+    return description.get("notes")
+
+
+def _restore(brain: Brain, folder: Path, description: dict[str, Any]) -> None:
+    if description.get("model_sha256") != brain.checkpoint.sha256:
+        raise OtherWeights(f"{folder} was saved with other weights of {brain.checkpoint.name}")
+    _check_sum(folder / TENSORS, description.get("sha256"))
+    rows, cursor = _tensors(folder, brain)
+    slot, high_water = rows["slot"], description.get("high_water")
+    occupied = int(slot[-1]) + 1 if len(slot) else 0
+    if len(slot) > brain.capacity:
+        raise Refused(f"{folder} holds {len(slot)} rows but capacity is {brain.capacity}")
+    if type(high_water) is not int or high_water < occupied:
+        raise Refused(f"{folder}: high_water {high_water!r} is below {occupied}")
+    if max(high_water, occupied) > brain.capacity:  # of a larger memory
+        rows["slot"], high_water = torch.arange(len(slot)), len(slot)
+    try:
+        unfinished = bytes.fromhex(description["unfinished"])
+    except (KeyError, TypeError, ValueError):
+        raise Refused(f"{folder}: unfinished is not a string of hex digits") from None
+    if len(unfinished) > LONGEST_CHARACTER:
+        raise Refused(f"{folder}: unfinished is longer than any character")
+    brain.restore(rows, cursor, high_water, unfinished)
+
+
+def _check_sum(path: Path, expected: Any) -> None:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({one_line(error)})") from None
+    if found != expected:
+        raise Refused(f"{path} is damaged: its SHA-256 is not the one that was written down")
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file, or what a folder lists, would survive a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # folders cannot be synchronised there
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -108,7 +176,7 @@ def _description(folder: Path) -> dict[str, Any]:
 def _conf(saved: Any, folder: Path) -> Conf:
     register()
     try:
-        task = saved.pop("task") if isinstance(saved, dict) else None
+        task = saved.pop("task", None) if isinstance(saved, dict) else None
         conf = OmegaConf.merge(OmegaConf.structured(Conf), saved, {"task": task})
         return typed(conf)  # type: ignore[arg-type]
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -126,8 +194,8 @@ def _tensors(folder: Path, brain: Brain) -> tuple[dict[str, Tensor], Cursor]:
     slot = saved.pop("slot", None)
     if slot is None or slot.dtype != torch.int64 or slot.dim() != 1:
         raise Refused(f"{where}: tensor slot is missing or malformed")
-    if len(slot) and (slot.min() < 0 or slot.max() >= brain.capacity or (slot.diff() <= 0).any()):
-        raise Refused(f"{where}: slots do not ascend within capacity {brain.capacity}")
+    if len(slot) and (slot.min() < 0 or slot.max() >= MOST_SLOTS or (slot.diff() <= 0).any()):
+        raise Refused(f"{where}: slots do not ascend")
     rows = {"slot": slot}
     for name, held in brain.state._asdict().items():
         if name != "valid":
@@ -166,10 +234,10 @@ def _checked(tensor: Tensor | None, shape: Any, dtype: torch.dtype, what: str) -
     return tensor
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Enums as their names, so that JSON can hold the configuration."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value.name if isinstance(value, Enum) else value

@@ -57,11 +57,20 @@ class Speech:
         while tick._text is None:
             self._speak_one()
 
+    @property
+    def unfinished(self) -> bytes:
+        """The bytes of a character that has begun and is not complete."""
+        self._speak_all()
+        return self._decoder.unfinished
+
     def finish(self) -> str:
         """What is left of an unfinished character."""
+        self._speak_all()
+        return self._decoder.finish()
+
+    def _speak_all(self) -> None:
         while self._unspoken:
             self._speak_one()
-        return self._decoder.finish()
 
     def _speak_one(self) -> None:
         tick = self._unspoken.popleft()

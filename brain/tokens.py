@@ -127,6 +127,15 @@ class StreamDecoder:
         """The characters that this id completes; often one word, possibly none."""
         return self._utf8.decode(self.spell(token_id))
 
+    @property
+    def unfinished(self) -> bytes:
+        """The bytes of a character that has begun and is not complete."""
+        return self._utf8.getstate()[0]
+
+    def go_on(self, unfinished: bytes) -> None:
+        """Continues a stream that stopped within a character."""
+        self._utf8.setstate((unfinished, 0))
+
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed, else nothing."""
         return self._utf8.decode(b"", final=True)

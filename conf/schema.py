@@ -214,6 +214,7 @@ class Conf:
     source: str = "user"  # who the prompt comes from: system, user, tool
     ticks: int = 200
     stop_at_eos: bool = False
+    save_every: int = 2000  # ticks from one save in the run folder to the next; 0: at the end only
     seed: int = 0
     capacity: int = 1024
     positions: Positions = Positions.keep

@@ -5,7 +5,6 @@ import json
 import platform
 import sys
 import time
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,24 @@ import torch
 
 from brain.brain import Brain
 from brain.captures import CaptureWriter
-from brain.commands import Inbox
+from brain.chronicle import Chronicle, sole_writer
 from brain.errors import Refused
 from brain.heatmap import FILE, remembered, write_rows
 from brain.opening import open_brain
-from brain.repair import Repair
+from brain.stopping import asked_to_stop
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Speaks ``conf.ticks`` tokens on standard output.
+    """Speaks on standard output until ``conf.ticks`` tokens have been spoken.
 
-    Writes ``transcript.txt`` (the exact text), ``run.json`` (ids, timings, versions),
-    ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was replaced, by what,
-    when and with what gain) and, if asked to, ``captures/`` into the run folder. Between ticks it
-    does what ``commands.jsonl`` there asks for (see ``brain/commands.py``).
+    Writes ``transcript.txt`` (the exact text), ``tokens.txt``, ``run.json`` (ids, timings,
+    versions), ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was
+    replaced, by what, when and with what gain), ``saves/`` and, if asked to, ``captures/`` into the
+    run folder. Where the folder has the record of this run already, ended or killed, it goes on
+    with the next token (see ``brain/chronicle.py``). Between ticks it does what ``commands.jsonl``
+    there asks for (see ``brain/commands.py``).
     """
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
@@ -37,22 +38,33 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise Refused('prompt is empty: give some text, prompt="…"')
     if conf.capture_top < 0:
         raise Refused(f"capture_top must be 0 (everything) or more, not {conf.capture_top}")
+    if conf.save_every < 0:
+        raise Refused(f"save_every must be 0 (at the end) or more, not {conf.save_every}")
+    with sole_writer(run_dir):
+        _run(conf, run_dir)
+
+
+def _run(conf: Conf, run_dir: Path) -> None:
     note(f"loading {conf.model.name} …")
     started = time.perf_counter()
     brain = open_brain(conf)
     capture_graphs(brain)
+    chronicle = Chronicle(run_dir, brain, conf)
+    went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source), conf)
     if conf.capture:
         brain.observer = CaptureWriter(run_dir / "captures", brain, conf.capture_top)
-    brain.prime(conf.prompt, conf.source)
+    if went_on:
+        note(f"going on after {chronicle.spoken} tokens")
     if sys.stderr.isatty():
         note(f"\033[2m{conf.prompt}\033[0m")
     primed = time.perf_counter()
-    ids, interrupted = _speak(brain, conf, run_dir)
-    spoken = time.perf_counter() - primed
+    before = chronicle.spoken
+    interrupted = _speak(brain, conf, chronicle)
+    count, spoken = chronicle.spoken - before, time.perf_counter() - primed
     write_rows(remembered(brain), run_dir / FILE)
-    _write_report(brain, conf, run_dir / "run.json", ids, primed - started, spoken)
+    _write_report(brain, conf, run_dir / "run.json", chronicle.tokens(), primed - started, spoken)
     note(
-        f"{len(ids)} tokens in {spoken:.1f} s ({len(ids) / spoken:.1f} per second), "
+        f"{count} tokens in {spoken:.1f} s ({count / spoken:.1f} per second), "
         f"{len(brain)} of {brain.capacity} rows remembered, ready after {primed - started:.1f} s; "
         f"{run_dir}"
     )
@@ -60,41 +72,35 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise KeyboardInterrupt
 
 
-def _speak(brain: Brain, conf: Conf, run_dir: Path) -> tuple["array[int]", bool]:
-    """Prints and records every token and repair; returns the ids of the tokens, and whether Ctrl-C
-    cut them short.
+def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> bool:
+    """Prints and records every token until there are enough; returns whether somebody asked to
+    stop before.
     """
-    ids = array("q")  # a loop of a million ticks takes 8 MB
+    ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
+    ended = not ending.isdisjoint(chronicle.tokens()[-1:])
     interrupted = False
-    with (
-        (run_dir / "transcript.txt").open("w", encoding="utf-8", newline="") as record,
-        (run_dir / "repairs.jsonl").open("w", encoding="utf-8") as repairs,
-    ):
-
-        def say(text: str) -> None:
-            record.write(text)
-            record.flush()
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-        def mended(repair: Repair) -> None:
-            repairs.write(json.dumps(repair.to_json()) + "\n")
-            repairs.flush()
-
-        brain.on_repair = mended
-        inbox = Inbox(run_dir, brain)
+    with asked_to_stop() as asked:
         try:
-            for tick in brain.stream(conf.ticks, stop_at_eos=conf.stop_at_eos):
-                ids.append(tick.token)
-                say(tick.text)
-                inbox.look()
-        except KeyboardInterrupt:
-            interrupted = True
-        say(brain.finish_text())
-    if sys.stdout.isatty():
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    return ids, interrupted
+            while chronicle.spoken < conf.ticks and not ended and not interrupted:
+                tick = brain.tick()
+                _print(chronicle.said(tick))
+                ended = tick.token in ending
+                chronicle.inbox.look()
+                chronicle.rest()
+                interrupted = asked()
+        except Refused:
+            chronicle.save()  # whatever was refused was refused between two ticks
+            raise
+        chronicle.save()
+        rest = brain.finish_text()
+        chronicle.finish(rest)
+    _print(rest + "\n" if sys.stdout.isatty() else rest)
+    return interrupted
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _write_report(

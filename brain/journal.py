@@ -1,0 +1,78 @@
+"""Lines that are added one at a time and survive a crash: each carries its own checksum.
+
+A line is the CRC-32 of the rest in eight hex digits, a space, and JSON. Only the last one can be
+torn, by a crash while it was written; it is then as if it had never been begun.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from brain.errors import Refused, one_line
+
+LONGEST = 1 << 24
+"""Bytes of one line: more is damage."""
+
+
+class Journal:
+    """Adds lines to a file. What is written is in the hands of the system at once, so that it
+    outlives the process; to outlive the machine it takes a save.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+
+    def add(self, record: Any) -> None:
+        """Writes one line. Raises Refused if it does not fit on the disk."""
+        line = _line(record)
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise Refused(f"{self._path} cannot be written ({one_line(error)})") from None
+        if written != len(line):
+            raise Refused(f"{self._path} cannot be written: the disk is full")
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._file.close()
+
+
+def read_journal(path: Path) -> tuple[list[Any], int]:
+    """The records of a journal, and the bytes they take: what comes after them is torn.
+
+    Raises Refused if it cannot be read, or if a line is damaged that is not the last.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({one_line(error)})") from None
+    records: list[Any] = []
+    size = 0
+    *lines, _torn = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is None and size + len(line) + 1 < len(content):
+            raise Refused(f"{path} is damaged in line {number}")
+        if record is None:
+            break
+        records.append(record)
+        size += len(line) + 1
+    return records, size
+
+
+def _line(record: Any) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _record(line: bytes) -> Any:
+    """What a line says, or None if it is damaged."""
+    text = line[9:]
+    if len(line) > LONGEST or line[:9] != b"%08x " % zlib.crc32(text):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,291 @@
+"""A run that was killed goes on as if it had not been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from soak import soak
+from test_app import ENVIRONMENT, call, command
+
+from brain.brain import Brain
+from brain.chronicle import Chronicle, sole_writer
+from brain.commands import ANSWERS, INBOX, send
+from brain.errors import Refused
+from conftest import OpenTiny
+from toys import digest
+
+PROMPT = "The lighthouse keeper had not spoken"
+RECORD = ("transcript.txt", "tokens.txt", "repairs.jsonl", ANSWERS)
+
+
+class Killed(BaseException):
+    """Power is cut here."""
+
+
+@pytest.fixture
+def open_(open_tiny: OpenTiny) -> Callable[[], Brain]:
+    return lambda: open_tiny(save_every=7, prompt=PROMPT, **{"repair": "pairs", "repair.every": 3})
+
+
+def go(brain: Brain, folder: Path, ticks: int, orders: dict[int, str] | None = None) -> Chronicle:
+    """Runs up to so many ticks; ``orders`` are commands by the number of tokens spoken."""
+    folder.mkdir(exist_ok=True)
+    chronicle = Chronicle(folder, brain, brain.conf)
+    chronicle.begin(lambda: brain.prime(PROMPT), brain.conf)
+    while chronicle.spoken < ticks:
+        chronicle.said(brain.tick())
+        order = (orders or {}).get(chronicle.spoken)
+        if order is not None and not _was_sent(folder, order):
+            send(folder, order)
+        chronicle.inbox.look()
+        chronicle.rest()
+    return chronicle
+
+
+def _was_sent(folder: Path, order: str) -> bool:
+    return (folder / INBOX).exists() and order in (folder / INBOX).read_text("utf-8")
+
+
+def told(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in RECORD if (folder / name).exists()}
+
+
+ORDERS = {
+    5: '[{"do": "pin", "positions": [3]}]',
+    11: '[{"do": "inject", "text": " hello", "source": "tool"}]',
+    16: '[{"do": "cull", "positions": [99999]}]',
+    24: '[{"do": "boost", "positions": [4], "amount": 3}, {"do": "inject", "text": "é"}]',
+}
+
+
+def test_a_run_killed_anywhere_goes_on_with_the_same_token(
+    open_: Callable[[], Brain], tmp_path: Path
+) -> None:
+    """Killed at every kind of write there is, again and again, at random."""
+    whole = go(open_(), tmp_path / "whole", 40, ORDERS)
+    draw = random.Random(0)
+    countdown = 0
+
+    def may_be_killed(event: str, arguments: object) -> None:
+        nonlocal countdown
+        if armed and event in ("open", "os.rename", "os.truncate", "os.remove", "os.mkdir"):
+            countdown -= 1
+            if countdown == 0:
+                raise Killed
+
+    armed = False
+    sys.addaudithook(may_be_killed)  # for good: it does nothing unless armed
+    folder = tmp_path / "killed"
+    kills = 0
+    chronicle = None
+    for attempt in range(16):
+        brain = open_()
+        countdown, armed = draw.randrange(1, 50), attempt < 15
+        try:
+            chronicle = go(brain, folder, 40, ORDERS)
+            break
+        except Killed:
+            kills += 1
+        finally:
+            armed = False
+    assert chronicle is not None
+    assert kills > 5
+    assert told(folder) == told(tmp_path / "whole")
+    assert digest(*chronicle._brain.cursor) == digest(*whole._brain.cursor)
+    mine, other = chronicle._brain.mirror, whole._brain.mirror
+    assert mine.token_id.tolist() == other.token_id.tolist()
+    assert mine.position.tolist() == other.position.tolist()
+    assert mine.brightness.tolist() == other.brightness.tolist()
+
+
+def test_the_last_words_of_a_killed_run_are_not_lost_and_not_doubled(
+    open_: Callable[[], Brain], tmp_path: Path
+) -> None:
+    go(open_(), tmp_path / "whole", 30)
+    go(open_(), tmp_path / "run", 23)
+    for name in RECORD[:3]:  # whatever came behind the save is of no account
+        path = tmp_path / "run" / name
+        if path.exists():
+            path.write_bytes(path.read_bytes() + b"garbage")
+    journal = tmp_path / "run" / "saves" / "21.journal"
+    journal.write_bytes(journal.read_bytes() + b"0123 torn")
+    go(open_(), tmp_path / "run", 30)
+    assert told(tmp_path / "run") == told(tmp_path / "whole")
+
+
+def test_a_damaged_save_is_not_needed(
+    open_: Callable[[], Brain], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(open_(), tmp_path / "whole", 30)
+    go(open_(), tmp_path / "run", 23)
+    saves = tmp_path / "run" / "saves"
+    assert sorted(path.name for path in saves.iterdir() if path.is_dir()) == ["14", "21"]
+    tensors = saves / "21" / "state.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-5] ^= 1
+    tensors.write_bytes(content)
+    go(open_(), tmp_path / "run", 30)
+    assert "damaged" in capsys.readouterr().err
+    assert told(tmp_path / "run") == told(tmp_path / "whole")
+
+
+def test_the_record_of_another_run_is_not_touched(
+    open_: Callable[[], Brain], open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    go(open_(), tmp_path / "run", 10).close()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = open_tiny(save_every=7, prompt=PROMPT, seed=5)
+    with pytest.raises(Refused, match=r"another (seed=0, not 5|repair)"):
+        go(other, tmp_path / "run", 20)
+    (tmp_path / "run" / "saves" / "run.json").write_text("[]")
+    with pytest.raises(Refused, match="format"):
+        go(open_(), tmp_path / "run", 20)
+    (tmp_path / "run" / "saves" / "run.json").write_bytes(
+        before[tmp_path / "run" / "saves" / "run.json"]
+    )
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
+    open_: Callable[[], Brain], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    chronicle = go(open_(), folder, 17)
+    brain = chronicle._brain
+    mirror = brain.mirror
+    index = next(n for n in reversed(range(len(mirror))) if mirror.born[n] > 0)
+    token, position, born = (
+        int(column[index]) for column in (mirror.token_id, mirror.position, mirror.born)
+    )
+    line = f"{born - 1} {token}\n"
+    keys = brain.state.keys[:, :, int(mirror.slot[index])].clone()
+    assert line in (folder / "tokens.txt").read_text()
+    spelled = brain.decode([token])
+    before = (folder / "transcript.txt").read_text("utf-8")
+    send(folder, json.dumps([{"do": "redact", "positions": [position]}]))
+    assert chronicle.inbox.look() == 1
+    assert line not in (folder / "tokens.txt").read_text()
+    after = (folder / "transcript.txt").read_text("utf-8")
+    assert len(after) <= len(before) - len(spelled) + 1
+    # One save and its journal, of after the redaction.
+    names = sorted(path.name for path in (folder / "saves").iterdir())
+    assert names == ["17", "17.journal", "run.json"]
+    first_key = keys[0, 0].numpy().tobytes()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert first_key not in path.read_bytes(), path
+    chronicle.said(brain.tick())
+    chronicle.close()
+    again = go(open_(), folder, 20)
+    assert line not in (folder / "tokens.txt").read_text()
+    assert again.spoken == 20
+    # A second way to the same end: nothing was killed in between.
+    assert (folder / "transcript.txt").read_text("utf-8").startswith(after)
+
+
+def test_two_brains_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with (
+        sole_writer(tmp_path),
+        pytest.raises(Refused, match="belongs to a brain that is running"),
+        sole_writer(tmp_path),
+    ):
+        pass
+    with sole_writer(tmp_path):  # and a lock that was left is no lock
+        pass
+
+
+def test_a_full_disk_is_told_and_loses_nothing(
+    open_: Callable[[], Brain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    chronicle = go(open_(), folder, 20)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("brain.saves.save_file", full)
+        with pytest.raises(Refused, match="No space left"):
+            chronicle.save()
+    names = sorted(path.name for path in (folder / "saves").iterdir())
+    assert names == ["14", "14.journal", "7", "7.journal", "run.json"]
+    chronicle.close()
+    go(open_(), folder, 30)
+    go(open_(), tmp_path / "whole", 30)
+    assert told(folder) == told(tmp_path / "whole")
+
+
+def test_kill_9_and_the_same_command_again(tiny_folder: Path, tmp_path: Path) -> None:
+    """As a user would: processes, signals, and the text on standard output."""
+    settings = [f"prompt={PROMPT}", "capacity=64", "save_every=40"]
+    arguments = command(tiny_folder, *settings, "ticks=400")
+    kills, differing = soak(arguments, tmp_path, kills=3, seed=1, environment=ENVIRONMENT)
+    assert kills == 3
+    assert differing == []
+    out = tmp_path / "killed"
+    report = json.loads((out / "run.json").read_text("utf-8"))
+    assert len(report["tokens"]) == 400
+    # Once more: there is nothing left to say, and nothing is said.
+    before = told(out)
+    again = [*settings, "ticks=400", f"hydra.run.dir={out}"]
+    assert call(tmp_path, tiny_folder, *again).stdout == ""
+    assert told(out) == before
+    # More of the same: the text alone goes to standard output.
+    more = call(tmp_path, tiny_folder, *settings, "ticks=420", f"hydra.run.dir={out}").stdout
+    after = (out / "transcript.txt").read_text("utf-8")
+    assert after.endswith(more)
+    assert len(more) > 0
+    another = ["prompt=Another", "capacity=64", f"hydra.run.dir={out}"]
+    assert "another prompt" in call(tmp_path, tiny_folder, *another, status=2).stderr
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_asks_it_to_stop_gets_a_save(
+    asked: signal.Signals, tiny_folder: Path, tmp_path: Path
+) -> None:
+    running = subprocess.Popen(
+        command(tiny_folder, f"prompt={PROMPT}", "ticks=1000000", "hydra.run.dir=out"),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    transcript = tmp_path / "out" / "transcript.txt"
+    deadline = time.monotonic() + 60
+    while not transcript.exists() or transcript.stat().st_size == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(asked)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "Traceback" not in errors
+    spoken = len((tmp_path / "out" / "tokens.txt").read_text().splitlines())
+    assert (tmp_path / "out" / "saves" / str(spoken) / "brain.json").is_file()
+
+
+def test_damaged_records_are_refused_in_one_line(
+    open_: Callable[[], Brain], tmp_path: Path
+) -> None:
+    go(open_(), tmp_path / "run", 23).close()
+    damages: list[Callable[[Path], object]] = [
+        lambda f: (f / "transcript.txt").unlink(),
+        lambda f: os.truncate(f / "tokens.txt", 1),
+        lambda f: (f / "saves" / "21.journal").write_bytes(b"x\ny\nz\n"),
+        lambda f: [(f / "saves" / name / "brain.json").write_bytes(b"{") for name in ("14", "21")],
+    ]
+    for number, damage in enumerate(damages):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "run", copy)
+        damage(copy)
+        with pytest.raises(Refused):
+            go(open_(), copy, 30)
