@@ -273,12 +273,16 @@ class Brain:
         """The bytes of a character that the stream has begun and not completed."""
         return self._speech.unfinished
 
+    def speak_on(self, unfinished: bytes) -> None:
+        """Takes another beginning of a character for the one that the stream has begun."""
+        self._speech = self._new_speech(unfinished)
+
     def restore(
         self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int, unfinished: bytes
     ) -> None:
         """Takes over what was saved, as ``saves.py`` has checked it."""
         self.memory.restore(rows, cursor, high_water)
-        self._speech = self._new_speech(unfinished)
+        self.speak_on(unfinished)
 
     # Inside
 

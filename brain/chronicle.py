@@ -1,14 +1,15 @@
 """The record of a run, and how it goes on after it was killed, with the token it would have said.
 
-    RUN_FOLDER/transcript.txt       the text, RUN_FOLDER/tokens.txt its tokens
-    RUN_FOLDER/saves/run.json       what was asked for
-    RUN_FOLDER/saves/TICKS/         the brain after so many ticks (brain/saves.py)
-    RUN_FOLDER/saves/TICKS.journal  what happened since: every token, every command
+    RUN_FOLDER/transcript.txt     the text, RUN_FOLDER/tokens.txt its tokens
+    RUN_FOLDER/saves/run.json     what was asked for
+    RUN_FOLDER/saves/N/           the brain (brain/saves.py) when it was saved for the Nth time
+    RUN_FOLDER/saves/N.journal    what happened since: every token, every command
 
-A draw depends on the seed and the number of the tick alone, and a command is written down with the
-tick it came after. So the newest save and the journal behind it tell everything: the files of the
-run are cut back to what they were when the save was made, and what the journal tells happens once
-more. Of the saves the newest two are kept, so that one may be damaged.
+A draw depends on the seed and the number of the tick alone, and a command is written down between
+the tokens it came between. So the newest save and the journal behind it tell everything: the files
+of the run are cut back to what they were when the save was made, and what the journal tells happens
+once more. Of the saves the newest two are kept, so that one may be damaged. No number is used
+twice, so a name never means two things, whenever the power goes.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from brain.commands import ANSWERS, Inbox, Lost
 from brain.errors import Refused, one_line
 from brain.journal import Journal, read_journal
 from brain.repair import Repair
-from brain.saves import OtherWeights, plain, restore, save
+from brain.saves import OtherWeights, plain, restore, save, to_disk
 from brain.terminal import note
 from brain.tick import Tick
 from brain.tokens import StreamDecoder
@@ -45,6 +46,8 @@ FREE = (
 )
 """Settings that may change when a run goes on: none of them decides what is said."""
 
+REPORTS = ("run.json", "memory.json")
+"""What a run writes about itself when it ends."""
 _REWRITTEN = ".rewritten"
 
 
@@ -74,33 +77,36 @@ class Chronicle:
     """Writes down a run as it happens.
 
     Attributes: ``inbox``, the commands it takes; ``spoken``, how many tokens it has said.
+    Everything here raises Refused if the disk is full or a file cannot be written or read.
     """
 
     def __init__(self, folder: Path, brain: Brain, conf: Conf) -> None:
-        self._folder, self._brain = folder, brain
+        self._folder, self._brain, self._conf = folder, brain, conf
         self._saves = folder / SAVES
-        self._every = conf.save_every
         self._files: dict[str, IO[str]] = {}
         self._journal: Journal | None = None
-        self._saved_at = 0
+        self._saved_at = 0  # ticks
         self._unsaved = True
+        self._broken = False  # memory and files disagree: only the journal knows
         self.spoken = 0
         self.inbox = Inbox(folder, brain)
         brain.on_repair = self._repaired
 
-    def begin(self, prime: Callable[[], None], conf: Conf) -> bool:
+    def begin(self, prime: Callable[[], None]) -> bool:
         """Starts the record, or takes it up where it ended; returns whether there was one.
 
         ``prime`` gives the brain its prompt. Raises Refused if the folder has the record of
         another run, or a damaged one, before anything is changed.
         """
-        found = self._found(conf)
-        if found:
-            self._go_on(prime)
-        else:
-            self._start(conf)
-            prime()
-        self.inbox.heard = self._heard
+        with self._on_disk():
+            found = self._found()
+            if found:
+                self._clear_away()
+                self._go_on(prime)
+            else:
+                prime()
+                self._start()
+        self.inbox.heard, self.inbox.redacted = self._heard, self._redact
         return found
 
     def said(self, tick: Tick) -> str:
@@ -111,32 +117,19 @@ class Chronicle:
 
     def rest(self) -> None:
         """Saves, if it is time to."""
-        if self._every and self._brain.ticks - self._saved_at >= self._every:
+        every = self._conf.save_every
+        if every and self._brain.ticks - self._saved_at >= every:
             self.save()
 
     def save(self) -> None:
         """Saves the brain, if anything has happened since the last save, and begins a new journal.
 
-        Raises Refused if the disk is full, with the record as it was: it is then still whole.
+        Where it cannot, the record is as it was: whole. After a write that failed nothing is saved:
+        the journal knows what to do again.
         """
-        if self._unsaved:
-            self._save()
-
-    def _save(self) -> None:
-        ticks = self._brain.ticks
-        target = self._saves / str(ticks)
-        notes = {
-            "spoken": self.spoken,
-            "inbox": self.inbox.read,
-            "sizes": {name: self._size(name) for name in (*self._files, ANSWERS)},
-        }
-        save(self._brain, target, notes)
-        self._saved_at, self._unsaved = ticks, False
-        self._switch_journal(ticks)
-        for old in self._saved()[KEPT:]:
-            self._drop(old)
-        if len(self._saved()) == KEPT:
-            self._drop(0)  # the beginning: it is two saves behind
+        if self._unsaved and not self._broken:
+            with self._on_disk():
+                self._save(self._next_number())
 
     def finish(self, rest: str) -> None:
         """Writes what the text still owed, behind the last save."""
@@ -152,22 +145,26 @@ class Chronicle:
 
     def tokens(self) -> list[int]:
         """Every token that was spoken and has not been redacted, in order."""
-        text = (self._folder / TOKENS).read_text("utf-8")
-        return [int(line.split()[1]) for line in text.splitlines()]
+        return [token for _, token in self._told()]
 
     # Starting and going on
 
-    def _start(self, conf: Conf) -> None:
+    def _start(self) -> None:
         shutil.rmtree(self._saves, ignore_errors=True)
-        self._saves.mkdir(parents=True)
+        self._saves.mkdir(parents=True, exist_ok=True)
         for name in (TRANSCRIPT, TOKENS, REPAIRS):
             self._open(name, "w")
         (self._folder / ANSWERS).unlink(missing_ok=True)
         self._switch_journal(0)
-        asked = {"format": FORMAT, "conf": _lasting(conf)}
-        (self._saves / RUN).write_text(json.dumps(asked, indent=2, ensure_ascii=False), "utf-8")
+        # What an earlier run in this folder was told is not said to this one.
+        asked = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
+        draft = self._saves / (RUN + _REWRITTEN)
+        draft.write_text(json.dumps(asked, indent=2), "utf-8")
+        to_disk(draft)
+        draft.replace(self._saves / RUN)  # from here on there is a record
+        to_disk(self._saves)
 
-    def _found(self, conf: Conf) -> bool:
+    def _found(self) -> bool:
         """Whether there is a record, of this very run. Raises Refused if it is of another."""
         path = self._saves / RUN
         try:
@@ -178,7 +175,7 @@ class Chronicle:
             raise Refused(f"{path} cannot be read ({one_line(error)})") from None
         if not isinstance(asked, dict) or asked.get("format") != FORMAT:
             raise Refused(f"{path} is not of format {FORMAT}: choose another folder")
-        before, now = asked.get("conf"), _lasting(conf)
+        before, now = asked.get("conf"), _lasting(self._conf)
         for key, value in now.items():
             was = before.get(key) if isinstance(before, dict) else None
             if was != value:
@@ -187,57 +184,85 @@ class Chronicle:
                     f"{self._folder} has the record of a run with another {told}: "
                     "give the same settings to go on with it, or choose another folder"
                 )
+        self.inbox.read = _count(asked.get("inbox"), path)
         return True
 
     def _go_on(self, prime: Callable[[], None]) -> None:
-        notes: Any = None
-        since = 0
-        for since in self._saved():
+        sizes: dict[str, int] = {}
+        since, refused = 0, []
+        for number in self._saved():
+            where = self._saves / str(number)
             try:
-                notes = restore(self._brain, self._saves / str(since))
-                break
+                notes = restore(self._brain, where)
+                sizes, self.spoken, self.inbox.read, alone = _checked(notes, where)
             except OtherWeights:
                 raise
             except Refused as refusal:
                 note(f"warning: {refusal}; going back to the save before it")
+                refused.append(number)
+                continue
+            since = number
+            if alone:  # what came before it was redacted
+                self._drop(*(n for n in self._all() if n < since))
+            break
         else:
-            since = 0
             if not self._journal_path(0).exists():
                 raise Refused(f"{self._saves} has no save that is whole: choose another folder")
             prime()
-        sizes, self.spoken, self.inbox.read = _checked(notes, self._saves / str(since))
+        self._saved_at = self._brain.ticks
         journals = sorted(n for n in self._numbers(".journal") if n >= since)
-        records: list[Any] = []
-        for number in journals:
-            told, size = read_journal(self._journal_path(number))
-            if number == journals[-1]:
-                os.truncate(self._journal_path(number), size)
-            records += told
-        self._cut_back(sizes)
-        self._saved_at, self._unsaved = since, bool(records) or since == 0
+        records = self._records(journals)
+        self._cut_back(since, sizes)
+        for name in REPORTS:  # of the end that this was; it may hold what is redacted now
+            (self._folder / name).unlink(missing_ok=True)
+        lost: list[Lost] = []
+        self.inbox.redacted = lost.extend
+        self._unsaved = bool(records) or since == 0
         for record in tqdm(records, desc="going on", unit="tick", leave=False):
             self._again(record)
         self._journal = Journal(self._journal_path(journals[-1] if journals else since))
+        if lost:
+            self._redact(lost)
+        elif refused:
+            self._save(self._next_number())
+            self._drop(*refused)
+
+    def _records(self, journals: Sequence[int]) -> list[Any]:
+        """What these journals tell, one after the other. Cuts off what is torn at the end."""
+        records: list[Any] = []
+        for number in journals:
+            path = self._journal_path(number)
+            told, size = read_journal(path)
+            if number == journals[-1]:
+                os.truncate(path, size)
+            elif size != path.stat().st_size:
+                raise Refused(f"{path} is damaged at its end")
+            records += told
+        return records
 
     def _again(self, record: Any) -> None:
         """Lets happen what a journal tells."""
         match record:
             case {"said": int(token)}:
                 self._write_token(self._brain.tick(token))
-            case {"heard": str(line), "inbox": int(read)}:
-                self.inbox.obey(line.encode("utf-8", "surrogateescape"))
+            case {"heard": str(told), "inbox": int(read)} if read >= 0:
+                try:
+                    line = told.encode("utf-8", "surrogateescape")
+                except UnicodeEncodeError:
+                    raise Refused(f"{self._saves}: a journal tells no line of bytes") from None
+                self.inbox.obey(line)
                 self.inbox.read = read
             case _:
-                raise Refused(f"{self._saves}: a journal tells what is not known here: {record!r}")
+                shown = repr(record)[:80]
+                raise Refused(f"{self._saves}: a journal tells what is not known here: {shown}")
 
-    def _cut_back(self, sizes: dict[str, int]) -> None:
+    def _cut_back(self, since: int, sizes: dict[str, int]) -> None:
         """Makes the files of the run what they were when the save was made."""
         for name in (TRANSCRIPT, TOKENS, REPAIRS, ANSWERS):
             path, size = self._folder / name, sizes.get(name, 0)
-            rewritten = path.with_name(path.name + _REWRITTEN)
-            if rewritten.exists() and rewritten.stat().st_size == size:
+            rewritten = self._rewritten(name, since)
+            if rewritten.exists():
                 rewritten.replace(path)
-            rewritten.unlink(missing_ok=True)
             if path.exists():
                 if path.stat().st_size < size:
                     raise Refused(f"{path} is shorter than the record of it: choose another folder")
@@ -246,19 +271,40 @@ class Chronicle:
                 raise Refused(f"{path} is missing: choose another folder")
             if name != ANSWERS:
                 self._open(name, "a")
+        for left in self._folder.glob(f"*{_REWRITTEN}"):
+            left.unlink()
 
     # Writing
+
+    def _save(self, number: int, *, alone: bool = False) -> None:
+        """``alone``: what came before this save must not be gone back to."""
+        notes = {
+            "spoken": self.spoken,
+            "inbox": self.inbox.read,
+            "sizes": {name: self._size(name, number) for name in (*self._files, ANSWERS)},
+            "alone": alone,
+        }
+        for name in (*self._files, ANSWERS):
+            for path in (self._folder / name, self._rewritten(name, number)):
+                if path.exists():
+                    to_disk(path)
+        save(self._brain, self._saves / str(number), notes)
+        self._saved_at, self._unsaved = self._brain.ticks, False
+        self._switch_journal(number)
+        kept = self._saved()[:KEPT]
+        if alone:
+            self._drop(*(n for n in self._all() if n != number))
+        elif len(kept) == KEPT:
+            self._drop(*(n for n in self._all() if n < kept[-1]))
 
     def _write_token(self, tick: Tick) -> None:
         self.spoken += 1
         self._write(TOKENS, f"{tick.number} {tick.token}\n")
         self._write(TRANSCRIPT, tick.text)
 
-    def _heard(self, line: bytes, lost: Sequence[Lost]) -> None:
+    def _heard(self, line: bytes) -> None:
         told = line.decode("utf-8", "surrogateescape")
         self._write_journal({"heard": told, "inbox": self.inbox.read})
-        if lost:
-            self._redact(lost)
 
     def _repaired(self, repair: Repair) -> None:
         self._write(REPAIRS, json.dumps(repair.to_json()) + "\n")
@@ -267,49 +313,71 @@ class Chronicle:
         """Takes what was redacted out of the record too: out of the tokens and the text, and with
         all earlier saves and journals, of which a new save takes the place.
         """
-        gone = {(tick, row.token) for row in lost for tick in (row.born - 1, row.born)}
-        lines = (self._folder / TOKENS).read_text("utf-8").splitlines()
-        told = [(int(tick), int(token)) for tick, token in map(str.split, lines)]
-        kept = [line for line in told if line not in gone]
-        if len(kept) < len(told):
+        with self._on_disk():
+            number = self._next_number()
+            kept = self._told()
+            for row in lost:
+                # A token gets its row in the tick after it was spoken, unless an append was faster.
+                lines = ((row.born - 1, row.token), (row.born, row.token))
+                line = next((line for line in lines if line in kept), None)
+                if line is not None:
+                    kept.remove(line)
             decoder = StreamDecoder(self._brain.tokenizer, at_start=False)
             text = "".join(decoder.push(token) for _, token in kept)
-            self._rewrite(TOKENS, "".join(f"{tick} {token}\n" for tick, token in kept))
-            self._rewrite(TRANSCRIPT, text)
-        self._save()
-        for name in (TOKENS, TRANSCRIPT):
-            path = self._folder / name
-            rewritten = path.with_name(path.name + _REWRITTEN)
-            if rewritten.exists():
+            self._brain.speak_on(decoder.unfinished)
+            told = "".join(f"{tick} {token}\n" for tick, token in kept)
+            for name, content in ((TOKENS, told), (TRANSCRIPT, text)):
+                self._rewritten(name, number).write_text(content, "utf-8", newline="")
+            self._save(number, alone=True)
+            for name in (TOKENS, TRANSCRIPT):
                 self._files[name].close()
-                rewritten.replace(path)
+                self._rewritten(name, number).replace(self._folder / name)
                 self._open(name, "a")
-        for old in self._numbers("") + self._numbers(".journal"):
-            if old != self._saved_at:
-                self._drop(old)
+            self._clear_away()
 
-    def _rewrite(self, name: str, text: str) -> None:
-        path = self._folder / (name + _REWRITTEN)
-        path.write_text(text, "utf-8", newline="")
+    def _told(self) -> list[tuple[int, int]]:
+        """Tick and id of every token in ``tokens.txt``."""
+        path = self._folder / TOKENS
+        try:
+            pairs = [line.split() for line in path.read_text("ascii").splitlines()]
+            return [(int(tick), int(token)) for tick, token in pairs]
+        except (OSError, ValueError) as error:
+            raise Refused(f"{path} is damaged ({one_line(error)})") from None
 
     def _write(self, name: str, text: str) -> None:
         try:
             self._files[name].write(text)
             self._files[name].flush()
         except OSError as error:
+            self._broken = True
             raise Refused(f"{self._folder / name} cannot be written ({one_line(error)})") from None
 
     def _write_journal(self, record: Any) -> None:
         assert self._journal is not None
-        self._journal.add(record)
+        try:
+            self._journal.add(record)
+        except Refused:
+            self._broken = True
+            raise
         self._unsaved = True
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise Refused(f"{self._folder} cannot be used ({one_line(error)})") from None
 
     def _open(self, name: str, mode: str) -> None:
         self._files[name] = (self._folder / name).open(mode, encoding="utf-8", newline="")
 
-    def _size(self, name: str) -> int:
+    def _rewritten(self, name: str, number: int) -> Path:
+        """What takes the place of a file when the save of this number is made."""
+        return self._folder / f"{name}.{number}{_REWRITTEN}"
+
+    def _size(self, name: str, number: int) -> int:
         """Bytes of a file, or of what is about to take its place."""
-        for path in (self._folder / (name + _REWRITTEN), self._folder / name):
+        for path in (self._rewritten(name, number), self._folder / name):
             if path.exists():
                 return path.stat().st_size
         return 0
@@ -317,9 +385,7 @@ class Chronicle:
     def _switch_journal(self, number: int) -> None:
         if self._journal is not None:
             self._journal.close()
-        path = self._journal_path(number)
-        path.write_bytes(b"")
-        self._journal = Journal(path)
+        self._journal = Journal(self._journal_path(number))
 
     def _journal_path(self, number: int) -> Path:
         return self._saves / f"{number}.journal"
@@ -328,15 +394,27 @@ class Chronicle:
         """Numbers of the saves, newest first."""
         return sorted(self._numbers(""), reverse=True)
 
+    def _all(self) -> set[int]:
+        return {*self._numbers(""), *self._numbers(".journal")}
+
+    def _next_number(self) -> int:
+        return max(self._all(), default=0) + 1
+
     def _numbers(self, suffix: str) -> list[int]:
         names = (path.name for path in self._saves.iterdir())
         stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
         return [int(stem) for stem in stems if stem.isdecimal() and len(stem) < 19]
 
-    def _drop(self, number: int) -> None:
-        """Forgets a save and the journal behind it."""
-        shutil.rmtree(self._saves / str(number), ignore_errors=True)
-        self._journal_path(number).unlink(missing_ok=True)
+    def _drop(self, *numbers: int) -> None:
+        """Forgets saves and the journals behind them."""
+        for number in numbers:
+            shutil.rmtree(self._saves / str(number), ignore_errors=True)
+            self._journal_path(number).unlink(missing_ok=True)
+
+    def _clear_away(self) -> None:
+        """Removes what a save that was killed has left."""
+        for left in self._saves.glob(".*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _lasting(conf: Conf) -> dict[str, Any]:
@@ -346,12 +424,21 @@ def _lasting(conf: Conf) -> dict[str, Any]:
     return {key: value for key, value in lasting.items() if key not in FREE}
 
 
-def _checked(notes: Any, where: Path) -> tuple[dict[str, int], int, int]:
-    """Sizes of files, tokens spoken and bytes of the inbox, as a save notes them."""
+def _checked(notes: Any, where: Path) -> tuple[dict[str, int], int, int, bool]:
+    """Sizes of files, tokens spoken, bytes of the inbox, and whether the save stands alone."""
     match notes:
-        case None:
-            return {}, 0, 0
-        case {"sizes": dict(sizes), "spoken": int(spoken), "inbox": int(inbox)}:
-            if all(type(n) is int and n >= 0 for n in (*sizes.values(), spoken, inbox)):
-                return sizes, spoken, inbox
+        case {
+            "sizes": dict(sizes),
+            "spoken": int(spoken),
+            "inbox": int(inbox),
+            "alone": bool(alone),
+        }:
+            checked = {str(name): _count(size, where) for name, size in sizes.items()}
+            return checked, _count(spoken, where), _count(inbox, where), alone
     raise Refused(f"{where}: the notes of the run are damaged")
+
+
+def _count(number: Any, where: Path) -> int:
+    if type(number) is not int or number < 0:
+        raise Refused(f"{where} is damaged: {str(number)[:40]!r} is no count")
+    return number

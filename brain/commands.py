@@ -139,8 +139,9 @@ class Lost(NamedTuple):
 class Inbox:
     """The commands of one run. Looking costs one call to the file system.
 
-    Attributes: ``read``, bytes of the inbox that have been obeyed; ``heard``, called for each line
-    after it was obeyed (or refused) and before it is answered, with the rows it redacted.
+    Attributes: ``read``, bytes of the inbox that have been obeyed; ``heard``, called with each line
+    after it was obeyed (or refused) and before it is answered; ``redacted``, called after that with
+    the rows it redacted, if any.
     """
 
     def __init__(self, folder: Path, brain: Brain) -> None:
@@ -148,7 +149,8 @@ class Inbox:
         self._brain = brain
         # Bytes. What an earlier run in this folder was told is not said to this one.
         self.read = self._inbox.stat().st_size if self._inbox.exists() else 0
-        self.heard: Callable[[bytes, Sequence[Lost]], None] | None = None
+        self.heard: Callable[[bytes], None] | None = None
+        self.redacted: Callable[[Sequence[Lost]], None] | None = None
 
     def look(self) -> int:
         """Applies what has come since the last look; returns how many batches were applied."""
@@ -187,9 +189,14 @@ class Inbox:
         except Refused as refused:
             answer["refused"] = str(refused)
         if self.heard is not None:
-            self.heard(line, lost)
-        with self._answers.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            self.heard(line)
+        try:
+            with self._answers.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise Refused(f"{self._answers} cannot be written ({one_line(error)})") from None
+        if lost and self.redacted is not None:
+            self.redacted(lost)
         return "applied" in answer
 
     def _redacted(self, actions: Sequence[Action]) -> list[Lost]:

@@ -11,9 +11,6 @@ from typing import Any
 
 from brain.errors import Refused, one_line
 
-LONGEST = 1 << 24
-"""Bytes of one line: more is damage."""
-
 
 class Journal:
     """Adds lines to a file. What is written is in the hands of the system at once, so that it
@@ -22,7 +19,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise Refused(f"{path} cannot be written ({one_line(error)})") from None
 
     def add(self, record: Any) -> None:
         """Writes one line. Raises Refused if it does not fit on the disk."""
@@ -70,7 +70,7 @@ def _line(record: Any) -> bytes:
 def _record(line: bytes) -> Any:
     """What a line says, or None if it is damaged."""
     text = line[9:]
-    if len(line) > LONGEST or line[:9] != b"%08x " % zlib.crc32(text):
+    if line[:9] != b"%08x " % zlib.crc32(text):
         return None
     try:
         return json.loads(text)

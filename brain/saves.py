@@ -7,6 +7,7 @@ before a brain is made of it.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -75,7 +76,7 @@ def save(brain: Brain, folder: str | Path, notes: Any = None) -> None:
         try:
             save_file(tensors, scratch / TENSORS)
             description["sha256"] = file_sha256(scratch / TENSORS)
-            text = json.dumps(description, indent=2, ensure_ascii=False)
+            text = json.dumps(sealed(description), indent=2)
             (scratch / DESCRIPTION).write_text(text + "\n", "utf-8")
             for written in (scratch / TENSORS, scratch / DESCRIPTION, scratch):
                 to_disk(written)
@@ -89,7 +90,7 @@ def save(brain: Brain, folder: str | Path, notes: Any = None) -> None:
             to_disk(folder.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise Refused(f"{folder} cannot be written ({one_line(error)})") from None
 
 
@@ -170,7 +171,16 @@ def _description(folder: Path) -> dict[str, Any]:
         raise Refused(f"{folder} is not a save ({one_line(error)})") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise Refused(f"{folder} is not a save of format {FORMAT}")
+    if sealed(description) != description:
+        raise Refused(f"{folder / DESCRIPTION} is damaged: its seal is not that of its content")
     return description
+
+
+def sealed(description: dict[str, Any]) -> dict[str, Any]:
+    """The description with a checksum of everything else in it."""
+    content = {key: value for key, value in description.items() if key != "seal"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _conf(saved: Any, folder: Path) -> Conf:

@@ -50,7 +50,7 @@ def _run(conf: Conf, run_dir: Path) -> None:
     brain = open_brain(conf)
     capture_graphs(brain)
     chronicle = Chronicle(run_dir, brain, conf)
-    went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source), conf)
+    went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source))
     if conf.capture:
         brain.observer = CaptureWriter(run_dir / "captures", brain, conf.capture_top)
     if went_on:

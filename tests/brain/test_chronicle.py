@@ -1,5 +1,6 @@
 """A run that was killed goes on as if it had not been."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from soak import soak
 from test_app import ENVIRONMENT, call, command
 
@@ -30,6 +32,30 @@ class Killed(BaseException):
     """Power is cut here."""
 
 
+_CHANGES = ("open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "shutil.rmtree")
+_left = [0]
+
+
+def _may_be_killed(event: str, arguments: object) -> None:
+    if _left[0] > 0 and event in _CHANGES:
+        _left[0] -= 1
+        if _left[0] == 0:
+            raise Killed
+
+
+sys.addaudithook(_may_be_killed)  # for good: it does nothing unless asked to
+
+
+@contextlib.contextmanager
+def power_cut_at(nth: int) -> Iterator[None]:
+    """Raises Killed at the nth time that a file is opened, renamed, cut or removed in the body."""
+    _left[0] = nth
+    try:
+        yield
+    finally:
+        _left[0] = 0
+
+
 @pytest.fixture
 def open_(open_tiny: OpenTiny) -> Callable[[], Brain]:
     return lambda: open_tiny(save_every=7, prompt=PROMPT, **{"repair": "pairs", "repair.every": 3})
@@ -39,13 +65,18 @@ def go(brain: Brain, folder: Path, ticks: int, orders: dict[int, str] | None = N
     """Runs up to so many ticks; ``orders`` are commands by the number of tokens spoken."""
     folder.mkdir(exist_ok=True)
     chronicle = Chronicle(folder, brain, brain.conf)
-    chronicle.begin(lambda: brain.prime(PROMPT), brain.conf)
-    while chronicle.spoken < ticks:
-        chronicle.said(brain.tick())
+    chronicle.begin(lambda: brain.prime(PROMPT))
+
+    def hear() -> None:
         order = (orders or {}).get(chronicle.spoken)
         if order is not None and not _was_sent(folder, order):
             send(folder, order)
         chronicle.inbox.look()
+
+    hear()  # what came when it was killed
+    while chronicle.spoken < ticks:
+        chronicle.said(brain.tick())
+        hear()
         chronicle.rest()
     return chronicle
 
@@ -72,30 +103,16 @@ def test_a_run_killed_anywhere_goes_on_with_the_same_token(
     """Killed at every kind of write there is, again and again, at random."""
     whole = go(open_(), tmp_path / "whole", 40, ORDERS)
     draw = random.Random(0)
-    countdown = 0
-
-    def may_be_killed(event: str, arguments: object) -> None:
-        nonlocal countdown
-        if armed and event in ("open", "os.rename", "os.truncate", "os.remove", "os.mkdir"):
-            countdown -= 1
-            if countdown == 0:
-                raise Killed
-
-    armed = False
-    sys.addaudithook(may_be_killed)  # for good: it does nothing unless armed
     folder = tmp_path / "killed"
-    kills = 0
-    chronicle = None
+    kills, chronicle = 0, None
     for attempt in range(16):
         brain = open_()
-        countdown, armed = draw.randrange(1, 50), attempt < 15
         try:
-            chronicle = go(brain, folder, 40, ORDERS)
+            with power_cut_at(draw.randrange(1, 60) if attempt < 15 else 0):
+                chronicle = go(brain, folder, 40, ORDERS)
             break
         except Killed:
             kills += 1
-        finally:
-            armed = False
     assert chronicle is not None
     assert kills > 5
     assert told(folder) == told(tmp_path / "whole")
@@ -115,7 +132,7 @@ def test_the_last_words_of_a_killed_run_are_not_lost_and_not_doubled(
         path = tmp_path / "run" / name
         if path.exists():
             path.write_bytes(path.read_bytes() + b"garbage")
-    journal = tmp_path / "run" / "saves" / "21.journal"
+    journal = tmp_path / "run" / "saves" / "3.journal"
     journal.write_bytes(journal.read_bytes() + b"0123 torn")
     go(open_(), tmp_path / "run", 30)
     assert told(tmp_path / "run") == told(tmp_path / "whole")
@@ -127,8 +144,8 @@ def test_a_damaged_save_is_not_needed(
     go(open_(), tmp_path / "whole", 30)
     go(open_(), tmp_path / "run", 23)
     saves = tmp_path / "run" / "saves"
-    assert sorted(path.name for path in saves.iterdir() if path.is_dir()) == ["14", "21"]
-    tensors = saves / "21" / "state.safetensors"
+    assert sorted(path.name for path in saves.iterdir() if path.is_dir()) == ["2", "3"]
+    tensors = saves / "3" / "state.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-5] ^= 1
     tensors.write_bytes(content)
@@ -178,7 +195,7 @@ def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
     assert len(after) <= len(before) - len(spelled) + 1
     # One save and its journal, of after the redaction.
     names = sorted(path.name for path in (folder / "saves").iterdir())
-    assert names == ["17", "17.journal", "run.json"]
+    assert names == ["3", "3.journal", "run.json"]
     first_key = keys[0, 0].numpy().tobytes()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -190,6 +207,35 @@ def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
     assert again.spoken == 20
     # A second way to the same end: nothing was killed in between.
     assert (folder / "transcript.txt").read_text("utf-8").startswith(after)
+
+
+@pytest.mark.parametrize("nth", range(1, 40, 2))
+def test_I13_a_redaction_that_is_killed_is_done_in_the_end(
+    nth: int, open_: Callable[[], Brain], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    chronicle = go(open_(), folder, 17)
+    mirror = chronicle._brain.mirror
+    index = next(n for n in reversed(range(len(mirror))) if mirror.born[n] > 0)
+    line = f"{int(mirror.born[index]) - 1} {int(mirror.token_id[index])}\n"
+    position = int(mirror.position[index])
+    send(folder, f'[{{"do": "redact", "positions": [{position}]}}]')
+    with contextlib.suppress(Killed), power_cut_at(nth):
+        chronicle.inbox.look()
+    again = go(open_(), folder, 20)
+    assert line not in (folder / "tokens.txt").read_text()
+    saves = folder / "saves"
+    assert not list(saves.glob(".*"))
+    assert not list(folder.glob("*.rewritten"))
+    alone = [
+        path.parent for path in saves.glob("*/brain.json") if '"alone": true' in path.read_text()
+    ]
+    assert len(alone) == 1
+    assert min(int(path.stem) for path in saves.glob("*.journal")) == int(alone[0].name)
+    answers = [json.loads(answer) for answer in (folder / ANSWERS).read_text().splitlines()]
+    assert [answer["applied"] for answer in answers] == [1]
+    assert len(again.tokens()) == 19
+    assert again.spoken == 20
 
 
 def test_two_brains_do_not_write_into_one_folder(tmp_path: Path) -> None:
@@ -209,15 +255,17 @@ def test_a_full_disk_is_told_and_loses_nothing(
     folder = tmp_path / "run"
     chronicle = go(open_(), folder, 20)
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left"), SafetensorError("No space left")):
 
-    with monkeypatch.context() as patched:
-        patched.setattr("brain.saves.save_file", full)
-        with pytest.raises(Refused, match="No space left"):
-            chronicle.save()
+        def full(*_: object, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr("brain.saves.save_file", full)
+            with pytest.raises(Refused, match="No space left"):
+                chronicle.save()
     names = sorted(path.name for path in (folder / "saves").iterdir())
-    assert names == ["14", "14.journal", "7", "7.journal", "run.json"]
+    assert names == ["1", "1.journal", "2", "2.journal", "run.json"]
     chronicle.close()
     go(open_(), folder, 30)
     go(open_(), tmp_path / "whole", 30)
@@ -270,7 +318,10 @@ def test_whoever_asks_it_to_stop_gets_a_save(
     assert running.returncode == 130, errors
     assert "Traceback" not in errors
     spoken = len((tmp_path / "out" / "tokens.txt").read_text().splitlines())
-    assert (tmp_path / "out" / "saves" / str(spoken) / "brain.json").is_file()
+    newest = max(
+        (tmp_path / "out" / "saves").glob("*/brain.json"), key=lambda p: int(p.parent.name)
+    )
+    assert json.loads(newest.read_text("utf-8"))["notes"]["spoken"] == spoken
 
 
 def test_damaged_records_are_refused_in_one_line(
@@ -280,8 +331,8 @@ def test_damaged_records_are_refused_in_one_line(
     damages: list[Callable[[Path], object]] = [
         lambda f: (f / "transcript.txt").unlink(),
         lambda f: os.truncate(f / "tokens.txt", 1),
-        lambda f: (f / "saves" / "21.journal").write_bytes(b"x\ny\nz\n"),
-        lambda f: [(f / "saves" / name / "brain.json").write_bytes(b"{") for name in ("14", "21")],
+        lambda f: (f / "saves" / "3.journal").write_bytes(b"x\ny\nz\n"),
+        lambda f: [(f / "saves" / name / "brain.json").write_bytes(b"{") for name in ("2", "3")],
     ]
     for number, damage in enumerate(damages):
         copy = tmp_path / str(number)
