@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from brain.errors import BrainWarning, Refused
+from brain.errors import BrainWarning, Refused, one_line
 from brain.opening import configuration_error, typed
 from brain.overrides import literal_arguments
 from conf.schema import register
@@ -55,6 +55,9 @@ def _application(composed: DictConfig) -> None:
     except BrokenPipeError:
         # Whoever read the text has heard enough. Nothing more can be printed there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _leave(f"refused: {where}{error.strerror or one_line(error)}", REFUSED)
 
 
 def _leave(message: str, status: int) -> None:

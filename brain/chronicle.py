@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.commands import ANSWERS, Inbox, Lost
-from brain.errors import Refused, one_line
+from brain.errors import Refused, Unwritten, one_line
 from brain.journal import Journal, read_journal
 from brain.repair import Repair
 from brain.saves import OtherWeights, plain, restore, save, to_disk
@@ -76,7 +76,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
 class Chronicle:
     """Writes down a run as it happens.
 
-    Attributes: ``inbox``, the commands it takes; ``spoken``, how many tokens it has said.
+    Attributes: ``inbox``, the commands it takes; ``spoken``, how many tokens it has said;
+    ``last``, the last of them.
     Everything here raises Refused if the disk is full or a file cannot be written or read.
     """
 
@@ -89,6 +90,7 @@ class Chronicle:
         self._unsaved = True
         self._broken = False  # memory and files disagree: only the journal knows
         self.spoken = 0
+        self.last: int | None = None
         self.inbox = Inbox(folder, brain)
         brain.on_repair = self._repaired
 
@@ -152,9 +154,12 @@ class Chronicle:
     def _start(self) -> None:
         shutil.rmtree(self._saves, ignore_errors=True)
         self._saves.mkdir(parents=True, exist_ok=True)
-        for name in (TRANSCRIPT, TOKENS, REPAIRS):
+        for old in (ANSWERS, TRANSCRIPT):
+            (self._folder / old).unlink(missing_ok=True)
+        for left in self._folder.glob(f"*{_REWRITTEN}"):
+            left.unlink()
+        for name in (TOKENS, REPAIRS):
             self._open(name, "w")
-        (self._folder / ANSWERS).unlink(missing_ok=True)
         self._switch_journal(0)
         # What an earlier run in this folder was told is not said to this one.
         asked = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
@@ -163,6 +168,7 @@ class Chronicle:
         to_disk(draft)
         draft.replace(self._saves / RUN)  # from here on there is a record
         to_disk(self._saves)
+        self._open(TRANSCRIPT, "w")  # from here on it takes commands
 
     def _found(self) -> bool:
         """Whether there is a record, of this very run. Raises Refused if it is of another."""
@@ -194,7 +200,7 @@ class Chronicle:
             where = self._saves / str(number)
             try:
                 notes = restore(self._brain, where)
-                sizes, self.spoken, self.inbox.read, alone = _checked(notes, where)
+                sizes, self.spoken, self.last, self.inbox.read, alone = _checked(notes, where)
             except OtherWeights:
                 raise
             except Refused as refusal:
@@ -280,6 +286,7 @@ class Chronicle:
         """``alone``: what came before this save must not be gone back to."""
         notes = {
             "spoken": self.spoken,
+            "last": self.last,
             "inbox": self.inbox.read,
             "sizes": {name: self._size(name, number) for name in (*self._files, ANSWERS)},
             "alone": alone,
@@ -288,6 +295,7 @@ class Chronicle:
             for path in (self._folder / name, self._rewritten(name, number)):
                 if path.exists():
                     to_disk(path)
+        to_disk(self._folder)
         save(self._brain, self._saves / str(number), notes)
         self._saved_at, self._unsaved = self._brain.ticks, False
         self._switch_journal(number)
@@ -299,6 +307,7 @@ class Chronicle:
 
     def _write_token(self, tick: Tick) -> None:
         self.spoken += 1
+        self.last = tick.token
         self._write(TOKENS, f"{tick.number} {tick.token}\n")
         self._write(TRANSCRIPT, tick.text)
 
@@ -317,6 +326,8 @@ class Chronicle:
             number = self._next_number()
             kept = self._told()
             for row in lost:
+                if not row.spoken:
+                    continue  # put there, never said
                 # A token gets its row in the tick after it was spoken, unless an append was faster.
                 lines = ((row.born - 1, row.token), (row.born, row.token))
                 line = next((line for line in lines if line in kept), None)
@@ -350,13 +361,15 @@ class Chronicle:
             self._files[name].flush()
         except OSError as error:
             self._broken = True
-            raise Refused(f"{self._folder / name} cannot be written ({one_line(error)})") from None
+            raise Unwritten(
+                f"{self._folder / name} cannot be written ({one_line(error)})"
+            ) from None
 
     def _write_journal(self, record: Any) -> None:
         assert self._journal is not None
         try:
             self._journal.add(record)
-        except Refused:
+        except Unwritten:
             self._broken = True
             raise
         self._unsaved = True
@@ -424,17 +437,20 @@ def _lasting(conf: Conf) -> dict[str, Any]:
     return {key: value for key, value in lasting.items() if key not in FREE}
 
 
-def _checked(notes: Any, where: Path) -> tuple[dict[str, int], int, int, bool]:
-    """Sizes of files, tokens spoken, bytes of the inbox, and whether the save stands alone."""
+def _checked(notes: Any, where: Path) -> tuple[dict[str, int], int, int | None, int, bool]:
+    """Sizes of files, tokens spoken and the last of them, bytes of the inbox, and whether the save
+    stands alone.
+    """
     match notes:
         case {
             "sizes": dict(sizes),
             "spoken": int(spoken),
+            "last": int(last) | (None as last),
             "inbox": int(inbox),
             "alone": bool(alone),
         }:
             checked = {str(name): _count(size, where) for name, size in sizes.items()}
-            return checked, _count(spoken, where), _count(inbox, where), alone
+            return checked, _count(spoken, where), last, _count(inbox, where), alone
     raise Refused(f"{where}: the notes of the run are damaged")
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
 from brain.brain import Brain
-from brain.errors import Refused, one_line
+from brain.errors import Refused, Unwritten, one_line
 
 INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
 LONGEST_LINE = 1 << 20
@@ -130,10 +130,11 @@ _READERS: dict[str, Callable[[_Fields], Action]] = {
 
 
 class Lost(NamedTuple):
-    """A row that was redacted: the tick of its birth, and its token."""
+    """A row that was redacted: the tick of its birth, its token, and whether the model spoke it."""
 
     born: int
     token: int
+    spoken: bool
 
 
 class Inbox:
@@ -186,6 +187,8 @@ class Inbox:
             self._brain.apply(actions)
             lost = about_to_be_lost
             answer |= {"applied": len(actions), "rows": len(self._brain)}
+        except Unwritten:
+            raise
         except Refused as refused:
             answer["refused"] = str(refused)
         if self.heard is not None:
@@ -194,7 +197,7 @@ class Inbox:
             with self._answers.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(answer, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise Refused(f"{self._answers} cannot be written ({one_line(error)})") from None
+            raise Unwritten(f"{self._answers} cannot be written ({one_line(error)})") from None
         if lost and self.redacted is not None:
             self.redacted(lost)
         return "applied" in answer
@@ -207,9 +210,17 @@ class Inbox:
             return []
         mirror = self._brain.mirror
         rows = zip(
-            mirror.position.tolist(), mirror.born.tolist(), mirror.token_id.tolist(), strict=True
+            mirror.position.tolist(),
+            mirror.born.tolist(),
+            mirror.token_id.tolist(),
+            mirror.sources(),
+            strict=True,
         )
-        return [Lost(born, token) for position, born, token in rows if position in positions]
+        return [
+            Lost(born, token, spoken=source == "model")
+            for position, born, token, source in rows
+            if position in positions
+        ]
 
 
 def send(folder: Path, line: str) -> None:

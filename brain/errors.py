@@ -14,6 +14,10 @@ class Refused(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class Unwritten(Refused):
+    """What has happened could not be written down: only what was written before counts."""
+
+
 def one_line(error: BaseException) -> str:
     """A library's error as the end of a one-line message: at most 200 characters, never empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from brain.errors import Refused, one_line
+from brain.errors import Refused, Unwritten, one_line
 
 
 class Journal:
@@ -25,14 +25,14 @@ class Journal:
             raise Refused(f"{path} cannot be written ({one_line(error)})") from None
 
     def add(self, record: Any) -> None:
-        """Writes one line. Raises Refused if it does not fit on the disk."""
+        """Writes one line. Raises Unwritten if it does not fit on the disk."""
         line = _line(record)
         try:
             written = self._file.write(line)
         except OSError as error:
-            raise Refused(f"{self._path} cannot be written ({one_line(error)})") from None
+            raise Unwritten(f"{self._path} cannot be written ({one_line(error)})") from None
         if written != len(line):
-            raise Refused(f"{self._path} cannot be written: the disk is full")
+            raise Unwritten(f"{self._path} cannot be written: the disk is full")
 
     def close(self) -> None:
         """Gives the file back."""

@@ -77,24 +77,19 @@ def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> bool:
     stop before.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
-    ended = not ending.isdisjoint(chronicle.tokens()[-1:])
-    interrupted = False
+    before, interrupted = chronicle.spoken, False
     with asked_to_stop() as asked:
-        try:
-            while chronicle.spoken < conf.ticks and not ended and not interrupted:
-                tick = brain.tick()
-                _print(chronicle.said(tick))
-                ended = tick.token in ending
-                chronicle.inbox.look()
-                chronicle.rest()
-                interrupted = asked()
-        except Refused:
-            chronicle.save()  # whatever was refused was refused between two ticks
-            raise
+        chronicle.inbox.look()  # what came behind the last token, when the run was killed
+        while chronicle.spoken < conf.ticks and chronicle.last not in ending and not interrupted:
+            _print(chronicle.said(brain.tick()))
+            chronicle.inbox.look()
+            chronicle.rest()
+            interrupted = asked()
         chronicle.save()
         rest = brain.finish_text()
         chronicle.finish(rest)
-    _print(rest + "\n" if sys.stdout.isatty() else rest)
+    if chronicle.spoken > before:
+        _print(rest + "\n" if sys.stdout.isatty() else rest)
     return interrupted
 
 

@@ -20,7 +20,7 @@ from test_app import ENVIRONMENT, call, command
 from brain.brain import Brain
 from brain.chronicle import Chronicle, sole_writer
 from brain.commands import ANSWERS, INBOX, send
-from brain.errors import Refused
+from brain.errors import Refused, Unwritten
 from conftest import OpenTiny
 from toys import digest
 
@@ -236,6 +236,51 @@ def test_I13_a_redaction_that_is_killed_is_done_in_the_end(
     assert [answer["applied"] for answer in answers] == [1]
     assert len(again.tokens()) == 19
     assert again.spoken == 20
+
+
+def test_what_was_not_written_down_did_not_happen(
+    open_: Callable[[], Brain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for a moment: nothing is saved after it, and nothing is lost."""
+    go(open_(), tmp_path / "whole", 40, ORDERS)
+    folder, brain = tmp_path / "run", open_()
+    chronicle = go(brain, folder, 20, ORDERS)
+
+    class Full:
+        """A file on a full disk."""
+
+        def write(self, text: str) -> None:
+            raise OSError(28, "No space left")
+
+    transcript = chronicle._files["transcript.txt"]
+    monkeypatch.setitem(chronicle._files, "transcript.txt", Full())
+    with pytest.raises(Unwritten, match="No space left"):
+        chronicle.said(brain.tick())
+    monkeypatch.setitem(chronicle._files, "transcript.txt", transcript)
+    before = sorted(path.name for path in (folder / "saves").iterdir())
+    chronicle.save()
+    assert sorted(path.name for path in (folder / "saves").iterdir()) == before
+    go(open_(), folder, 40, ORDERS)
+    assert told(folder) == told(tmp_path / "whole")
+
+
+def test_I13_only_the_row_that_was_spoken_leaves_the_transcript(
+    open_: Callable[[], Brain], tmp_path: Path
+) -> None:
+    """An injected token may be the very one that is spoken next."""
+    folder, brain = tmp_path / "run", open_()
+    chronicle = go(brain, folder, 9)
+    spoken = brain.decode([chronicle.tokens()[-1]])
+    send(folder, json.dumps([{"do": "inject", "text": "h", "source": "tool"}]))
+    chronicle.inbox.look()
+    chronicle.said(brain.tick())
+    tokens = chronicle.tokens()
+    rows = brain.mirror
+    place = next(n for n in range(len(rows)) if rows.sources()[n] == "tool")
+    send(folder, json.dumps([{"do": "redact", "positions": [int(rows.position[place])]}]))
+    assert chronicle.inbox.look() == 1
+    assert chronicle.tokens() == tokens
+    assert spoken in (folder / "transcript.txt").read_text("utf-8")
 
 
 def test_two_brains_do_not_write_into_one_folder(tmp_path: Path) -> None:
