@@ -21,13 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.commands import ANSWERS, Inbox, Lost
 from brain.errors import Refused, Unwritten, one_line
+from brain.heatmap import FILE
 from brain.journal import Journal, read_journal
+from brain.numbered_saves import NumberedSaves
 from brain.repair import Repair
 from brain.saves import OtherWeights, plain, restore, save, to_disk
 from brain.terminal import note
@@ -37,7 +38,7 @@ from conf.schema import Conf
 
 FORMAT = 1
 TRANSCRIPT, TOKENS, REPAIRS = "transcript.txt", "tokens.txt", "repairs.jsonl"
-SAVES, RUN, LOCK = "saves", "run.json", ".lock"
+SAVES, RUN = "saves", "run.json"
 KEPT = 2
 """Saves that are kept."""
 FREE = (
@@ -46,31 +47,9 @@ FREE = (
 )
 """Settings that may change when a run goes on: none of them decides what is said."""
 
-REPORTS = ("run.json", "memory.json")
+REPORTS = ("run.json", FILE)
 """What a run writes about itself when it ends."""
 _REWRITTEN = ".rewritten"
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Holds a run folder for one process. Raises Refused if another one has it.
-
-    The lock is the operating system's: it ends with the process, however that ends.
-    """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise Refused(
-            f"{folder} belongs to a brain that is running: wait for it, send it commands "
-            "(task=command), or choose another folder with hydra.run.dir"
-        ) from None
-    except OSError as error:
-        raise Refused(f"{folder} cannot be locked ({one_line(error)})") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Chronicle:
@@ -83,7 +62,7 @@ class Chronicle:
 
     def __init__(self, folder: Path, brain: Brain, conf: Conf) -> None:
         self._folder, self._brain, self._conf = folder, brain, conf
-        self._saves = folder / SAVES
+        self._saves = NumberedSaves(folder / SAVES)
         self._files: dict[str, IO[str]] = {}
         self._journal: Journal | None = None
         self._saved_at = 0  # ticks
@@ -103,7 +82,7 @@ class Chronicle:
         with self._on_disk():
             found = self._found()
             if found:
-                self._clear_away()
+                self._saves.clear_away()
                 self._go_on(prime)
             else:
                 prime()
@@ -131,7 +110,7 @@ class Chronicle:
         """
         if self._unsaved and not self._broken:
             with self._on_disk():
-                self._save(self._next_number())
+                self._save(self._saves.unused())
 
     def finish(self, rest: str) -> None:
         """Writes what the text still owed, behind the last save."""
@@ -152,8 +131,8 @@ class Chronicle:
     # Starting and going on
 
     def _start(self) -> None:
-        shutil.rmtree(self._saves, ignore_errors=True)
-        self._saves.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._saves.folder, ignore_errors=True)
+        self._saves.folder.mkdir(parents=True, exist_ok=True)
         for old in (ANSWERS, TRANSCRIPT):
             (self._folder / old).unlink(missing_ok=True)
         for left in self._folder.glob(f"*{_REWRITTEN}"):
@@ -163,16 +142,16 @@ class Chronicle:
         self._switch_journal(0)
         # What an earlier run in this folder was told is not said to this one.
         asked = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
-        draft = self._saves / (RUN + _REWRITTEN)
+        draft = self._saves.folder / (RUN + _REWRITTEN)
         draft.write_text(json.dumps(asked, indent=2), "utf-8")
         to_disk(draft)
-        draft.replace(self._saves / RUN)  # from here on there is a record
-        to_disk(self._saves)
+        draft.replace(self._saves.folder / RUN)  # from here on there is a record
+        to_disk(self._saves.folder)
         self._open(TRANSCRIPT, "w")  # from here on it takes commands
 
     def _found(self) -> bool:
         """Whether there is a record, of this very run. Raises Refused if it is of another."""
-        path = self._saves / RUN
+        path = self._saves.folder / RUN
         try:
             asked = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
@@ -196,8 +175,8 @@ class Chronicle:
     def _go_on(self, prime: Callable[[], None]) -> None:
         sizes: dict[str, int] = {}
         since, refused = 0, []
-        for number in self._saved():
-            where = self._saves / str(number)
+        for number in self._saves.saves():
+            where = self._saves.save(number)
             try:
                 notes = restore(self._brain, where)
                 sizes, self.spoken, self.last, self.inbox.read, alone = _checked(notes, where)
@@ -209,14 +188,16 @@ class Chronicle:
                 continue
             since = number
             if alone:  # what came before it was redacted
-                self._drop(*(n for n in self._all() if n < since))
+                self._saves.drop_before(since)
             break
         else:
-            if not self._journal_path(0).exists():
-                raise Refused(f"{self._saves} has no save that is whole: choose another folder")
+            if not self._saves.journal(0).exists():
+                raise Refused(
+                    f"{self._saves.folder} has no save that is whole: choose another folder"
+                )
             prime()
         self._saved_at = self._brain.ticks
-        journals = sorted(n for n in self._numbers(".journal") if n >= since)
+        journals = [number for number in self._saves.journals() if number >= since]
         records = self._records(journals)
         self._cut_back(since, sizes)
         for name in REPORTS:  # of the end that this was; it may hold what is redacted now
@@ -226,18 +207,18 @@ class Chronicle:
         self._unsaved = bool(records) or since == 0
         for record in tqdm(records, desc="going on", unit="tick", leave=False):
             self._again(record)
-        self._journal = Journal(self._journal_path(journals[-1] if journals else since))
+        self._journal = Journal(self._saves.journal(journals[-1] if journals else since))
         if lost:
             self._redact(lost)
         elif refused:
-            self._save(self._next_number())
-            self._drop(*refused)
+            self._save(self._saves.unused())
+            self._saves.drop(*refused)
 
     def _records(self, journals: Sequence[int]) -> list[Any]:
         """What these journals tell, one after the other. Cuts off what is torn at the end."""
         records: list[Any] = []
         for number in journals:
-            path = self._journal_path(number)
+            path = self._saves.journal(number)
             told, size = read_journal(path)
             if number == journals[-1]:
                 os.truncate(path, size)
@@ -255,12 +236,16 @@ class Chronicle:
                 try:
                     line = told.encode("utf-8", "surrogateescape")
                 except UnicodeEncodeError:
-                    raise Refused(f"{self._saves}: a journal tells no line of bytes") from None
+                    raise Refused(
+                        f"{self._saves.folder}: a journal tells no line of bytes"
+                    ) from None
                 self.inbox.obey(line)
                 self.inbox.read = read
             case _:
                 shown = repr(record)[:80]
-                raise Refused(f"{self._saves}: a journal tells what is not known here: {shown}")
+                raise Refused(
+                    f"{self._saves.folder}: a journal tells what is not known here: {shown}"
+                )
 
     def _cut_back(self, since: int, sizes: dict[str, int]) -> None:
         """Makes the files of the run what they were when the save was made."""
@@ -296,14 +281,12 @@ class Chronicle:
                 if path.exists():
                     to_disk(path)
         to_disk(self._folder)
-        save(self._brain, self._saves / str(number), notes)
+        save(self._brain, self._saves.save(number), notes)
         self._saved_at, self._unsaved = self._brain.ticks, False
         self._switch_journal(number)
-        kept = self._saved()[:KEPT]
-        if alone:
-            self._drop(*(n for n in self._all() if n != number))
-        elif len(kept) == KEPT:
-            self._drop(*(n for n in self._all() if n < kept[-1]))
+        kept = self._saves.saves()[: 1 if alone else KEPT]
+        if alone or len(kept) == KEPT:
+            self._saves.drop_before(kept[-1])
 
     def _write_token(self, tick: Tick) -> None:
         self.spoken += 1
@@ -323,7 +306,7 @@ class Chronicle:
         all earlier saves and journals, of which a new save takes the place.
         """
         with self._on_disk():
-            number = self._next_number()
+            number = self._saves.unused()
             kept = self._told()
             for row in lost:
                 if not row.spoken:
@@ -344,7 +327,7 @@ class Chronicle:
                 self._files[name].close()
                 self._rewritten(name, number).replace(self._folder / name)
                 self._open(name, "a")
-            self._clear_away()
+            self._saves.clear_away()
 
     def _told(self) -> list[tuple[int, int]]:
         """Tick and id of every token in ``tokens.txt``."""
@@ -398,36 +381,7 @@ class Chronicle:
     def _switch_journal(self, number: int) -> None:
         if self._journal is not None:
             self._journal.close()
-        self._journal = Journal(self._journal_path(number))
-
-    def _journal_path(self, number: int) -> Path:
-        return self._saves / f"{number}.journal"
-
-    def _saved(self) -> list[int]:
-        """Numbers of the saves, newest first."""
-        return sorted(self._numbers(""), reverse=True)
-
-    def _all(self) -> set[int]:
-        return {*self._numbers(""), *self._numbers(".journal")}
-
-    def _next_number(self) -> int:
-        return max(self._all(), default=0) + 1
-
-    def _numbers(self, suffix: str) -> list[int]:
-        names = (path.name for path in self._saves.iterdir())
-        stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
-        return [int(stem) for stem in stems if stem.isdecimal() and len(stem) < 19]
-
-    def _drop(self, *numbers: int) -> None:
-        """Forgets saves and the journals behind them."""
-        for number in numbers:
-            shutil.rmtree(self._saves / str(number), ignore_errors=True)
-            self._journal_path(number).unlink(missing_ok=True)
-
-    def _clear_away(self) -> None:
-        """Removes what a save that was killed has left."""
-        for left in self._saves.glob(".*"):
-            shutil.rmtree(left, ignore_errors=True)
+        self._journal = Journal(self._saves.journal(number))
 
 
 def _lasting(conf: Conf) -> dict[str, Any]:

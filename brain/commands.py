@@ -176,20 +176,20 @@ class Inbox:
     def obey(self, line: bytes) -> bool:
         """Applies one line and answers; returns whether it was applied."""
         answer: dict[str, Any] = {"tick": self._brain.ticks}
-        lost: Sequence[Lost] = ()
+        lost: Sequence[Lost]
         try:
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 raise Refused(f"command is not UTF-8 (byte {error.start})") from None
             actions = parse_batch(text, self._brain.encode)
-            about_to_be_lost = self._redacted(actions)
+            lost = self._redacted(actions)
             self._brain.apply(actions)
-            lost = about_to_be_lost
             answer |= {"applied": len(actions), "rows": len(self._brain)}
         except Unwritten:
             raise
         except Refused as refused:
+            lost = ()
             answer["refused"] = str(refused)
         if self.heard is not None:
             self.heard(line)

@@ -13,10 +13,11 @@ import torch
 
 from brain.brain import Brain
 from brain.captures import CaptureWriter
-from brain.chronicle import Chronicle, sole_writer
+from brain.chronicle import Chronicle
 from brain.errors import Refused
 from brain.heatmap import FILE, remembered, write_rows
 from brain.opening import open_brain
+from brain.sole_writer import sole_writer
 from brain.stopping import asked_to_stop
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
