@@ -7,7 +7,6 @@ patch, three calls with no number crossing between host and device.
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from brain.actions import Action, Append, Edit, Limits, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
 from brain.errors import Refused, warn
+from brain.lookup import Lookahead
 from brain.memory import Memory
 from brain.mirror import Mirror, mirror_of, source_number
 from brain.repair import Repair, best_repair, dimmest_pair
@@ -29,6 +29,7 @@ from brain.tick import Speech, Tick
 from brain.tokens import StreamDecoder
 from compiled.capture import Graphs
 from compiled.choose import UNFORCED, Forced
+from compiled.lookup import Proposal
 from compiled.read import Reading, trimmed
 from compiled.score import MOST_CULLED, Forgetting, cull_count, may_go
 from compiled.state import NOWHERE, Cursor, State
@@ -55,9 +56,11 @@ class Brain:
         settings.check_against(checkpoint.config)
         self.memory = Memory(checkpoint, settings)
         self.device = self.memory.device
+        trained = checkpoint.config.max_position_embeddings
+        self.lookahead = Lookahead(self.memory, settings, trained)
         self.observer: Observer | None = None
         self.on_repair: Callable[[Repair], None] | None = None  # told of every repair made
-        self._unforced = self._forced(UNFORCED, "model")
+        self._unforced = self._forced([UNFORCED], "model")
         self._warned_of_range = False
         self._speech = self._new_speech()
 
@@ -167,19 +170,44 @@ class Brain:
     # The loop
 
     def tick(self, token: int | None = None) -> Tick:
-        """One pass of the loop: reads, speaks one token, forgets, remembers.
+        """One tick: reads, speaks one token, forgets, remembers.
 
         With ``token`` it speaks that one, as if it had drawn it: to follow what has been said.
         """
         if token is None:
             return self._advance(self._unforced)
         vocab_size = self.checkpoint.config.vocab_size
-        return self._advance(self._forced(token_ids([token], vocab_size, "tick")[0], "model"))
+        return self._advance(self._forced(token_ids([token], vocab_size, "tick"), "model"))
+
+    def speak(self, most: int | None = None) -> tuple[Tick, ...]:
+        """One pass of the loop: a tick, or with ``lookup`` as many as came true, ``most`` at most.
+
+        They say what single ticks would say; a token that ends the text is the last of a pass.
+        While there is an observer, every tick is a pass of its own, to be looked at.
+        """
+        if most is not None and most < 1:
+            raise Refused(f"speak: at least 1 token, not {most}")
+        ahead = self.lookahead
+        proposal = None if self.observer else ahead.proposal(most)
+        ticks = (self.tick(),) if proposal is None else self._advance_ahead(proposal, [])
+        ahead.look()
+        ahead.account.add(ticks)
+        return ticks
+
+    def retell(self, ids: Sequence[int]) -> tuple[Tick, ...]:
+        """A pass of several tokens once more: to follow what ``speak`` has said, as ``tick`` does
+        with a token.
+        """
+        self._require_primed()
+        checked = token_ids(ids, self.checkpoint.config.vocab_size, "retell")
+        return self._advance_ahead(self.lookahead.told(checked), checked)
 
     def stream(self, ticks: int | None = None, *, stop_at_eos: bool = False) -> Iterator[Tick]:
         """Ticks for ever, or for a number of ticks, or until the model ends its text.
 
-        With ``stop_at_eos`` the token that ends the text is spoken and is the last.
+        With ``stop_at_eos`` the token that ends the text is spoken and is the last. With
+        ``lookup`` the memory may be some ticks ahead of the one that is yielded: it is where the
+        last tick of its pass left it.
         """
         if ticks is not None and ticks < 1:
             raise Refused(f"ticks must be at least 1, not {ticks}")
@@ -187,11 +215,13 @@ class Brain:
         return self._stream(ticks, stop_at_eos)
 
     def _stream(self, ticks: int | None, stop_at_eos: bool) -> Iterator[Tick]:
-        for _ in itertools.count() if ticks is None else range(ticks):
-            tick = self.tick()
-            yield tick
-            if stop_at_eos and tick.token in self.tokenizer.eos_ids:
-                return
+        spoken = 0
+        while ticks is None or spoken < ticks:
+            for tick in self.speak(None if ticks is None else ticks - spoken):
+                spoken += 1
+                yield tick
+                if stop_at_eos and tick.token in self.tokenizer.eos_ids:
+                    return
 
     def feed(self, ids: Sequence[int], source: str = "user") -> Tensor:
         """Teacher-forced ticks: these tokens instead of sampled ones.
@@ -203,7 +233,7 @@ class Brain:
         source_number(source)
         self._require_room(len(checked))
         # Of each tick no more is kept than is asked for: a text may be long.
-        nats = [self._advance(self._forced(token, source)).arriving for token in checked]
+        nats = [self._advance(self._forced([token], source)).arriving for token in checked]
         return torch.tensor([float(copy.wait()[0]) for copy in nats], dtype=torch.float32)
 
     def finish_text(self) -> str:
@@ -309,6 +339,12 @@ class Brain:
         self.memory.settle(count, self.memory.position + 1, uncommitted=True)
         self._speech.follow(tick)
         return tick
+
+    def _advance_ahead(self, proposal: Proposal, forced: Sequence[int]) -> tuple[Tick, ...]:
+        self._stay_in_range(1)
+        unforced = [UNFORCED] * (self.lookahead.width - len(forced))
+        asked = self._forced([*forced, *unforced], "model")
+        return self.lookahead.advance(proposal, asked, self._speech, self._named)
 
     @property
     def _forgetting(self) -> Forgetting:
@@ -421,6 +457,6 @@ class Brain:
     def _tensor(self, values: int | Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-    def _forced(self, token: int, source: str) -> Forced:
-        number = torch.tensor([source_number(source)], dtype=torch.uint8, device=self.device)
-        return Forced(self._tensor([token]), number)
+    def _forced(self, tokens: Sequence[int], source: str) -> Forced:
+        number = torch.tensor(source_number(source), dtype=torch.uint8, device=self.device)
+        return Forced(self._tensor(tokens), number.repeat(len(tokens)))

@@ -90,11 +90,17 @@ class Chronicle:
         self.inbox.heard, self.inbox.redacted = self._heard, self._redact
         return found
 
-    def said(self, tick: Tick) -> str:
-        """Writes down a token that was spoken; returns its text."""
-        self._write_journal({"said": tick.token})
-        self._write_token(tick)
-        return tick.text
+    def said(self, *ticks: Tick) -> str:
+        """Writes down what was spoken in one pass of the loop; returns its text.
+
+        A pass that read several tokens is one line of the journal, a list, so that it happens again
+        as a whole: read one by one, its numbers would round otherwise.
+        """
+        ids = [tick.token for tick in ticks]
+        self._write_journal({"said": ids[0] if ticks[0].width == 1 else ids})
+        for tick in ticks:
+            self._write_token(tick)
+        return "".join(tick.text for tick in ticks)
 
     def rest(self) -> None:
         """Saves, if it is time to."""
@@ -232,6 +238,9 @@ class Chronicle:
         match record:
             case {"said": int(token)}:
                 self._write_token(self._brain.tick(token))
+            case {"said": list(ids)}:
+                for tick in self._brain.retell(ids):
+                    self._write_token(tick)
             case {"heard": str(told), "inbox": int(read)} if read >= 0:
                 try:
                     line = told.encode("utf-8", "surrogateescape")

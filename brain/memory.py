@@ -5,6 +5,7 @@ because it knows every patch. Text, policy and people are not this module's busi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Memory:
     valid rows; ``tick``, ticks since the last prime; ``position`` of the token that the next tick
     reads (NOWHERE before the first prime); ``uncommitted``, whether that token has no row yet;
     ``high_water``, one more than the highest slot that has been occupied since the memory was
-    last empty.
+    last empty; ``edition``, how often anything has been written.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
@@ -52,6 +53,7 @@ class Memory:
         )
         self.cursor: Cursor = allocate_cursor(self.device)
         self._conduct = settings.conduct
+        ends = checkpoint.tokenizer.eos_ids
         behaviour = Behaviour(
             checkpoint.config,
             settings.method,
@@ -60,6 +62,7 @@ class Memory:
             settings.smallest_bucket,
             settings.chunk,
             settings.rebases,
+            settings.lookup and replace(settings.lookup, ends=tuple(sorted(ends))),
         )
         self.graphs = Graphs(
             behaviour,
@@ -74,6 +77,7 @@ class Memory:
         self.tick = 0
         self.position = NOWHERE
         self.uncommitted = False
+        self.edition = 0
         self._one = torch.ones((), dtype=torch.int64, device=self.device)
 
     def read_cursor(self) -> Reading:
@@ -223,12 +227,14 @@ class Memory:
         """Renumbers positions densely, in text order."""
         self.graphs.begin_step()
         self.graphs.rebase()
+        self.edition += 1
         self.position = self.count - 1 + int(self.uncommitted)
 
     def settle(self, count: int, position: int, *, uncommitted: bool) -> None:
         """The host's account of what the patch has just done. Exact without asking the device:
         appending takes the lowest free slots, so no slot above the largest count is ever used.
         """
+        self.edition += 1
         self.count = count
         self.high_water = max(self.high_water, count) if count else 0
         self.position = position

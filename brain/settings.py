@@ -11,13 +11,19 @@ from brain.policies import policy
 from brain.repair import RepairSettings
 from compiled.choose import Conduct
 from compiled.llama import LlamaConfig
+from compiled.lookup import Lookup
 from compiled.sample import SamplingMethod
 from compiled.score import MOST_CULLED, Brightness, Forgetting, Novelty
 from compiled.state import state_bytes
-from conf.schema import Conf, CullConf, Positions, SamplerConf
+from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf
 
 FEWEST_ROWS_TO_CULL = 8
 """Below this target, sinks, recent rows and victims do not all fit."""
+
+WIDEST_LOOKUP = 31
+"""Tokens proposed at most: a graph holds a choice for each of them."""
+LONGEST_WINDOW = 1024
+"""Tokens for which a lookup is tried, at most."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Settings:
     repetition_penalty: float
     conduct: Conduct
     repair: RepairSettings
+    lookup: Lookup | None
     rebases: bool
     nvtx: bool
 
@@ -97,6 +104,7 @@ def settings_of(conf: Conf) -> Settings:
         repetition_penalty=conf.sampler.repetition_penalty,
         conduct=conduct_of(conf.cull, conf.capacity),
         repair=_repair(conf),
+        lookup=_lookup(conf.lookup, conf.capacity),
         rebases=conf.positions is Positions.rebase,
         nvtx=conf.nvtx,
     )
@@ -168,6 +176,31 @@ def _repair(conf: Conf) -> RepairSettings:
     if repair.every and conf.cull.policy == "tova":
         raise Refused("repair=pairs needs keep-scores between two ticks, which cull=tova lacks")
     return RepairSettings(repair.every, repair.candidates, repair.least_gain)
+
+
+def _lookup(lookup: LookupConf, capacity: int) -> Lookup | None:
+    if not 0 <= lookup.width <= WIDEST_LOOKUP:
+        raise Refused(
+            f"lookup.width must be between 0 (off) and {WIDEST_LOOKUP}, not {lookup.width}"
+        )
+    if not 1 <= lookup.shortest <= lookup.longest:
+        raise Refused(
+            "lookup.shortest must be at least 1 and at most lookup.longest="
+            f"{lookup.longest}, not {lookup.shortest}"
+        )
+    if lookup.longest > WIDEST_LOOKUP:
+        raise Refused(f"lookup.longest must be at most {WIDEST_LOOKUP}, not {lookup.longest}")
+    if not 0 <= lookup.window <= LONGEST_WINDOW:
+        raise Refused(f"lookup.window must be between 0 and {LONGEST_WINDOW}, not {lookup.window}")
+    if not 0 <= lookup.trust <= 1:
+        raise Refused(f"lookup.trust must be between 0 and 1, not {lookup.trust}")
+    if lookup.width == 0:
+        return None
+    if lookup.width >= capacity:
+        raise Refused(
+            f"lookup.width={lookup.width} needs capacity={lookup.width + 1} or more, not {capacity}"
+        )
+    return Lookup(lookup.width, lookup.longest, lookup.shortest, lookup.window, lookup.trust)
 
 
 def _forgetting(cull: CullConf, capacity: int) -> Forgetting:

@@ -5,13 +5,13 @@ Only asking a ``Tick`` for its token, text or surprise does.
 """
 
 from collections import deque
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from brain.repair import Repair
 from brain.tokens import StreamDecoder
-from compiled.choose import Choice
 from compiled.state import NOWHERE
 
 MOST_UNSPOKEN = 8
@@ -77,12 +77,37 @@ class Speech:
         tick._text = self._decoder.push(tick.token)
 
 
+class Outcome(Protocol):
+    """What a tick came to."""
+
+    @property
+    def token(self) -> Tensor:
+        """The token that was spoken, or fed: [1] int64."""
+
+    @property
+    def surprise(self) -> Tensor:
+        """Its negative log-likelihood in nats: [1] float32."""
+
+    @property
+    def culled(self) -> Tensor:
+        """Positions of the rows that were forgotten; NOWHERE is padding."""
+
+
+class Uttered(NamedTuple):
+    """The outcome of one of several ticks of one pass, which forget nothing."""
+
+    token: Tensor  # [1] int64
+    surprise: Tensor  # [1] float32
+    culled: Tensor  # [0] int64
+
+
 class Tick:
     """What one pass of the loop did.
 
     Attributes: ``number`` (1 for the first tick after a prime), ``position`` of the token that was
     spoken, ``count`` of rows remembered after the tick's patch; before this tick's read:
-    ``repairs`` that were made, ``rebased``, whether all positions were renumbered.
+    ``repairs`` that were made, ``rebased``, whether all positions were renumbered; ``width``, how
+    many tokens were read in its pass, of which it may be one of several to come true.
     """
 
     def __init__(
@@ -90,20 +115,22 @@ class Tick:
         number: int,
         position: int,
         count: int,
-        choice: Choice,
+        outcome: Outcome,
         speech: Speech,
         repairs: tuple[Repair, ...] = (),
         *,
         rebased: bool = False,
+        width: int = 1,
     ) -> None:
         self.number = number
         self.position = position
         self.count = count
         self.rebased = rebased
         self.repairs = repairs
-        self._token = HostCopy(choice.token)
-        self._surprise = HostCopy(choice.surprise)
-        self._culled = HostCopy(choice.culled)
+        self.width = width
+        self._token = HostCopy(outcome.token)
+        self._surprise = HostCopy(outcome.surprise)
+        self._culled = HostCopy(outcome.culled)
         self._text: str | None = None
         self._speech = speech
 

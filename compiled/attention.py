@@ -62,6 +62,7 @@ def attend(
     visible: Visibility,
     *,
     ascending: bool = False,
+    each: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention (Ainslie et al. 2023) of T new tokens.
 
@@ -71,8 +72,9 @@ def attend(
 
     Returns the attended values [T, heads * head_dim] in the query's dtype, and the attention mass
     in float32, summed over heads and live queries: of every slot, then of every new token
-    [bucket + T]. It stays in one piece because a layer that is compiled once may not hand out two
-    views of one tensor: refused as aliasing, and silently overwritten where a clone hides it.
+    [bucket + T]; with ``each``, of every query apart [T, bucket + T]. It stays in one piece because
+    a layer that is compiled once may not hand out two views of one tensor: refused as aliasing, and
+    silently overwritten where a clone hides it.
     A hidden slot's probability is exactly zero, whatever finite bytes lie in it.
     """
     num_tokens, num_heads, head_dim = query.shape
@@ -97,8 +99,11 @@ def attend(
                 (new_keys[heads, seen], new_values[heads, seen]),
                 hidden[queries, : columns - unseen],
                 visible.live[queries],
+                each=each,
             )
             attended.append(mixed)
+            if each:  # the other queries have no share in it
+                mass = F.pad(mass, (0, 0, queries.start, num_tokens - queries.stop))
             masses.append(F.pad(mass, (0, unseen)) if unseen else mass)
         slabs.append(_joined(attended, 0))
     together = _joined(slabs, 2).permute(2, 0, 1, 3)  # [T, kv_heads, group, head_dim]
@@ -134,12 +139,14 @@ def _attend(
     new: tuple[Tensor, Tensor],
     hidden: Tensor,
     live: Tensor,
+    *,
+    each: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of some queries with some key heads: ``query`` [K, group, T, head_dim], scaled.
 
     ``cached`` [K, bucket, head_dim], ``new`` [K, seen, head_dim]: keys and values. ``hidden``
     [T, bucket + seen]. Returns the attended values [K, group, T, head_dim] float32, and the mass
-    [bucket + seen].
+    [bucket + seen], or with ``each`` [T, bucket + seen].
     """
     num_kv_heads, group, num_tokens, head_dim = query.shape
     (keys, values), (new_keys, new_values) = cached, new
@@ -158,5 +165,6 @@ def _attend(
     attended = mix_rows(rows[..., bucket:], new_values, streaming)
     if bucket:
         attended = mix_rows(rows[..., :bucket], values, streaming) + attended
-    mass = sum_rows(shares.view(num_kv_heads * group, num_tokens, -1), live, streaming)
+    by_head = shares.view(num_kv_heads * group, num_tokens, -1)
+    mass = by_head.sum(0) if each else sum_rows(by_head, live, streaming)
     return attended.view(by_query), mass

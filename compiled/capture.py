@@ -1,8 +1,9 @@
 """Which graphs exist, and proof that there are no others.
 
 A brain needs a fixed set of graphs: the read for every (width, bucket), the choice, the patch of
-a tick, and for every width above 1 the patch of an edit and the surprise of its tokens; and, if it
-may renumber positions, re-basing. With
+a tick, and for every width above 1 the patch of an edit and the surprise of its tokens; if it looks
+up what may come next, the search, and the read, the choice and the patch of several tokens; and, if
+it may renumber positions, re-basing. With
 ``engine="compiled"`` each is captured once by ``torch.compile(fullgraph=True, dynamic=False)``: in
 CUDA-graph mode on CUDA, through Inductor alone on a CPU. A graph break or a second compilation of
 any of them is an error, not a slow path. With ``engine="eager"`` the same functions are called
@@ -24,9 +25,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from compiled.choose import Choice, Conduct, Forced, choose
+from compiled.choose_ahead import Said, choose_ahead
 from compiled.llama import LlamaConfig, Weights
+from compiled.lookup import Lookup, Proposal, propose
 from compiled.patch import Plan, RowColumns, patch, rebase
-from compiled.read import Reading, Study, read, study
+from compiled.read import AheadReading, Reading, Study, read, read_ahead, study
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.state import NOWHERE, Cursor, State
 
@@ -34,7 +37,7 @@ CUDA_GRAPH_WARMUP_RUNS = 3
 """A CUDA graph runs once to warm up, once to record, and only then is replayed."""
 
 
-TICK, EDIT, CHOOSE, REBASE = "tick", "edit", "choose", "rebase"
+TICK, EDIT, CHOOSE, PROPOSE, REBASE = "tick", "edit", "choose", "propose", "rebase"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Behaviour:
     smallest_bucket: int = 1024  # slots
     chunk: int | None = None  # most tokens that are read to be committed; None: the widest width
     rebases: bool = False  # whether positions are ever renumbered
+    lookup: Lookup | None = None  # how to look up what may come next; None: never
 
     def __post_init__(self) -> None:
         """Raises ValueError for widths or a bucket that cannot form a set."""
@@ -172,6 +176,34 @@ class Graphs:
         choice: Choice = graph(self.state, self.cursor, reading, self.sampling, forced)
         return choice
 
+    def propose(self) -> Proposal:
+        """``propose``, in memory of its own: it may outlive the step."""
+        assert self.behaviour.lookup is not None
+        search = functools.partial(_bound_propose, self.behaviour.lookup)
+        proposal: Proposal = self._graph(PROPOSE, search)(self.state, self.cursor)
+        return Proposal(*(tensor.clone() for tensor in proposal))
+
+    def read_ahead(self, proposal: Proposal, *, high_water: int) -> AheadReading:
+        """``read_ahead`` over the same bucket as ``read``."""
+        bucket = high_water
+        if self.compiled:
+            bucket = smallest_at_least(self.buckets, max(1, high_water))
+        graph = self._graph(
+            _ahead_names(1 + len(proposal.tokens), bucket)[0],
+            functools.partial(_bound_read_ahead, self.behaviour.config, bucket),
+        )
+        reading: AheadReading = graph(self.weights, self.state, self.cursor, *proposal)
+        return reading
+
+    def choose_ahead(self, proposal: Proposal, reading: AheadReading, forced: Forced) -> Said:
+        """``choose_ahead`` after it."""
+        graph = self._graph(
+            _ahead_names(1 + len(proposal.tokens), 0)[1],
+            functools.partial(_bound_choose_ahead, self.behaviour),
+        )
+        said: Said = graph(self.state, self.cursor, proposal, reading, self.sampling, forced)
+        return said
+
     def study(
         self,
         tokens: Tensor,
@@ -197,8 +229,9 @@ class Graphs:
     def patch(self, plan: Plan) -> None:
         """``patch``: a tick's, or an edit's where the plan pins or erases."""
         width = plan.rows.token_id.shape[0]
-        name = _names_after_read(width, TICK if plan.erase is None else EDIT)[1]
-        graph = self._graph(name, patch) if self.is_captured(width) else patch
+        kind = TICK if plan.erase is None else EDIT
+        captured = kind == TICK or self.is_captured(width)
+        graph = self._graph(_names_after_read(width, kind)[1], patch) if captured else patch
         graph(self.state, self.cursor, plan)
 
     def rebase(self, *, wanted: bool = True) -> None:
@@ -209,13 +242,17 @@ class Graphs:
 
     def expected(self) -> tuple[str, ...]:
         """Names of all graphs that this brain can ever need, in order of warm-up."""
-        sequences = [(1, bucket, TICK) for bucket in self.buckets]
-        sequences += [(w, bucket, EDIT) for w in self.edit_widths for bucket in self.buckets]
-        names = [
-            name
-            for width, bucket, kind in sequences
-            for name in (_read_name(width, bucket), *_names_after_read(width, kind))
-        ]
+        lookup = self.behaviour.lookup
+        search = () if lookup is None else (PROPOSE,)
+        names: list[str] = []
+        for bucket in self.buckets:
+            names += [_read_name(1, bucket), *_names_after_read(1, TICK), *search]
+        if lookup is not None:
+            for bucket in self.buckets:
+                names += _ahead_names(1 + lookup.width, bucket)
+        for width in self.edit_widths:
+            for bucket in self.buckets:
+                names += [_read_name(width, bucket), *_names_after_read(width, EDIT)]
         return tuple(dict.fromkeys([*names, *([REBASE] if self.behaviour.rebases else [])]))
 
     def warm_up(self) -> Iterator[str]:
@@ -231,6 +268,8 @@ class Graphs:
         for bucket in self.buckets:
             for _ in range(runs):
                 yield from self._rehearse_tick(bucket)
+        if self.behaviour.lookup is not None:
+            yield from self._rehearse_lookup(self.behaviour.lookup.width, runs)
         for width in self.edit_widths:
             for bucket in self.buckets:
                 for _ in range(runs):
@@ -282,16 +321,40 @@ class Graphs:
         yield from self._new(choose_name)
         choice = self.choose(reading, self._nothing_forced())
         yield from self._new(patch_name)
-        plan = choice.plan(reading)
-        self.patch(
-            plan._replace(
-                rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
-                cull=torch.zeros_like(plan.cull),
-                brightness=self.state.brightness.add(0),
-                lit=self.state.lit.add(0),
-                novelty=self.state.novelty.add(0),
-                cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
-            )
+        self.patch(self._emptied(choice.plan(reading)))
+        if self.behaviour.lookup is not None:
+            yield from self._new(PROPOSE)
+            self.propose()
+
+    def _rehearse_lookup(self, width: int, runs: int) -> Iterator[str]:
+        """Ticks of several tokens in which nothing happens, and the search on its own."""
+        nothing = self._nothing_to_read(width)[0]
+        proposal = Proposal(nothing, torch.zeros((), dtype=torch.int64, device=self.device))
+        forced = self._nothing_forced(1 + width)
+        for bucket in self.buckets:
+            read_name, choose_name, patch_name = _ahead_names(1 + width, bucket)
+            for _ in range(runs):
+                yield from self._new(read_name)
+                self.begin_step()
+                reading = self.read_ahead(proposal, high_water=bucket)
+                yield from self._new(choose_name)
+                said = self.choose_ahead(proposal, reading, forced)
+                yield from self._new(patch_name)
+                self.patch(self._emptied(said.plan(reading)))
+                self.propose()
+        for _ in range(runs):
+            self.begin_step()
+            self.propose()
+
+    def _emptied(self, plan: Plan) -> Plan:
+        """A tick's plan, made to change nothing."""
+        return plan._replace(
+            rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
+            cull=torch.zeros_like(plan.cull),
+            brightness=self.state.brightness.add(0),
+            lit=self.state.lit.add(0),
+            novelty=self.state.novelty.add(0),
+            cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
         )
 
     def _rehearse_edit(self, width: int, bucket: int) -> Iterator[str]:
@@ -315,8 +378,8 @@ class Graphs:
         zeros = torch.zeros(width, dtype=torch.int64, device=self.device)
         return zeros, zeros.add(0), torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def _nothing_forced(self) -> Forced:
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+    def _nothing_forced(self, width: int = 1) -> Forced:
+        zero = torch.zeros(width, dtype=torch.int64, device=self.device)
         return Forced(zero, zero.to(torch.uint8))
 
     def _graph(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -338,12 +401,30 @@ def _names_after_read(width: int, kind: str) -> tuple[str, str]:
     return reckoning, f"patch {kind} W={width}"
 
 
+def _ahead_names(width: int, bucket: int) -> tuple[str, str, str]:
+    """What a tick of several tokens runs: the read, the choice, the patch."""
+    patch_name = _names_after_read(width, TICK)[1]
+    return f"read ahead T={width} bucket={bucket}", f"{CHOOSE} T={width}", patch_name
+
+
 def _bound_read(config: LlamaConfig, bucket: int, *tensors: Any) -> Reading:
     return read(config, *tensors, bucket=bucket)
 
 
 def _bound_choose(behaviour: Behaviour, *tensors: Any) -> Choice:
     return choose(*tensors, method=behaviour.method, conduct=behaviour.conduct)
+
+
+def _bound_propose(lookup: Lookup, state: State, cursor: Cursor) -> Proposal:
+    return propose(state, cursor, lookup)
+
+
+def _bound_read_ahead(config: LlamaConfig, bucket: int, *tensors: Any) -> AheadReading:
+    return read_ahead(config, *tensors, bucket=bucket)
+
+
+def _bound_choose_ahead(behaviour: Behaviour, *tensors: Any) -> Said:
+    return choose_ahead(*tensors, method=behaviour.method, conduct=behaviour.conduct)
 
 
 def _capture(

@@ -109,7 +109,7 @@ class LayerReading(NamedTuple):
     hidden: Tensor  # [T, hidden] float32
     new_keys: Tensor  # [kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [kv_heads, T, head_dim]
-    mass: Tensor  # [bucket + T] float32: attention received by each slot, then by each new token
+    mass: Tensor  # float32: attention received by each slot, then by each new token, see ``attend``
 
 
 def decoder_layer(
@@ -122,13 +122,14 @@ def decoder_layer(
     visible: Visibility,
     eps: float,
     ascending: bool = False,
+    each: bool = False,
 ) -> LayerReading:
     """One pre-norm decoder layer over T new tokens and a read-only cache.
 
     The residual stream ``hidden`` [T, hidden] stays in float32 whatever the weights' dtype:
     it costs nothing beside the weights and is what keeps low precision close to float32.
     ``keys``, ``values`` [kv_heads, bucket, head_dim]; ``cos``, ``sin`` [T, head_dim / 2] float32.
-    All dimensions follow from the shapes. ``ascending``: see ``attend``.
+    All dimensions follow from the shapes. ``ascending``, ``each``: see ``attend``.
     """
     num_tokens = hidden.shape[0]
     num_kv_heads, _, head_dim = keys.shape
@@ -144,7 +145,9 @@ def decoder_layer(
     new_keys = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
-    attended, mass = attend(query, keys, values, new_keys, new_values, visible, ascending=ascending)
+    attended, mass = attend(
+        query, keys, values, new_keys, new_values, visible, ascending=ascending, each=each
+    )
     hidden = hidden + linear(attended, weights.attention_out).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
     gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)

@@ -2,9 +2,11 @@
 
     read(weights, state, tokens [T], positions [T], length) → Reading
     study(weights, state, tokens [T], positions [T], length, targets [T]) → Study
+    read_ahead(weights, state, cursor, proposed [T - 1], length) → AheadReading
 
-Both are one pass through the layers; they differ in what they ask the head. A read returns every
-logit; a study, for a text that is already written, how surprising each next token of it is.
+All are one pass through the layers; they differ in what they ask of it. A read returns every logit;
+a study, for a text that is already written, how surprising each next token of it is; reading ahead,
+for tokens that may or may not be said, the attention of each of them apart.
 
 Decode, prefill, re-reading a token that is already remembered and reading "as of" an old
 position are all this one function: the visibility rule of ``attention.py`` makes them so.
@@ -30,7 +32,7 @@ from compiled.llama import (
 from compiled.products import linear
 from compiled.rope import rotation
 from compiled.sample import head_surprises
-from compiled.state import State
+from compiled.state import Cursor, State
 
 
 class Reading(NamedTuple):
@@ -57,8 +59,20 @@ class Study(NamedTuple):
     own_mass: Tensor  # [T] float32
 
 
+class AheadReading(NamedTuple):
+    """What reading ahead returns: a reading whose attention masses are those of each new token."""
+
+    logits: Tensor  # [T, vocab] float32
+    new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
+    new_values: Tensor  # [layers, kv_heads, T, head_dim]
+    mass: Tensor  # [T, capacity] float32
+    own_mass: Tensor  # [T, T] float32: of query i on new token j
+
+
 class _Pass(NamedTuple):
-    """What the layers make of T tokens."""
+    """What the layers make of T tokens. The masses are those of each query where they are wanted
+    apart, with a leading axis of T.
+    """
 
     final: Tensor  # [T, hidden] model dtype, normalised: what the head takes
     new_keys: Tensor  # [layers, kv_heads, T, head_dim]
@@ -68,13 +82,13 @@ class _Pass(NamedTuple):
 
 
 @torch.compiler.nested_compile_region
-def _layer(eps: float, ascending: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _layer(eps: float, ascending: bool, each: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     # One region, compiled once and stamped out for every layer. The compiler recognises the
     # repetition only where everything that goes in and out is a plain tensor or number.
     hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
     visible = Visibility(cached, new, live)
     layer = LayerWeights(*weights)
-    reading = decoder_layer(hidden, layer, keys, values, cos, sin, visible, eps, ascending)
+    reading = decoder_layer(hidden, layer, keys, values, cos, sin, visible, eps, ascending, each)
     return tuple(reading)
 
 
@@ -88,6 +102,7 @@ def _pass(
     bucket: int,
     *,
     ascending: bool,
+    each: bool = False,
 ) -> _Pass:
     """From token ids to what the head takes."""
     cos, sin = rotation(positions, weights.inverse_frequencies)  # [T, head_dim / 2]
@@ -96,11 +111,13 @@ def _pass(
 
     keys, values = [], []
     columns = bucket + tokens.shape[0]
-    mass = torch.zeros(columns, dtype=torch.float32, device=tokens.device)
+    shape = (tokens.shape[0], columns) if each else (columns,)
+    mass = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     for layer in range(config.num_layers):
         hidden, key, value, layer_mass = _layer(
             config.rms_norm_eps,
             ascending,
+            each,
             hidden,
             cos,
             sin,
@@ -122,8 +139,8 @@ def _pass(
         final=rms_norm(hidden, weights.final_norm, config.rms_norm_eps),
         new_keys=new_keys,
         new_values=new_values,
-        mass=F.pad(mass[:bucket] / attention_rows, (0, state.capacity - bucket)),
-        own_mass=mass[bucket:] / attention_rows,
+        mass=F.pad(mass[..., :bucket] / attention_rows, (0, state.capacity - bucket)),
+        own_mass=mass[..., bucket:] / attention_rows,
     )
 
 
@@ -166,6 +183,37 @@ def study(
     """
     final, *rest = _pass(config, weights, state, tokens, positions, length, bucket, ascending=True)
     return Study(head_surprises(final, weights.head, targets), *rest)
+
+
+def read_ahead(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    cursor: Cursor,
+    proposed: Tensor,
+    length: Tensor,
+    *,
+    bucket: int,
+) -> AheadReading:
+    """Reads the cursor's token and behind it ``proposed`` [T - 1] int64, of which ``length`` []
+    int64 are asked for: what each of them is read against is what it will be read against if the
+    tokens before it are said, as long as nothing is forgotten between them.
+    """
+    tokens = torch.cat([cursor.token, proposed])
+    positions = cursor.position + torch.arange(tokens.shape[0], device=tokens.device)
+    final, *rest = _pass(
+        config,
+        weights,
+        state,
+        tokens,
+        positions,
+        length + 1,
+        bucket,
+        ascending=True,
+        each=True,
+    )
+    logits = linear(final, weights.head).float()  # [T, vocab]
+    return AheadReading(logits, *rest)
 
 
 def trimmed(reading: Reading, length: int) -> Reading:

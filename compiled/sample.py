@@ -64,42 +64,42 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 def candidates(logits: Tensor, method: SamplingMethod, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Tokens that may be drawn and their log-probabilities up to a constant.
 
-    ``logits`` [vocab] float32, penalised → (scores [K] float32 with -inf where filtered,
-    ids [K] int64). K is ``top_k``, or the vocabulary.
+    ``logits`` [..., vocab] float32, penalised → (scores [..., K] float32 with -inf where filtered,
+    ids [..., K] int64). K is ``top_k``, or the vocabulary.
     """
     scores = logits / sampling.temperature
-    vocab_size = scores.shape[0]
+    vocab_size = scores.shape[-1]
     if 0 < method.top_k < vocab_size:
         scores, ids = torch.topk(scores, method.top_k)
     elif method.nucleus:
         scores, ids = torch.sort(scores, descending=True, stable=True)
     else:
-        ids = torch.arange(vocab_size, device=scores.device)
-    probabilities = torch.softmax(scores, 0)
+        ids = torch.arange(vocab_size, device=scores.device).expand_as(scores)
+    probabilities = torch.softmax(scores, -1)
     kept = torch.ones_like(scores, dtype=torch.bool)
     if method.nucleus:
         # The smallest set that reaches top_p: a token stays while those before it fall short.
-        before = torch.cumsum(probabilities, 0) - probabilities
+        before = torch.cumsum(probabilities, -1) - probabilities
         kept = before < sampling.top_p
         # min-p is relative to what top-p left, as in the reference; the maximum is the same.
-    kept = kept & (probabilities >= sampling.min_p * probabilities.amax())
+    kept = kept & (probabilities >= sampling.min_p * probabilities.amax(-1, keepdim=True))
     return torch.where(kept, scores, -math.inf), ids
 
 
 def sample(
     logits: Tensor, seen: Tensor, tick: Tensor, method: SamplingMethod, sampling: Sampling
 ) -> Tensor:
-    """Draws one token: [1] int64.
+    """Draws one token: [..., 1] int64.
 
-    ``logits`` [vocab] float32, ``seen`` [vocab] bool, ``tick`` [] int64. Greedy takes the highest
-    penalised logit.
+    ``logits`` [..., vocab] float32, ``seen`` [..., vocab] bool, ``tick`` [] or [..., 1] int64.
+    Greedy takes the highest penalised logit.
     """
     penalised = penalize(logits, seen, sampling.repetition_penalty)
     if method.greedy:
-        return penalised.argmax(0, keepdim=True)
+        return penalised.argmax(-1, keepdim=True)
     scores, ids = candidates(penalised, method, sampling)
     noise = -torch.log(-torch.log(uniform(sampling.key, tick, ids)))
-    return ids[(scores.double() + noise).argmax(0, keepdim=True)]
+    return ids.gather(-1, (scores.double() + noise).argmax(-1, keepdim=True))
 
 
 def surprises(logits: Tensor, targets: Tensor) -> Tensor:

@@ -111,6 +111,17 @@ class RepairConf:
 
 
 @dataclass
+class LookupConf:
+    """Whether several tokens may be said in one pass."""
+
+    width: int = 0  # tokens proposed at most; 0: never
+    longest: int = 3  # tokens that must match, at most
+    shortest: int = 2  # … and at least
+    window: int = 32  # tokens for which the search is tried
+    trust: float = 0.6  # share of them that it must have got right
+
+
+@dataclass
 class RunTask:
     """``task=run``: prime with the prompt and speak."""
 
@@ -208,6 +219,7 @@ class Conf:
     sampler: SamplerConf = MISSING
     cull: CullConf = MISSING
     repair: RepairConf = MISSING
+    lookup: LookupConf = field(default_factory=LookupConf)  # saves from before it have none
     task: Any = MISSING
 
     prompt: str = MISSING
@@ -237,6 +249,7 @@ def register() -> None:
         "sampler": SamplerConf,
         "cull": CullConf,
         "repair": RepairConf,
+        "lookup": LookupConf,
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)

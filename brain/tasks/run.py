@@ -69,6 +69,12 @@ def _run(conf: Conf, run_dir: Path) -> None:
         f"{len(brain)} of {brain.capacity} rows remembered, ready after {primed - started:.1f} s; "
         f"{run_dir}"
     )
+    account = brain.lookahead.account
+    if account.proposed:
+        note(
+            f"lookup: {account.tokens / account.passes:.2f} tokens per read, {account.accepted} of "
+            f"{account.proposed} proposed tokens said"
+        )
     if interrupted:
         raise KeyboardInterrupt
 
@@ -82,7 +88,7 @@ def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> bool:
     with asked_to_stop() as asked:
         chronicle.inbox.look()  # what came behind the last token, when the run was killed
         while chronicle.spoken < conf.ticks and chronicle.last not in ending and not interrupted:
-            _print(chronicle.said(brain.tick()))
+            _print(chronicle.said(*brain.speak(conf.ticks - chronicle.spoken)))
             chronicle.inbox.look()
             chronicle.rest()
             interrupted = asked()
@@ -117,6 +123,7 @@ def _write_report(
         "tokens": list(ids),
         "seconds_until_ready": round(ready, 3),
         "seconds_speaking": round(spoken, 3),
+        "lookup": dataclasses.asdict(brain.lookahead.account),
         "graphs": [
             {"name": g.name, "compilations": g.compilations, "seconds": round(g.seconds, 3)}
             for g in brain.graphs.captures.values()

@@ -1,0 +1,153 @@
+"""Several tokens in one pass: when they are looked up, and what becomes of the memory's account.
+
+A pass of several ticks must be what as many passes of one would have been. So it is made only where
+the host knows, without asking, that none of these ticks would forget, repair or renumber anything,
+and that every row has a free slot. Near a full memory, and in it, ticks are made one by one.
+
+The search runs right behind the patch, and only the number of tokens that it proposes travels to
+the host: text that does not repeat costs nothing else.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from brain.errors import Refused
+from brain.memory import Memory
+from brain.settings import Settings
+from brain.tick import HostCopy, Speech, Tick, Uttered
+from compiled.choose import Forced
+from compiled.lookup import Proposal
+from compiled.score import cull_count
+
+Named = Callable[[str], contextlib.AbstractContextManager[Any]]
+"""Gives a step its name, for a profiler."""
+
+
+@dataclass
+class Account:
+    """How it went: ``passes`` of the loop, ``tokens`` said in them, tokens ``proposed``, and how
+    many of those were ``accepted``.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def add(self, ticks: Sequence[Tick]) -> None:
+        """A pass that is done."""
+        self.passes += 1
+        self.tokens += len(ticks)
+        self.accepted += len(ticks) - 1
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What was proposed for one edition of the memory."""
+
+    edition: int
+    proposal: Proposal
+    length: HostCopy
+
+
+class Lookahead:
+    """Proposals for one memory. Attributes: ``account``, of all passes."""
+
+    def __init__(self, memory: Memory, settings: Settings, trained: int) -> None:
+        self._memory = memory
+        self._lookup = settings.lookup
+        self._forgetting = settings.conduct.forgetting
+        self._last = trained - 1 if settings.rebases else None  # position before renumbering
+        self._search: _Search | None = None
+        self.account = Account()
+
+    @property
+    def width(self) -> int:
+        """Tokens that are read in one pass: the cursor's, and those proposed."""
+        return 1 + (self._lookup.width if self._lookup else 0)
+
+    def look(self) -> None:
+        """Begins to look up, if the memory as it is now allows several tokens in one pass."""
+        if self._is_possible():
+            proposal = self._memory.graphs.propose()
+            self._search = _Search(self._memory.edition, proposal, HostCopy(proposal.length))
+
+    def proposal(self, most: int | None) -> Proposal | None:
+        """What may be said beside the next token, ``most`` tokens in all; None for nothing."""
+        if not self._is_possible() or (most is not None and most < 2):
+            return None
+        if self._search is None or self._search.edition != self._memory.edition:
+            self._memory.graphs.begin_step()
+            self.look()
+        search = self._search
+        assert search is not None
+        length = int(search.length.wait())
+        if length == 0:
+            return None
+        proposal = search.proposal
+        if most is not None and length >= most:
+            length = most - 1
+            proposal = proposal._replace(length=proposal.length.clamp(max=length))
+        self.account.proposed += length
+        return proposal
+
+    def told(self, ids: Sequence[int]) -> Proposal:
+        """As if all but the last of these tokens had been proposed. Raises Refused if they cannot
+        have been said in one pass.
+        """
+        if not self._is_possible() or len(ids) > self.width:
+            raise Refused(f"{len(ids)} tokens cannot have been said in one pass here")
+        padding = [0] * (self.width - len(ids))
+        device = self._memory.device
+        return Proposal(
+            torch.tensor([*ids[:-1], *padding], dtype=torch.int64, device=device),
+            torch.tensor(len(ids) - 1, dtype=torch.int64, device=device),
+        )
+
+    def advance(
+        self, proposal: Proposal, forced: Forced, speech: Speech, named: Named
+    ) -> tuple[Tick, ...]:
+        """As many ticks as come true, in one pass. Waits for their number."""
+        memory, graphs = self._memory, self._memory.graphs
+        graphs.begin_step()
+        with named("1 read"):
+            reading = graphs.read_ahead(proposal, high_water=memory.high_water)
+        with named("2 score, 3 decide"):
+            said = graphs.choose_ahead(proposal, reading, forced)
+        with named("4 patch"):
+            graphs.patch(said.plan(reading))
+        copies = [HostCopy(tensor) for tensor in (said.tokens, said.surprise, said.number)]
+        tokens, surprise, number = (copy.wait() for copy in copies)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        ticks = tuple(
+            Tick(
+                memory.tick + 1 + index,
+                memory.position + 1 + index,
+                memory.count + 1 + index,
+                Uttered(tokens[index : index + 1], surprise[index : index + 1], nothing),
+                speech,
+                width=self.width,
+            )
+            for index in range(int(number))
+        )
+        memory.tick += len(ticks)
+        memory.settle(memory.count + len(ticks), ticks[-1].position, uncommitted=True)
+        for tick in ticks:
+            speech.follow(tick)
+        return ticks
+
+    def _is_possible(self) -> bool:
+        """Whether as many ticks as a pass has tokens would only ever append."""
+        if self._lookup is None:
+            return False
+        memory, width = self._memory, self.width
+        return (
+            memory.uncommitted
+            and memory.state.capacity - memory.count >= width
+            and cull_count(memory.count + width - 1, self._forgetting) == 0
+            and (self._last is None or memory.position + width - 1 <= self._last)
+        )

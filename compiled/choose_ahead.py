@@ -1,0 +1,165 @@
+"""What follows a read of several tokens that may or may not be said: as many ticks' choices as come
+true, in one graph. It only returns; the patch writes.
+
+    choose_ahead(state, cursor, proposal, reading, sampling, forced) → Said
+
+Choice i is that of the tick i ticks from now: the same draw (a draw depends on the seed and the
+number of the tick alone), from the logits behind the i-th token, on a memory to which the i tokens
+before it have been added. It holds if the tokens before it were said as they were proposed. The
+first that was not proposed ends the passage and is said too. So nothing is ever taken back: what
+was not said has not been written.
+
+Whoever calls sees to it that none of these ticks forgets a row: what is forgotten would have been
+seen by the tokens behind it.
+"""
+
+import dataclasses
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from compiled.choose import Choice, Conduct, Forced, follow
+from compiled.lookup import Proposal
+from compiled.patch import Plan, RowColumns, lowest_free_slots
+from compiled.read import AheadReading, Reading
+from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens
+from compiled.score import Forgetting
+from compiled.state import Cursor, State
+
+Held = TypeVar("Held", State, Cursor)
+
+
+class Said(NamedTuple):
+    """The choices that came true. Of T tokens the first ``number`` were said."""
+
+    tokens: Tensor  # [T] int64
+    surprise: Tensor  # [T] float32, nats, under the raw logits
+    number: Tensor  # [] int64, at least 1
+    rows: RowColumns  # of the tokens that were read, [T]: ``number`` of them have a row now
+    brightness: Tensor  # [capacity] float32
+    lit: Tensor  # [capacity] int64
+    novelty: Tensor  # [capacity] float32
+    cursor: Cursor  # standing at the last token that was said
+
+    def plan(self, reading: AheadReading) -> Plan:
+        """The patch of these ticks: the choices with the keys and values that were read."""
+        return Plan(
+            reading.new_keys,
+            reading.new_values,
+            self.rows,
+            torch.zeros_like(self.brightness, dtype=torch.bool),
+            self.brightness,
+            self.lit,
+            self.novelty,
+            self.cursor,
+        )
+
+
+def choose_ahead(
+    state: State,
+    cursor: Cursor,
+    proposal: Proposal,
+    reading: AheadReading,
+    sampling: Sampling,
+    forced: Forced,
+    *,
+    method: SamplingMethod,
+    conduct: Conduct,
+) -> Said:
+    """Chooses from the reading of the cursor's token and those proposed behind it.
+
+    The cursor's token must have no row yet, at least T slots must be free, and T rows more must
+    not make a tick forget any. ``forced`` [T] takes the place of what would be drawn, as in
+    ``choose``, token by token.
+    """
+    width = reading.logits.shape[0]
+    conduct = dataclasses.replace(conduct, forgetting=Forgetting(target=0), keep_score=_no_score)
+    slots = lowest_free_slots(state.valid, width)  # [T]
+    drawn = _draw(state, cursor, proposal, reading, sampling, method)
+    tokens = torch.where(forced.token >= 0, forced.token, drawn)  # [T]
+
+    alive = torch.ones((), dtype=torch.bool, device=tokens.device)
+    number = torch.zeros_like(proposal.length)
+    choices: list[Choice] = []
+    for i in range(width):
+        spoken = Forced(tokens[i : i + 1], forced.source[i : i + 1])
+        choice = follow(state, cursor, _reading_of(reading, slots, i), spoken, conduct)
+        choices.append(choice)
+        later = _with_row(state, choice, slots[i : i + 1])
+        state, cursor = _where(alive, later, state), _where(alive, choice.cursor, cursor)
+        number = number + alive
+        if i + 1 < width:
+            alive = alive & (i < proposal.length) & (proposal.tokens[i] == tokens[i])
+    columns = {
+        name: torch.cat([getattr(choice.rows, name) for choice in choices])
+        for name in RowColumns._fields
+        if name != "length"
+    }
+    rows = RowColumns(**columns, length=number + 0)
+    # A row that was there when a later token was said has been looked at and heard since.
+    rows = rows._replace(
+        brightness=state.brightness[slots], lit=state.lit[slots], novelty=state.novelty[slots]
+    )
+    surprise = torch.cat([choice.surprise for choice in choices])
+    bright, lit, novelty = state.brightness + 0, state.lit + 0, state.novelty + 0
+    following = Cursor(*(tensor + 0 for tensor in cursor))
+    return Said(tokens + 0, surprise, number, rows, bright, lit, novelty, following)
+
+
+def _no_score(state: State, reading: Reading) -> Tensor:
+    """In place of a policy, where nothing is forgotten."""
+    return state.brightness
+
+
+def _draw(
+    state: State,
+    cursor: Cursor,
+    proposal: Proposal,
+    reading: AheadReading,
+    sampling: Sampling,
+    method: SamplingMethod,
+) -> Tensor:
+    """What each of the ticks would draw, had the tokens before it been said: [T] int64."""
+    width, vocab_size = reading.logits.shape
+    said = seen_tokens(vocab_size, state.token_id, state.valid, cursor.token)
+    every_token = torch.arange(vocab_size, device=said.device)
+    seen = [said]
+    for i in range(width - 1):
+        seen.append(seen[-1] | (every_token == proposal.tokens[i]))
+    ticks = cursor.tick + torch.arange(width, device=said.device)[:, None]  # [T, 1]
+    return sample(reading.logits, torch.stack(seen), ticks, method, sampling)[:, 0]
+
+
+def _reading_of(reading: AheadReading, slots: Tensor, i: int) -> Reading:
+    """Tick i's reading, as if the i tokens before it had their rows already."""
+    own = reading.own_mass[i]  # [T]
+    return Reading(
+        logits=reading.logits[i : i + 1],
+        new_keys=reading.new_keys[:, :, i : i + 1],
+        new_values=reading.new_values[:, :, i : i + 1],
+        mass=reading.mass[i].scatter(0, slots[:i], own[:i]),
+        own_mass=own[i : i + 1],
+    )
+
+
+def _with_row(state: State, choice: Choice, slot: Tensor) -> State:
+    """The columns that the next choice looks at, after this one's patch. ``slot`` [1] int64."""
+    rows = choice.rows
+    return state._replace(
+        valid=state.valid.scatter(0, slot, torch.ones_like(slot, dtype=torch.bool)),
+        position=state.position.scatter(0, slot, rows.position),
+        brightness=choice.brightness.scatter(0, slot, rows.brightness),
+        lit=choice.lit.scatter(0, slot, rows.lit),
+        novelty=choice.novelty.scatter(0, slot, rows.novelty),
+    )
+
+
+def _where(alive: Tensor, then: Held, otherwise: Held) -> Held:
+    """Column by column; keys and values, which are in both, are left alone."""
+    return type(then)(
+        *(
+            new if new is old else torch.where(alive, new, old)
+            for new, old in zip(then, otherwise, strict=True)
+        )
+    )

@@ -1,0 +1,151 @@
+"""Looking up what may come next: text that repeats foretells itself.
+
+    propose(state, cursor, lookup) → Proposal
+
+The last tokens, the cursor's included, are looked for among the remembered rows, in text order;
+what followed them there is proposed to follow them here (Saxena 2023, "Prompt lookup decoding"). A
+proposal is a guess, never a decision: ``choose_ahead.py`` draws every token as if none had been
+made. It is a function of the memory alone, so that a brain which was saved, killed or edited looks
+up the same.
+
+A guess that fails costs a wide read. So lookup is trusted as far as it deserves: the same search is
+made for each of the last ``window`` tokens, whose successors are known, and nothing is proposed
+unless the share of guesses that were right, counting one right and one wrong to begin with, is at
+least ``trust``.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled.state import NOWHERE, Cursor, State
+
+_LAST_POSITION = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """How to look up: at most ``width`` tokens are proposed, after a match of ``longest`` down to
+    ``shortest`` tokens. ``ends`` are tokens that end a text: none of them is ever proposed.
+    """
+
+    width: int = 7
+    longest: int = 3
+    shortest: int = 2
+    window: int = 32
+    trust: float = 0.6
+    ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that make no search."""
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, not {self.width}")
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError(
+                f"shortest and longest must be 1 <= shortest <= longest, not {self.shortest} and "
+                f"{self.longest}"
+            )
+        if self.window < 0:
+            raise ValueError(f"window must be 0 or more, not {self.window}")
+
+
+class Proposal(NamedTuple):
+    """Tokens that may follow the cursor's. From ``length`` on they are padding, and zero."""
+
+    tokens: Tensor  # [width] int64
+    length: Tensor  # [] int64
+
+
+def propose(state: State, cursor: Cursor, lookup: Lookup) -> Proposal:
+    """What followed the latest of the longest matches of the last tokens.
+
+    Tokens match where they stand at consecutive positions: nothing is found across a row that was
+    forgotten. What is found may reach up to the cursor's token; then it goes round, as text of that
+    period would.
+    """
+    text, position, count = _in_order(state, cursor)
+    found, after = _matches(text, position, count, lookup)
+
+    truth = _successors(text, position, count, lookup)
+    tried = found & (truth != NOWHERE)
+    right = tried & (text[after] == truth)
+    trusted = right.sum() + 1 >= lookup.trust * (tried.sum() + 2)
+
+    first = after[-1:]  # [1]
+    period = count + 1 - first  # tokens from the first that is proposed to the cursor's
+    step = torch.arange(lookup.width, device=text.device) % period.clamp(min=1)  # [width]
+    place = first + step
+    good = position[place] == position[first] + step
+    for end in lookup.ends:
+        good = good & (text[place] != end)
+    unbroken = torch.cumprod(good.to(torch.int64), 0)  # [width]
+    length = torch.where(found[-1] & trusted, unbroken.sum(), 0)
+    live = torch.arange(lookup.width, device=text.device) < length
+    return Proposal(torch.where(live, text[place], 0), length)
+
+
+def _in_order(state: State, cursor: Cursor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and positions up to the cursor's, in text order, and the index of the cursor's token.
+
+    ``[capacity + 1]`` int64 each, filled up with NOWHERE; the index is [] int64.
+    """
+    told = state.valid & (state.position < cursor.position)
+    order = torch.argsort(torch.where(told, state.position, _LAST_POSITION))
+    count = told.sum()
+    index = torch.arange(told.shape[0] + 1, device=told.device)
+    nowhere = torch.full_like(cursor.token, NOWHERE)
+
+    def column(rows: Tensor, last: Tensor) -> Tensor:
+        held = torch.cat([torch.where(told, rows, NOWHERE)[order], nowhere])
+        return torch.where(index == count, last, held)
+
+    return column(state.token_id, cursor.token), column(state.position, cursor.position), count
+
+
+def _ends(count: Tensor, window: int) -> Tensor:
+    """Indexes of the tokens whose successor is looked up: the last ``window``, then the cursor's.
+    Those before the text begins are negative. [window + 1]
+    """
+    return count - window + torch.arange(window + 1, device=count.device)
+
+
+def _matches(
+    text: Tensor, position: Tensor, count: Tensor, lookup: Lookup
+) -> tuple[Tensor, Tensor]:
+    """For each of the ends, whether the tokens up to it occur earlier, and the index of what
+    followed them in the best such place (0 if there is none): [window + 1] bool and int64.
+    """
+    ends = _ends(count, lookup.window)
+    size = text.shape[0]
+    index = torch.arange(size, device=text.device)
+    matched = torch.zeros(ends.shape[0], size, dtype=torch.int64, device=text.device)
+    running = torch.ones_like(matched, dtype=torch.bool)
+    for back in range(lookup.longest):
+        mine, unbroken = _back(text, position, ends, back)
+        other, other_unbroken = _back(text, position, index, back)
+        same = mine[:, None] == other[None]
+        running = running & same & unbroken[:, None] & other_unbroken[None]
+        matched = matched + running
+    behind = (index + 1).clamp(max=size - 1)
+    followed = (position[behind] == position + 1) & (position != NOWHERE)
+    usable = (index[None] < ends[:, None]) & followed[None] & (matched >= lookup.shortest)
+    best = torch.where(usable, matched * size + index, -1).amax(1)
+    found = best >= 0
+    return found, torch.where(found, best % size + 1, 0)
+
+
+def _back(text: Tensor, position: Tensor, index: Tensor, back: int) -> tuple[Tensor, Tensor]:
+    """The tokens so far before each index, and whether they stand at so much lower a position."""
+    before = (index - back).clamp(min=0)
+    at = position[index.clamp(min=0)]
+    unbroken = (index >= back) & (at != NOWHERE) & (position[before] == at - back)
+    return text[before], unbroken
+
+
+def _successors(text: Tensor, position: Tensor, count: Tensor, lookup: Lookup) -> Tensor:
+    """The token that came after each of the ends, NOWHERE for none: [window + 1] int64."""
+    ends = _ends(count, lookup.window).clamp(min=0)
+    behind = (ends + 1).clamp(max=text.shape[0] - 1)
+    return torch.where(position[behind] == position[ends] + 1, text[behind], NOWHERE)
