@@ -259,3 +259,46 @@ def reference_model(request: pytest.FixtureRequest) -> Reference:
         return load_reference(request.getfixturevalue("smollm2_folder"), getattr(torch, dtype))
 
     return shared
+
+
+# A toy that repeats itself ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def save_parrot(save_llama: SaveLlama) -> Callable[..., None]:
+    """``save_parrot(folder, **config)``: a random Llama whose head knows what follows a token: 0,
+    1, 2, 3, 4, 0, … and so on for every five tokens. Its layers disturb that a little.
+    """
+    from safetensors.torch import load_file, save_file
+
+    def save(folder: Path, **settings: Any) -> None:
+        save_llama(folder, std=0.5, hidden_size=48, num_hidden_layers=2, **settings)
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        token = torch.arange(300)
+        following = 5 * (token // 5) + (token + 1) % 5
+        embedding = weights["model.embed_tokens.weight"]
+        head = torch.zeros_like(embedding).index_copy(0, following, 0.4 * embedding)
+        weights |= {"lm_head.weight": head, "model.norm.weight": torch.ones(48)}
+        for name, weight in weights.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weights[name] = 0.02 * weight
+        save_file(weights, path, {"format": "pt"})
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def open_parrot(
+    tmp_path_factory: pytest.TempPathFactory,
+    save_parrot: Callable[..., None],
+    open_tiny: OpenTiny,
+) -> OpenTiny:
+    """As ``open_tiny``, but of such a Llama."""
+    folder = tmp_path_factory.mktemp("parrot")
+    save_parrot(folder, max_position_embeddings=1 << 20)
+
+    def open_(**overrides: Any) -> brain.Brain:
+        return open_tiny(**{"model.path": str(folder), **overrides})
+
+    return open_
