@@ -19,7 +19,7 @@ from brain.actions import Action, Append, Edit, Limits, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
 from brain.errors import Refused, warn
-from brain.lookup import Lookahead
+from brain.lookahead import Lookahead
 from brain.memory import Memory
 from brain.mirror import Mirror, mirror_of, source_number
 from brain.repair import Repair, best_repair, dimmest_pair

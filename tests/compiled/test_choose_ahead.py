@@ -121,7 +121,7 @@ def test_as_many_ticks_come_true_as_were_foretold(method: str, wrong: int, short
     assert int(said.number) == wrong + 1
     assert said.tokens[: wrong + 1].tolist() == tokens
     # The same sums in float32, of other shapes: some dozen roundings of numbers below 10.
-    close = {"rtol": 1e-5, "atol": 2e-5}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-5}
     torch.testing.assert_close(said.surprise[: wrong + 1], torch.tensor(nats), **close)
     patch(state, cursor, said.plan(reading))
     for name, mine, other in zip(State._fields, state, plain[0], strict=True):
@@ -174,7 +174,7 @@ def test_I8_reading_ahead_is_reading_with_the_attention_of_each_token(
     )
     assert digest(*state, *cursor) == before
     live = slice(0, length + 1)
-    close = {"rtol": 1e-6, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(apart.logits[live], together.logits[live], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(apart.new_keys[:, :, live], together.new_keys[:, :, live], **close)
     torch.testing.assert_close(apart.mass[live].sum(0), together.mass, **close)
