@@ -190,7 +190,8 @@ class Brain:
         ahead = self.lookahead
         proposal = None if self.observer else ahead.proposal(most)
         ticks = (self.tick(),) if proposal is None else self._advance_ahead(proposal, [])
-        ahead.look()
+        if self.observer is None:
+            ahead.look()
         ahead.account.add(ticks)
         return ticks
 

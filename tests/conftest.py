@@ -289,16 +289,20 @@ def save_parrot(save_llama: SaveLlama) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def open_parrot(
-    tmp_path_factory: pytest.TempPathFactory,
-    save_parrot: Callable[..., None],
-    open_tiny: OpenTiny,
-) -> OpenTiny:
-    """As ``open_tiny``, but of such a Llama."""
+def parrot_folder(
+    tmp_path_factory: pytest.TempPathFactory, save_parrot: Callable[..., None]
+) -> Path:
+    """Such a Llama."""
     folder = tmp_path_factory.mktemp("parrot")
     save_parrot(folder, max_position_embeddings=1 << 20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_parrot(parrot_folder: Path, open_tiny: OpenTiny) -> OpenTiny:
+    """As ``open_tiny``, but of that one."""
 
     def open_(**overrides: Any) -> brain.Brain:
-        return open_tiny(**{"model.path": str(folder), **overrides})
+        return open_tiny(**{"model.path": str(parrot_folder), **overrides})
 
     return open_

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_app import call
 from test_chronicle import ORDERS, RECORD, Killed, power_cut_at
 from test_chronicle import _was_sent as was_sent
 
@@ -290,6 +291,23 @@ def test_a_journal_that_cannot_be_is_refused(open_parrot: OpenTiny) -> None:
     assert before == (digest(*quick.state, *quick.cursor), digest(*plain.state, *plain.cursor))
     assert [tick.token for tick in quick.retell([1, 2, 3])] == [1, 2, 3]
     assert quick.mirror.token_id.tolist()[-2:] == [1, 2]
+
+
+def test_the_command_line_tells_how_it_went(parrot_folder: Path, tmp_path: Path) -> None:
+    settings = ["lookup=ngram", "sampler=greedy", "prompt=abcdeabcdeabcde", "capacity=96"]
+    texts = []
+    for name in ("first", "again"):
+        out = f"hydra.run.dir={name}"
+        done = call(tmp_path, parrot_folder, *settings, "ticks=60", "stop_at_eos=false", out)
+        texts.append(done.stdout)
+        assert "tokens per read" in done.stderr
+        report = json.loads((tmp_path / name / "run.json").read_text("utf-8"))
+        assert report["lookup"]["tokens"] == len(report["tokens"]) == 60
+        assert 0 < report["lookup"]["accepted"] <= report["lookup"]["proposed"]
+        assert report["lookup"]["passes"] + report["lookup"]["accepted"] == 60
+    assert texts[0] == texts[1] == (tmp_path / "first" / "transcript.txt").read_text("utf-8")
+    more = call(tmp_path, parrot_folder, *settings, "ticks=75", "hydra.run.dir=first").stdout
+    assert (tmp_path / "first" / "transcript.txt").read_text("utf-8") == texts[0] + more
 
 
 # Settings ----------------------------------------------------------------------------------------

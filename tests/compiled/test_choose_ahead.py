@@ -32,8 +32,8 @@ METHODS = {
 
 
 def sampling(seed: int = 3, penalty: float = 1.3) -> Sampling:
-    numbers = (torch.tensor(n) for n in (0.9, 0.95, 0.0, penalty))
-    return Sampling(*numbers, key_of(seed))
+    t, p, m, r = (torch.tensor(n) for n in (0.9, 0.95, 0.0, penalty))
+    return Sampling(t, p, m, r, key_of(seed))
 
 
 def keep_score(state: State, reading: Reading) -> Tensor:
