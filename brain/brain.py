@@ -61,6 +61,7 @@ class Brain:
         self.observer: Observer | None = None
         self.on_repair: Callable[[Repair], None] | None = None  # told of every repair made
         self._unforced = self._forced([UNFORCED], "model")
+        self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
         self._warned_of_range = False
         self._speech = self._new_speech()
 
@@ -189,7 +190,10 @@ class Brain:
             raise Refused(f"speak: at least 1 token, not {most}")
         ahead = self.lookahead
         proposal = None if self.observer else ahead.proposal(most)
-        ticks = (self.tick(),) if proposal is None else self._advance_ahead(proposal, [])
+        if proposal is None:
+            ticks: tuple[Tick, ...] = (self.tick(),)
+        else:
+            ticks = self._advance_ahead(proposal, self._unforced_ahead)
         if self.observer is None:
             ahead.look()
         ahead.account.add(ticks)
@@ -201,7 +205,9 @@ class Brain:
         """
         self._require_primed()
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "retell")
-        return self._advance_ahead(self.lookahead.told(checked), checked)
+        proposal = self.lookahead.told(checked)
+        rest = [UNFORCED] * (self.lookahead.width - len(checked))
+        return self._advance_ahead(proposal, self._forced([*checked, *rest], "model"))
 
     def stream(self, ticks: int | None = None, *, stop_at_eos: bool = False) -> Iterator[Tick]:
         """Ticks for ever, or for a number of ticks, or until the model ends its text.
@@ -341,11 +347,9 @@ class Brain:
         self._speech.follow(tick)
         return tick
 
-    def _advance_ahead(self, proposal: Proposal, forced: Sequence[int]) -> tuple[Tick, ...]:
+    def _advance_ahead(self, proposal: Proposal, forced: Forced) -> tuple[Tick, ...]:
         self._stay_in_range(1)
-        unforced = [UNFORCED] * (self.lookahead.width - len(forced))
-        asked = self._forced([*forced, *unforced], "model")
-        return self.lookahead.advance(proposal, asked, self._speech, self._named)
+        return self.lookahead.advance(proposal, forced, self._speech, self._named)
 
     @property
     def _forgetting(self) -> Forgetting:

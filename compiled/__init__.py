@@ -5,5 +5,6 @@ Nothing here knows text, files or configuration, and nothing here imports ``brai
 * ``read.py``: step 1, the forward pass that writes nothing
 * ``patch.py``: step 0/4, the only module that writes tensors in place
 * ``choose.py``: steps 1 to 3 after the read: next token, brightness, what to cull
+* ``lookup.py``, ``choose_ahead.py``: several tokens per read, where text repeats
 * ``capture.py``: which graphs exist, and proof that there are no others
 """

@@ -26,12 +26,13 @@ from torch.fx import GraphModule
 
 from compiled.choose import Choice, Conduct, Forced, choose
 from compiled.choose_ahead import Said, choose_ahead
+from compiled.empty_plans import emptied, empty_edit
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
-from compiled.patch import Plan, RowColumns, patch, rebase
+from compiled.patch import Plan, patch, rebase
 from compiled.read import AheadReading, Reading, Study, read, read_ahead, study
 from compiled.sample import Sampling, SamplingMethod, surprises
-from compiled.state import NOWHERE, Cursor, State
+from compiled.state import Cursor, State
 
 CUDA_GRAPH_WARMUP_RUNS = 3
 """A CUDA graph runs once to warm up, once to record, and only then is replayed."""
@@ -284,33 +285,7 @@ class Graphs:
 
     def empty_edit(self, width: int) -> Plan:
         """An edit of a width that changes nothing, to be filled with ``_replace``."""
-        config, state = self.behaviour.config, self.state
-        new_rows = (config.num_layers, config.num_kv_heads, width, config.head_dim)
-        column = functools.partial(torch.zeros, width, device=self.device)
-        rows = RowColumns(
-            token_id=column(dtype=torch.int64),
-            position=column(dtype=torch.int64),
-            brightness=column(dtype=torch.float32),
-            surprise=column(dtype=torch.float32),
-            novelty=column(dtype=torch.float32),
-            source=column(dtype=torch.uint8),
-            born=column(dtype=torch.int64),
-            lit=column(dtype=torch.int64),
-            pinned=column(dtype=torch.bool),
-            length=torch.zeros((), dtype=torch.int64, device=self.device),
-        )
-        return Plan(
-            keys=torch.zeros(new_rows, dtype=state.keys.dtype, device=self.device),
-            values=torch.zeros(new_rows, dtype=state.values.dtype, device=self.device),
-            rows=rows,
-            cull=torch.zeros_like(state.valid),
-            brightness=state.brightness.add(0),
-            lit=state.lit.add(0),
-            novelty=state.novelty.add(0),
-            cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
-            pinned=state.pinned.logical_or(state.pinned),
-            erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=self.device),
-        )
+        return empty_edit(self.behaviour.config, self.state, self.cursor, width)
 
     def _rehearse_tick(self, bucket: int) -> Iterator[str]:
         """A tick in which nothing happens."""
@@ -321,7 +296,7 @@ class Graphs:
         yield from self._new(choose_name)
         choice = self.choose(reading, self._nothing_forced())
         yield from self._new(patch_name)
-        self.patch(self._emptied(choice.plan(reading)))
+        self.patch(emptied(choice.plan(reading), self.state, self.cursor))
         if self.behaviour.lookup is not None:
             yield from self._new(PROPOSE)
             self.propose()
@@ -340,22 +315,11 @@ class Graphs:
                 yield from self._new(choose_name)
                 said = self.choose_ahead(proposal, reading, forced)
                 yield from self._new(patch_name)
-                self.patch(self._emptied(said.plan(reading)))
+                self.patch(emptied(said.plan(reading), self.state, self.cursor))
                 self.propose()
         for _ in range(runs):
             self.begin_step()
             self.propose()
-
-    def _emptied(self, plan: Plan) -> Plan:
-        """A tick's plan, made to change nothing."""
-        return plan._replace(
-            rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
-            cull=torch.zeros_like(plan.cull),
-            brightness=self.state.brightness.add(0),
-            lit=self.state.lit.add(0),
-            novelty=self.state.novelty.add(0),
-            cursor=Cursor(*(tensor.add(0) for tensor in self.cursor)),
-        )
 
     def _rehearse_edit(self, width: int, bucket: int) -> Iterator[str]:
         """An edit that changes nothing."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compiled.state import NOWHERE, Cursor, State
@@ -119,29 +120,34 @@ def _matches(
     """
     ends = _ends(count, lookup.window)
     size = text.shape[0]
-    index = torch.arange(size, device=text.device)
-    matched = torch.zeros(ends.shape[0], size, dtype=torch.int64, device=text.device)
-    running = torch.ones_like(matched, dtype=torch.bool)
+    index = torch.arange(size, dtype=torch.int32, device=text.device)
+    before = _before(text, position, lookup.longest)  # [longest, size]
+    mine = before.index_select(1, ends.clamp(min=0))  # [longest, window + 1]
+    matched = torch.zeros(ends.shape[0], size, dtype=torch.int32, device=text.device)
+    running = ends.to(torch.int32)[:, None] > index  # earlier, and not before the text
     for back in range(lookup.longest):
-        mine, unbroken = _back(text, position, ends, back)
-        other, other_unbroken = _back(text, position, index, back)
-        same = mine[:, None] == other[None]
-        running = running & same & unbroken[:, None] & other_unbroken[None]
+        running = running & (mine[back, :, None] == before[back]) & (before[back] != NOWHERE)
         matched = matched + running
-    behind = (index + 1).clamp(max=size - 1)
-    followed = (position[behind] == position + 1) & (position != NOWHERE)
-    usable = (index[None] < ends[:, None]) & followed[None] & (matched >= lookup.shortest)
-    best = torch.where(usable, matched * size + index, -1).amax(1)
+    followed = F.pad(position[1:] == position[:-1] + 1, (0, 1)) & (position != NOWHERE)
+    usable = followed & (matched >= lookup.shortest)
+    # Of the longest the latest. All of this is small enough for 32 bits, and twice as fast in them.
+    best = torch.where(usable, matched * size + index, -1).amax(1).to(torch.int64)
     found = best >= 0
     return found, torch.where(found, best % size + 1, 0)
 
 
-def _back(text: Tensor, position: Tensor, index: Tensor, back: int) -> tuple[Tensor, Tensor]:
-    """The tokens so far before each index, and whether they stand at so much lower a position."""
-    before = (index - back).clamp(min=0)
-    at = position[index.clamp(min=0)]
-    unbroken = (index >= back) & (at != NOWHERE) & (position[before] == at - back)
-    return text[before], unbroken
+def _before(text: Tensor, position: Tensor, longest: int) -> Tensor:
+    """The tokens that stand 0, 1, … positions before each: [longest, capacity + 1] int32, NOWHERE
+    where there is a gap or the text begins.
+    """
+    short, size = text.to(torch.int32), text.shape[0]
+    rows = [short]
+    for back in range(1, min(longest, size)):
+        unbroken = position[back:] == position[: size - back] + back
+        told = torch.where(unbroken, short[: size - back], NOWHERE)
+        rows.append(F.pad(told, (back, 0), value=NOWHERE))
+    rows += [torch.full_like(short, NOWHERE)] * (longest - len(rows))
+    return torch.stack(rows)
 
 
 def _successors(text: Tensor, position: Tensor, count: Tensor, lookup: Lookup) -> Tensor:

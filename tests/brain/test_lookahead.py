@@ -357,7 +357,7 @@ def test_a_save_from_before_there_was_lookup_loads(open_parrot: OpenTiny, tmp_pa
 
 
 @pytest.mark.usefixtures("smollm2_folder", "all_threads")
-def test_smollm2_says_the_same_in_a_third_of_the_passes() -> None:
+def test_smollm2_says_the_same_in_half_the_passes() -> None:
     days = "Monday: open at nine, close at five.\nTuesday: open at nine, close at five.\nWednesday:"
     said: list[list[Tick]] = []
     for lookup in ("ngram", "none"):

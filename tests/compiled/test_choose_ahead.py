@@ -206,7 +206,7 @@ def test_what_is_said_is_distributed_as_what_is_sampled() -> None:
 
     unbiased = dataclasses.replace(CONDUCT, forgetting=Forgetting(target=0))
     firsts, seconds = torch.zeros(40), torch.zeros(40)
-    for tick in range(0, 3000, 2):  # no draw is made twice
+    for tick in range(0, 2000, 2):  # no draw is made twice
         cursor.tick.fill_(tick)
         unforced = forced([UNFORCED] * 2)
         said = choose_ahead(
