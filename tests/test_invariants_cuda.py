@@ -193,3 +193,25 @@ def test_the_whole_path_works_below_float32(dtype: str, open_tiny: OpenTiny) -> 
     live(b)
     assert all(0 <= tick.token < 300 for tick in b.stream(ticks=30))
     assert len(b) == int(b.state.valid.sum()) == 24
+
+
+def test_I9_looking_up_is_captured_and_says_the_same(open_parrot: OpenTiny) -> None:
+    """Plain passes, wide ones and the search on its own, in whatever order they come."""
+    options = {"device": "cuda", "capacity": 120, "cull": "none", "cull.target": None}
+    options |= {"engine.widths": [1, 16], "engine.smallest_bucket": 120}
+    quick = open_parrot(engine="compiled", **options, **{"lookup": "ngram", "lookup.width": 3})
+    for _ in quick.warm_up():
+        pass
+    plain = open_parrot(**options)
+    said: list[list[int]] = []
+    for b in (quick, plain):
+        b.prime([12, 13, 14, 10, 11, 7, 170, 34, 12, 13, 14])
+        said.append([tick.token for tick in b.stream(50)])
+    assert said[0] == said[1]
+    assert quick.lookahead.account.accepted > 5
+    counts, recorded = cudagraph_counts(), recordings()
+    widths = {tick.width for tick in quick.stream(40)}
+    assert widths == {1, 4} or widths == {4}
+    assert cudagraph_counts() == counts
+    assert counts["skips"] == counts["breaks"] == 0
+    assert recordings() == recorded + 1  # asking for the number takes one itself
