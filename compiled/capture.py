@@ -186,7 +186,8 @@ class Graphs:
             arguments = (self.weights, self.state, tokens, positions, length, targets)
             return study(self.behaviour.config, *arguments, bucket=high_water)
         reading = self.read(tokens, positions, length, high_water=high_water)
-        return Study(self.surprises(reading.logits, targets), *reading[1:])
+        nats = self.surprises(reading.logits, targets)
+        return Study(nats, reading.new_keys, reading.new_values)
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``surprises`` of the tokens of a captured edit."""
@@ -243,10 +244,16 @@ class Graphs:
             self.begin_step()
             self.rebase(wanted=False)
 
-    def empty_edit(self, width: int) -> Plan:
-        """An edit of a width that changes nothing, to be filled with ``_replace``."""
+    def empty_edit(self, width: int, learnt: Study | None = None) -> Plan:
+        """An edit of a width that changes nothing, to be filled with ``_replace``; with the keys
+        and values of a study of that width, if there is one.
+        """
         config, state = self.behaviour.config, self.state
         new_rows = (config.num_layers, config.num_kv_heads, width, config.head_dim)
+
+        def blank() -> Tensor:
+            return torch.zeros(new_rows, dtype=state.keys.dtype, device=self.device)
+
         column = functools.partial(torch.zeros, width, device=self.device)
         rows = RowColumns(
             token_id=column(dtype=torch.int64),
@@ -261,8 +268,8 @@ class Graphs:
             length=torch.zeros((), dtype=torch.int64, device=self.device),
         )
         return Plan(
-            keys=torch.zeros(new_rows, dtype=state.keys.dtype, device=self.device),
-            values=torch.zeros(new_rows, dtype=state.values.dtype, device=self.device),
+            keys=blank() if learnt is None else learnt.new_keys,
+            values=blank() if learnt is None else learnt.new_values,
             rows=rows,
             cull=torch.zeros_like(state.valid),
             brightness=state.brightness.add(0),

@@ -109,7 +109,7 @@ class LayerReading(NamedTuple):
     hidden: Tensor  # [T, hidden] float32
     new_keys: Tensor  # [kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [kv_heads, T, head_dim]
-    mass: Tensor  # [bucket + T] float32: attention received by each slot, then by each new token
+    mass: Tensor | None  # [bucket + T] float32: received by each slot, then by each new token
 
 
 def decoder_layer(
@@ -121,30 +121,30 @@ def decoder_layer(
     sin: Tensor,
     visible: Visibility,
     eps: float,
-    ascending: bool = False,
+    text: bool = False,
 ) -> LayerReading:
     """One pre-norm decoder layer over T new tokens and a read-only cache.
 
     The residual stream ``hidden`` [T, hidden] stays in float32 whatever the weights' dtype:
     it costs nothing beside the weights and is what keeps low precision close to float32.
     ``keys``, ``values`` [kv_heads, bucket, head_dim]; ``cos``, ``sin`` [T, head_dim / 2] float32.
-    All dimensions follow from the shapes. ``ascending``: see ``attend``.
+    All dimensions follow from the shapes. ``text``: see ``attend``.
     """
     num_tokens = hidden.shape[0]
     num_kv_heads, _, head_dim = keys.shape
     num_heads = weights.attention_out.shape[1] // head_dim
     x = rms_norm(hidden, weights.attention_norm, eps)
-    widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    query, key, value = torch.split(linear(x, weights.qkv), widths, dim=-1)
-    query = rotate(query.view(num_tokens, num_heads, head_dim), cos, sin)
-    key = rotate(key.view(num_tokens, num_kv_heads, head_dim), cos, sin)
+    widths = [(num_heads + num_kv_heads) * head_dim, num_kv_heads * head_dim]
+    query_key, value = torch.split(linear(x, weights.qkv), widths, dim=-1)
+    turned = rotate(query_key.view(num_tokens, num_heads + num_kv_heads, head_dim), cos, sin)
+    query, key = torch.split(turned, [num_heads, num_kv_heads], dim=1)
     value = value.view(num_tokens, num_kv_heads, head_dim)
     # Copies of T rows, never views of the packed projection: what leaves a layer must own its
     # memory, or a compiled layer may hand out a buffer that its next call overwrites.
     new_keys = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
-    attended, mass = attend(query, keys, values, new_keys, new_values, visible, ascending=ascending)
+    attended, mass = attend(query, keys, values, new_keys, new_values, visible, text=text)
     hidden = hidden + linear(attended, weights.attention_out).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
     gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)
