@@ -29,7 +29,7 @@ from brain.mirror import Mirror
 from brain.settings import Settings
 from compiled.capture import Behaviour, Graphs
 from compiled.philox import key_of
-from compiled.read import Reading
+from compiled.read import Reading, Study
 from compiled.sample import Sampling, surprises
 from compiled.score import echo, running_novelty
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
@@ -155,7 +155,7 @@ class Memory:
         span = rows[start : start + self.graphs.chunk]
         newest = int(mirror.position[-1]) if len(mirror) else NOWHERE
         width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)))
-        plan = self.graphs.empty_edit(width)
+        learnt: Study | None = None
         nats: list[float] = []
         self.graphs.begin_step()
         if span:
@@ -165,8 +165,8 @@ class Memory:
                 self._tensor(targets + [0] * (width - len(targets))),
                 high_water=self.high_water,
             )
-            plan = plan._replace(keys=learnt.new_keys, values=learnt.new_values)
             nats = learnt.surprises.tolist()
+        plan = self.graphs.empty_edit(width, learnt)
         told: list[Told] = []
         for index, known in enumerate(foretold[start : start + len(span)]):
             if known is None:

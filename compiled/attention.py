@@ -61,20 +61,21 @@ def attend(
     new_values: Tensor,
     visible: Visibility,
     *,
-    ascending: bool = False,
+    text: bool = False,
     each: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Grouped-query attention (Ainslie et al. 2023) of T new tokens.
 
     ``query`` [T, heads, head_dim]; ``keys``, ``values`` [kv_heads, bucket, head_dim];
-    ``new_keys``, ``new_values`` [kv_heads, T, head_dim]. ``ascending`` promises that no new token
-    that was asked for sees a later one, so that what is hidden anyway need not be computed.
+    ``new_keys``, ``new_values`` [kv_heads, T, head_dim]. ``text`` says that the new tokens come
+    in order, none that was asked for sees a later one, and that nobody asks for the mass: what is
+    hidden anyway is not computed.
 
     Returns the attended values [T, heads * head_dim] in the query's dtype, and the attention mass
     in float32, summed over heads and live queries: of every slot, then of every new token
-    [bucket + T]; with ``each``, of every query apart [T, bucket + T]. It stays in one piece because
-    a layer that is compiled once may not hand out two views of one tensor: refused as aliasing, and
-    silently overwritten where a clone hides it.
+    [bucket + T]; with ``each``, of every query apart [T, bucket + T]; None for a text. It stays in
+    one piece because a layer that is compiled once may not hand out two views of one tensor:
+    refused as aliasing, and silently overwritten where a clone hides it.
     A hidden slot's probability is exactly zero, whatever finite bytes lie in it.
     """
     num_tokens, num_heads, head_dim = query.shape
@@ -83,33 +84,36 @@ def attend(
     # Query heads that share a key head lie side by side, so no key is ever repeated.
     grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     grouped = grouped / math.sqrt(head_dim)  # [kv_heads, group, T, head_dim]
-    hidden = ~torch.cat([visible.cached, visible.new], dim=-1)  # [T, bucket + T]
-    columns = hidden.shape[1]
 
     slabs, masses = [], []
     for queries in _slices(num_tokens, _queries_at_once(query)):
-        # New tokens behind a slab's last are hidden from all of it.
-        unseen = num_tokens - queries.stop if ascending else 0
-        seen = slice(0, num_tokens - unseen)
+        seen = queries.stop if text else num_tokens  # none of a slab sees what is behind its last
+        hidden = ~visible.cached[queries]
+        barrier = torch.where(visible.new[queries, :seen], 0.0, -math.inf).to(query.dtype)
+        barrier = barrier.repeat(group, 1)  # [group * slab, seen]
         attended = []
         for heads in _slices(num_kv_heads, _heads_at_once(query, num_kv_heads)):
-            mixed, mass = _attend(
+            mixed, shares = _attend(
                 grouped[heads, :, queries],
                 (keys[heads], values[heads]),
-                (new_keys[heads, seen], new_values[heads, seen]),
-                hidden[queries, : columns - unseen],
-                visible.live[queries],
-                each=each,
+                (new_keys[heads, :seen], new_values[heads, :seen]),
+                hidden,
+                barrier,
+                query.dtype if text else torch.float32,
             )
             attended.append(mixed)
             if each:  # the other queries have no share in it
-                mass = F.pad(mass, (0, 0, queries.start, num_tokens - queries.stop))
-            masses.append(F.pad(mass, (0, unseen)) if unseen else mass)
+                others = (0, 0, queries.start, num_tokens - queries.stop)
+                masses.append(F.pad(shares.sum((0, 1)), others))
+            elif not text:
+                live, streaming = visible.live[queries], streams_rows(query, num_tokens)
+                masses.append(sum_rows(shares.flatten(0, 1), live, streaming))
         slabs.append(_joined(attended, 0))
     together = _joined(slabs, 2).permute(2, 0, 1, 3)  # [T, kv_heads, group, head_dim]
-    together = together.reshape(num_tokens, num_heads * head_dim)
-    mass = torch.stack(masses).sum(0) if len(masses) > 1 else masses[0]
-    return together.to(query.dtype), mass
+    together = together.reshape(num_tokens, num_heads * head_dim).to(query.dtype)
+    if text:
+        return together, None
+    return together, torch.stack(masses).sum(0) if len(masses) > 1 else masses[0]
 
 
 def _alone(query: Tensor) -> bool:
@@ -138,33 +142,34 @@ def _attend(
     cached: tuple[Tensor, Tensor],
     new: tuple[Tensor, Tensor],
     hidden: Tensor,
-    live: Tensor,
-    *,
-    each: bool,
+    barrier: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Attention of some queries with some key heads: ``query`` [K, group, T, head_dim], scaled.
 
     ``cached`` [K, bucket, head_dim], ``new`` [K, seen, head_dim]: keys and values. ``hidden``
-    [T, bucket + seen]. Returns the attended values [K, group, T, head_dim] float32, and the mass
-    [bucket + seen], or with ``each`` [T, bucket + seen].
+    [T, bucket]: slots that are hidden from a query; ``barrier`` [group * T, seen]: minus infinity
+    where a new token is, else 0. Only a slot can hold bytes whose score is no number, so only there
+    the score must be replaced; to new tokens' the barrier is added, which costs next to nothing.
+
+    Returns the attended values [K, group, T, head_dim] float32, and the shares
+    [K, group, T, bucket + seen] in ``dtype``.
     """
     num_kv_heads, group, num_tokens, head_dim = query.shape
     (keys, values), (new_keys, new_values) = cached, new
     bucket = keys.shape[1]
     streaming = streams_rows(query, num_tokens)
     queries = query.reshape(num_kv_heads, group * num_tokens, head_dim)
-    scores = dot_rows(queries, new_keys, streaming)  # [K, group * T, seen]
-    if bucket:
-        # Scores are joined, the cache is not.
-        scores = torch.cat([dot_rows(queries, keys, streaming), scores], dim=-1)
     by_query = (num_kv_heads, group, num_tokens, -1)
-    scores = torch.where(hidden, -math.inf, scores.view(by_query))
-    shares = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    scores = dot_rows(queries, new_keys, streaming, barrier).view(by_query)
+    if bucket:
+        remembered = dot_rows(queries, keys, streaming).view(by_query)
+        # Scores are joined, the cache is not.
+        scores = torch.cat([remembered.masked_fill(hidden, -math.inf), scores], dim=-1)
+    shares = torch.softmax(scores, dim=-1, dtype=dtype)
 
     rows = shares.view(num_kv_heads, group * num_tokens, -1)
     attended = mix_rows(rows[..., bucket:], new_values, streaming)
     if bucket:
         attended = mix_rows(rows[..., :bucket], values, streaming) + attended
-    by_head = shares.view(num_kv_heads * group, num_tokens, -1)
-    mass = by_head.sum(0) if each else sum_rows(by_head, live, streaming)
-    return attended.view(by_query), mass
+    return attended.view(by_query), shares

@@ -219,7 +219,8 @@ class Graphs:
             arguments = (self.weights, self.state, tokens, positions, length, targets)
             return study(self.behaviour.config, *arguments, bucket=high_water)
         reading = self.read(tokens, positions, length, high_water=high_water)
-        return Study(self.surprises(reading.logits, targets), *reading[1:])
+        nats = self.surprises(reading.logits, targets)
+        return Study(nats, reading.new_keys, reading.new_values)
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``surprises`` of the tokens of a captured edit."""
@@ -283,9 +284,9 @@ class Graphs:
             self.begin_step()
             self.rebase(wanted=False)
 
-    def empty_edit(self, width: int) -> Plan:
-        """An edit of a width that changes nothing, to be filled with ``_replace``."""
-        return empty_edit(self.behaviour.config, self.state, self.cursor, width)
+    def empty_edit(self, width: int, learnt: Study | None = None) -> Plan:
+        """``empty_edit`` of this brain."""
+        return empty_edit(self.behaviour.config, self.state, self.cursor, width, learnt)
 
     def _rehearse_tick(self, bucket: int) -> Iterator[str]:
         """A tick in which nothing happens."""

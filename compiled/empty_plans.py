@@ -3,16 +3,26 @@
 import functools
 
 import torch
+from torch import Tensor
 
 from compiled.llama import LlamaConfig
 from compiled.patch import Plan, RowColumns
+from compiled.read import Study
 from compiled.state import NOWHERE, Cursor, State
 
 
-def empty_edit(config: LlamaConfig, state: State, cursor: Cursor, width: int) -> Plan:
-    """An edit of a width that changes nothing, to be filled with ``_replace``."""
+def empty_edit(
+    config: LlamaConfig, state: State, cursor: Cursor, width: int, learnt: Study | None = None
+) -> Plan:
+    """An edit of a width that changes nothing, to be filled with ``_replace``; with the keys and
+    values of a study of that width, if there is one.
+    """
     device = state.valid.device
     new_rows = (config.num_layers, config.num_kv_heads, width, config.head_dim)
+
+    def blank() -> Tensor:
+        return torch.zeros(new_rows, dtype=state.keys.dtype, device=device)
+
     column = functools.partial(torch.zeros, width, device=device)
     rows = RowColumns(
         token_id=column(dtype=torch.int64),
@@ -27,8 +37,8 @@ def empty_edit(config: LlamaConfig, state: State, cursor: Cursor, width: int) ->
         length=torch.zeros((), dtype=torch.int64, device=device),
     )
     return Plan(
-        keys=torch.zeros(new_rows, dtype=state.keys.dtype, device=device),
-        values=torch.zeros(new_rows, dtype=state.values.dtype, device=device),
+        keys=blank() if learnt is None else learnt.new_keys,
+        values=blank() if learnt is None else learnt.new_values,
         rows=rows,
         cull=torch.zeros_like(state.valid),
         brightness=state.brightness.add(0),

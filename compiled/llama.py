@@ -109,7 +109,7 @@ class LayerReading(NamedTuple):
     hidden: Tensor  # [T, hidden] float32
     new_keys: Tensor  # [kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [kv_heads, T, head_dim]
-    mass: Tensor  # float32: attention received by each slot, then by each new token, see ``attend``
+    mass: Tensor | None  # float32: received by each slot, then by each new token, see ``attend``
 
 
 def decoder_layer(
@@ -121,7 +121,7 @@ def decoder_layer(
     sin: Tensor,
     visible: Visibility,
     eps: float,
-    ascending: bool = False,
+    text: bool = False,
     each: bool = False,
 ) -> LayerReading:
     """One pre-norm decoder layer over T new tokens and a read-only cache.
@@ -129,16 +129,16 @@ def decoder_layer(
     The residual stream ``hidden`` [T, hidden] stays in float32 whatever the weights' dtype:
     it costs nothing beside the weights and is what keeps low precision close to float32.
     ``keys``, ``values`` [kv_heads, bucket, head_dim]; ``cos``, ``sin`` [T, head_dim / 2] float32.
-    All dimensions follow from the shapes. ``ascending``, ``each``: see ``attend``.
+    All dimensions follow from the shapes. ``text``, ``each``: see ``attend``.
     """
     num_tokens = hidden.shape[0]
     num_kv_heads, _, head_dim = keys.shape
     num_heads = weights.attention_out.shape[1] // head_dim
     x = rms_norm(hidden, weights.attention_norm, eps)
-    widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    query, key, value = torch.split(linear(x, weights.qkv), widths, dim=-1)
-    query = rotate(query.view(num_tokens, num_heads, head_dim), cos, sin)
-    key = rotate(key.view(num_tokens, num_kv_heads, head_dim), cos, sin)
+    widths = [(num_heads + num_kv_heads) * head_dim, num_kv_heads * head_dim]
+    query_key, value = torch.split(linear(x, weights.qkv), widths, dim=-1)
+    turned = rotate(query_key.view(num_tokens, num_heads + num_kv_heads, head_dim), cos, sin)
+    query, key = torch.split(turned, [num_heads, num_kv_heads], dim=1)
     value = value.view(num_tokens, num_kv_heads, head_dim)
     # Copies of T rows, never views of the packed projection: what leaves a layer must own its
     # memory, or a compiled layer may hand out a buffer that its next call overwrites.
@@ -146,7 +146,7 @@ def decoder_layer(
     new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     attended, mass = attend(
-        query, keys, values, new_keys, new_values, visible, ascending=ascending, each=each
+        query, keys, values, new_keys, new_values, visible, text=text, each=each
     )
     hidden = hidden + linear(attended, weights.attention_out).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)

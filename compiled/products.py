@@ -21,25 +21,39 @@ def streams_rows(x: Tensor, num_tokens: int) -> bool:
     return num_tokens == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
-def _takes_onednn(x: Tensor) -> bool:
-    """Whether a product with these rows goes to oneDNN by name. A compiler chooses for itself, and
+def _names_onednn(x: Tensor) -> bool:
+    """Whether a product with these rows may call oneDNN by name. A compiler chooses for itself, and
     ``vmap`` would run it row by row.
     """
     return (
         not torch.compiler.is_compiling()  # first: a compiler cannot follow what comes after it
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and (x.dtype == torch.float32 or _is_native_bfloat16(x.dtype))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and not torch._C._functorch.is_batchedtensor(x)
     )
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` by a library: [N, in] × [out, in] → [N, out]."""
-    if _takes_onednn(x):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _is_native_bfloat16(dtype: torch.dtype) -> bool:
+    """Whether this is bfloat16 and oneDNN has it on this processor."""
+    if dtype != torch.bfloat16:
+        return False
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
+def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + addend`` by a library: [N, in] × [out, in] + [N, out] → [N, out]."""
+    if _names_onednn(x):
+        onednn = torch.ops.mkldnn._linear_pointwise
+        product: Tensor
+        if addend is not None:
+            product = onednn.binary(x, addend, weight, None, "add")
+        else:
+            product = onednn(x, weight, None, "none", [], "")
         return product
-    return F.linear(x, weight)
+    product = F.linear(x, weight)
+    return product if addend is None else product + addend
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,16 +63,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _product(x, weight)
 
 
-def dot_rows(query: Tensor, rows: Tensor, streaming: bool) -> Tensor:
+def dot_rows(query: Tensor, rows: Tensor, streaming: bool, addend: Tensor | None = None) -> Tensor:
     """Dot product of every query with every row: in float32 where they stream, else in their dtype.
 
-    ``query`` [kv_heads, Q, head_dim] × ``rows`` [kv_heads, N, head_dim] → [kv_heads, Q, N].
+    ``query`` [kv_heads, Q, head_dim] × ``rows`` [kv_heads, N, head_dim], plus ``addend`` [Q, N]
+    → [kv_heads, Q, N].
     """
     if streaming:
-        return (query.float()[:, :, None] * rows.float()[:, None]).sum(-1)
-    if len(query) == 1:
-        return _product(query[0], rows[0])[None]
-    return torch.bmm(query, rows.transpose(1, 2))
+        products = (query.float()[:, :, None] * rows.float()[:, None]).sum(-1)
+    elif len(query) == 1:
+        return _product(query[0], rows[0], addend)[None]
+    else:
+        products = torch.bmm(query, rows.transpose(1, 2))
+    return products if addend is None else products + addend
 
 
 def mix_rows(shares: Tensor, rows: Tensor, streaming: bool) -> Tensor:

@@ -50,13 +50,13 @@ class Reading(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What a study returns: a reading with one number in place of each row of logits."""
+    """What a study returns: one number in place of each row of logits, and no mass: a text that is
+    already written is not thought about, only remembered.
+    """
 
     surprises: Tensor  # [T] float32, nats: of ``targets[i]`` after token i
     new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [layers, kv_heads, T, head_dim]
-    mass: Tensor  # [capacity] float32
-    own_mass: Tensor  # [T] float32
 
 
 class AheadReading(NamedTuple):
@@ -70,25 +70,24 @@ class AheadReading(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """What the layers make of T tokens. The masses are those of each query where they are wanted
-    apart, with a leading axis of T.
+    """What the layers make of T tokens; of a text, no mass, and of each token apart where that is
+    wanted: [T, bucket + T].
     """
 
     final: Tensor  # [T, hidden] model dtype, normalised: what the head takes
     new_keys: Tensor  # [layers, kv_heads, T, head_dim]
     new_values: Tensor  # [layers, kv_heads, T, head_dim]
-    mass: Tensor  # [capacity] float32
-    own_mass: Tensor  # [T] float32
+    mass: Tensor | None  # [bucket + T] float32, summed over layers, heads and live new tokens
 
 
 @torch.compiler.nested_compile_region
-def _layer(eps: float, ascending: bool, each: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _layer(eps: float, text: bool, each: bool, *tensors: Tensor) -> tuple[Tensor | None, ...]:
     # One region, compiled once and stamped out for every layer. The compiler recognises the
     # repetition only where everything that goes in and out is a plain tensor or number.
     hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
     visible = Visibility(cached, new, live)
     layer = LayerWeights(*weights)
-    reading = decoder_layer(hidden, layer, keys, values, cos, sin, visible, eps, ascending, each)
+    reading = decoder_layer(hidden, layer, keys, values, cos, sin, visible, eps, text, each)
     return tuple(reading)
 
 
@@ -101,7 +100,7 @@ def _pass(
     length: Tensor,
     bucket: int,
     *,
-    ascending: bool,
+    text: bool = False,
     each: bool = False,
 ) -> _Pass:
     """From token ids to what the head takes."""
@@ -110,13 +109,14 @@ def _pass(
     hidden = F.embedding(tokens, weights.embedding).float()  # [T, hidden]
 
     keys, values = [], []
-    columns = bucket + tokens.shape[0]
-    shape = (tokens.shape[0], columns) if each else (columns,)
-    mass = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
+    mass = None
+    if not text:
+        shape = (len(tokens),) * each + (bucket + len(tokens),)
+        mass = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     for layer in range(config.num_layers):
         hidden, key, value, layer_mass = _layer(
             config.rms_norm_eps,
-            ascending,
+            text,
             each,
             hidden,
             cos,
@@ -128,20 +128,14 @@ def _pass(
         )
         keys.append(key)
         values.append(value)
-        mass = mass + layer_mass
+        mass = None if mass is None else mass + layer_mass
 
     new_keys = torch.stack(keys)
     keys.clear()  # a long text's rows are held once, not twice
     new_values = torch.stack(values)
     values.clear()
-    attention_rows = config.num_layers * config.num_heads
-    return _Pass(
-        final=rms_norm(hidden, weights.final_norm, config.rms_norm_eps),
-        new_keys=new_keys,
-        new_values=new_values,
-        mass=F.pad(mass[..., :bucket] / attention_rows, (0, state.capacity - bucket)),
-        own_mass=mass[..., bucket:] / attention_rows,
-    )
+    final = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
+    return _Pass(final, new_keys, new_values, mass)
 
 
 def read(
@@ -160,9 +154,17 @@ def read(
     rest is padding, whose outputs mean nothing). ``bucket`` must reach past the highest occupied
     slot and is at most the capacity.
     """
-    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket, ascending=False)
-    logits = linear(final, weights.head).float()  # [T, vocab]
-    return Reading(logits, *rest)
+    inputs = (state, tokens, positions, length)
+    final, new_keys, new_values, mass = _pass(config, weights, *inputs, bucket)
+    assert mass is not None
+    mass = mass / (config.num_layers * config.num_heads)
+    return Reading(
+        logits=linear(final, weights.head).float(),
+        new_keys=new_keys,
+        new_values=new_values,
+        mass=F.pad(mass[:bucket], (0, state.capacity - bucket)),
+        own_mass=mass[bucket:],
+    )
 
 
 def study(
@@ -176,13 +178,14 @@ def study(
     *,
     bucket: int,
 ) -> Study:
-    """Reads T tokens that are followed by ``targets`` [T] int64; otherwise as ``read``.
+    """Reads T tokens that are followed by ``targets`` [T] int64, as ``read`` does but for the mass.
 
     They come in text order: the positions of the first ``length`` ascend. No row of logits ever
     exists as a whole: T may be as large as makes the products fast.
     """
-    final, *rest = _pass(config, weights, state, tokens, positions, length, bucket, ascending=True)
-    return Study(head_surprises(final, weights.head, targets), *rest)
+    inputs = (state, tokens, positions, length)
+    final, new_keys, new_values, _ = _pass(config, weights, *inputs, bucket, text=True)
+    return Study(head_surprises(final, weights.head, targets), new_keys, new_values)
 
 
 def read_ahead(
@@ -200,20 +203,18 @@ def read_ahead(
     tokens before it are said, as long as nothing is forgotten between them.
     """
     tokens = torch.cat([cursor.token, proposed])
-    positions = cursor.position + torch.arange(tokens.shape[0], device=tokens.device)
-    final, *rest = _pass(
-        config,
-        weights,
-        state,
-        tokens,
-        positions,
-        length + 1,
-        bucket,
-        ascending=True,
-        each=True,
+    positions = cursor.position + torch.arange(len(tokens), device=tokens.device)
+    inputs = (state, tokens, positions, length + 1)
+    final, new_keys, new_values, mass = _pass(config, weights, *inputs, bucket, each=True)
+    assert mass is not None
+    mass = mass / (config.num_layers * config.num_heads)
+    return AheadReading(
+        logits=linear(final, weights.head).float(),
+        new_keys=new_keys,
+        new_values=new_values,
+        mass=F.pad(mass[:, :bucket], (0, state.capacity - bucket)),
+        own_mass=mass[:, bucket:] + 0,
     )
-    logits = linear(final, weights.head).float()  # [T, vocab]
-    return AheadReading(logits, *rest)
 
 
 def trimmed(reading: Reading, length: int) -> Reading:

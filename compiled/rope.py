@@ -71,5 +71,7 @@ def rotate_rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     of a shape that broadcasts against it.
     """
     first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned_first = torch.addcmul(first * cos, second, sin, value=-1)
+    turned_second = torch.addcmul(second * cos, first, sin)
+    rotated = torch.cat([turned_first, turned_second], dim=-1)
     return rotated.to(x.dtype)

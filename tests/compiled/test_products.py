@@ -1,10 +1,12 @@
 """The streaming form of every product is the product."""
 
+import math
+
 import pytest
 import torch
 
 import compiled.products
-from compiled.products import _takes_onednn, dot_rows, linear, mix_rows, streams_rows, sum_rows
+from compiled.products import _names_onednn, dot_rows, linear, mix_rows, streams_rows, sum_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,10 +20,12 @@ def test_streaming_is_the_same_product(dtype: torch.dtype, monkeypatch: pytest.M
     rows = torch.randn(2, 30, 8, generator=generator).to(dtype)
     shares = torch.softmax(torch.randn(2, 3, 30, generator=generator), -1)
     live = torch.tensor([1.0, 1.0, 0.0])
+    barrier = torch.where(torch.rand(3, 30, generator=generator) < 0.5, 0.0, -math.inf).to(dtype)
     # Sums of 64 terms in another order: 2^-24 each. Bfloat16 rounds results (and shares) to 2^-8.
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     for plain, streamed in (
         (dot_rows(query, rows, False).float(), dot_rows(query, rows, True)),
+        (dot_rows(query, rows, False, barrier).float(), dot_rows(query, rows, True, barrier)),
         (mix_rows(shares, rows, False), mix_rows(shares, rows, True)),
         (sum_rows(shares, live, False), sum_rows(shares, live, True)),
     ):
@@ -57,11 +61,30 @@ def test_a_product_is_the_product(rows: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_is_added_is_added_by_whichever_library(heads: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(heads, 6, 8, generator=generator).to(dtype)
+    rows = torch.randn(heads, 5, 8, generator=generator).to(dtype)
+    barrier = torch.zeros(6, 5, dtype=dtype)
+    barrier[:, 3:] = -math.inf
+    scores = dot_rows(query, rows, False, barrier)
+    open_columns, closed = scores[..., :3], scores[..., 3:]
+    assert torch.equal(closed, torch.full_like(closed, -math.inf))
+    exact = query.double() @ rows.double().transpose(1, 2)
+    # 8 terms of size 1, rounded to 2^-24 each; in bfloat16 the sum itself, to 2^-9.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(
+        open_columns.double(), exact[..., :3], rtol=tolerance, atol=tolerance
+    )
+
+
 def test_the_library_under_vmap_is_the_one_that_knows_batches() -> None:
     asked = []
 
     def notes(x: torch.Tensor) -> torch.Tensor:
-        asked.append(_takes_onednn(x))
+        asked.append(_names_onednn(x))
         return x
 
     x = torch.zeros(2, 3)
