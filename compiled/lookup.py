@@ -36,7 +36,7 @@ class Lookup:
     longest: int = 3
     shortest: int = 2
     window: int = 32
-    trust: float = 0.6
+    trust: float = 0.7
     ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

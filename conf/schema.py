@@ -118,7 +118,7 @@ class LookupConf:
     longest: int = 3  # tokens that must match, at most
     shortest: int = 2  # … and at least
     window: int = 32  # tokens for which the search is tried
-    trust: float = 0.6  # share of them that it must have got right
+    trust: float = 0.7  # share of them that it must have got right
 
 
 @dataclass
