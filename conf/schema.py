@@ -199,6 +199,13 @@ class EvalTask:
     horizon: int = 32  # repair: tokens read afterwards
 
 
+class WeightFormat(Enum):
+    """``weights``: matrices as the model has them, in ``dtype``, or rounded to eight bits."""
+
+    model = "model"
+    int8 = "int8"
+
+
 @dataclass
 class Conf:
     """Everything that can be set."""
@@ -219,6 +226,7 @@ class Conf:
     capacity: int = 1024
     positions: Positions = Positions.keep
     dtype: DType = DType.float32
+    weights: WeightFormat = WeightFormat.model
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: int | None = None  # CPU threads; null: as PyTorch chooses
     capture: bool = False  # write what every step received and returned

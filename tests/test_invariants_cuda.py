@@ -113,16 +113,16 @@ def test_I9_a_tick_never_waits_for_the_device(b: Brain) -> None:
 
 
 def test_I9_nothing_a_graph_reads_ever_moves(b: Brain) -> None:
-    held = (*b.state, *b.cursor, *b.checkpoint.weights, *b.graphs.sampling)
+    held = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     where = [tensor.data_ptr() for tensor in held]
     live(b)
-    again = (*b.state, *b.cursor, *b.checkpoint.weights, *b.graphs.sampling)
+    again = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     assert [tensor.data_ptr() for tensor in again] == where
 
 
 def test_I1_a_read_leaves_every_byte_and_address(b: Brain) -> None:
     live(b)
-    held = (*b.state, *b.cursor, *b.checkpoint.weights)
+    held = (*b.state, *b.cursor, *b.checkpoint.weights.tensors())
     before, where = digest(*held), [tensor.data_ptr() for tensor in held]
     for count in (1, 2, 4, 16, 40):
         b.read(IDS[:count])

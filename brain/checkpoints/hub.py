@@ -36,6 +36,7 @@ def open_hub(
     cache_dir: Path | None = None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    int8: bool = False,
 ) -> Checkpoint:
     """Loads ``owner/name`` at a revision (default: main), downloading what is not cached.
 
@@ -69,4 +70,4 @@ def open_hub(
         raise Refused(
             f"{at}: could not be downloaded ({one_line(error)}); try again, {elsewhere}"
         ) from None
-    return open_folder(Path(folder), dtype=dtype, device=device, name=repo)
+    return open_folder(Path(folder), dtype=dtype, device=device, int8=int8, name=repo)
