@@ -1,5 +1,7 @@
 """Weights in eight bits."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def in_eight_bits(weights: Weights) -> Weights:
     """Every matrix rounded; the head stays the embedding where it was."""
     matrices = ("embedding", "qkv", "attention_out", "gate_up", "down", "head")
-    rounded = {name: quantize(dequantize(getattr(weights, name))) for name in matrices}
+    rounded: dict[str, Any] = {
+        name: quantize(dequantize(getattr(weights, name))) for name in matrices
+    }
     if weights.head is weights.embedding:
         rounded["head"] = rounded["embedding"]
     return weights._replace(**rounded)
@@ -30,7 +34,7 @@ def told_again(weights: Weights) -> Weights:
         name: dequantize(value) if isinstance(value, Int8) else value
         for name, value in zip(Weights._fields, weights, strict=True)
     }
-    return Weights(**fields)  # type: ignore[arg-type]
+    return Weights(**fields)
 
 
 @given(
