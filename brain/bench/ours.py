@@ -46,7 +46,9 @@ class Ours:
 
 
 def _bytes(weights: object) -> int:
-    """Of a tensor, or of everything within a tuple of them."""
+    """Of a tensor, or of everything in a tuple or dataclass of them. Raises TypeError."""
     if isinstance(weights, Tensor):
         return weights.nbytes
-    return sum(map(_bytes, weights)) if isinstance(weights, tuple) else 0
+    if isinstance(weights, tuple):
+        return sum(map(_bytes, weights))
+    return sum(map(_bytes, vars(weights).values()))

@@ -308,6 +308,8 @@ def test_real_processes_time_real_engines(tmp_path: Path, run_bench: Bench) -> N
     assert "failed" not in out
     sizes = {row["engine"]: row["bytes_per_token"] for row in report["engines"]}
     assert abs(sizes["eager"] - sizes["transformers-dynamic"]) <= 48  # RoPE's frequencies
+    (limit,) = report["limits"]
+    assert limit["gb_per_second"] > 0
     for row in report["engines"]:
         assert row["tokens_per_second"] > 0
         assert row["model_mb"] >= 0
