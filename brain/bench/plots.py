@@ -85,7 +85,7 @@ def plot_scaling(rows: Sequence[Row], held: int, title: str, path: Path) -> None
                 (last["capacity"], last["milliseconds"]),
                 xytext=(0, 7),
                 textcoords="offset points",
-                ha="center",
+                ha="right",
             )
     panels[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.suptitle(title, fontsize=10)

@@ -143,7 +143,7 @@ class _Bench:
         if any(row["engine"] == LLAMA_CPP for row in rows):
             print("llama-cpp keeps its cache in float16 at every precision; its int8 is Q8_0")
         plots.plot_decode(rows, limits, title, self.run_dir / "decode.png")
-        self._write(engines=rows, limits=limits, runs={c.label: r for c, r in runs.items()})
+        self._write(engines=rows, limits=limits)
 
     def scaling(self) -> None:
         """Time per token against the count of rows, and against capacity."""
@@ -172,8 +172,7 @@ class _Bench:
         for line in flatness(rows, task.rows):
             print(line)
         plots.plot_scaling(rows, task.rows, title, self.run_dir / "scaling.png")
-        named = {" ".join(map(str, key)): results for key, results in runs.items()}
-        self._write(scaling=rows, scaling_runs=named)
+        self._write(scaling=rows)
 
     def _present(self, entries: Sequence[Contestant]) -> list[Contestant]:
         """Those that can be timed here; the others are named as missing."""
@@ -226,7 +225,10 @@ class _Bench:
         return dataclasses.replace(job, counts=[task.context], prefill=task.prefill)
 
     def _alternate(self, measure: str, jobs: dict[Any, Job]) -> dict[Any, list[dict[str, Any]]]:
-        """Every job in turn, as often as is asked for. One that fails is missing from then on."""
+        """Every job in turn, as often as is asked for. One that fails is missing from then on.
+
+        Writes the timings after every round: a long run that is cut short keeps what it has.
+        """
         runs: dict[Any, list[dict[str, Any]]] = {key: [] for key in jobs}
         failed = set()
         with tqdm(total=self.task.repeats * len(jobs), unit="run", desc=measure) as bar:
@@ -242,6 +244,11 @@ class _Bench:
                             bar.clear()
                             self._miss(entry.label, f"failed: {failure}")
                     bar.update()
+                named = {
+                    key.label if isinstance(key, Contestant) else " ".join(map(str, key)): results
+                    for key, results in runs.items()
+                }
+                self._write(**{f"{measure}_runs": named})
         return runs
 
     def _write(self, **results: Any) -> None:

@@ -313,4 +313,4 @@ def test_real_processes_time_real_engines(tmp_path: Path, run_bench: Bench) -> N
     for row in report["engines"]:
         assert row["tokens_per_second"] > 0
         assert row["model_mb"] >= 0
-        assert len(report["runs"][f"{row['engine']} float32"][0]["token_seconds"]["16"]) == 3
+        assert len(report["decode_runs"][f"{row['engine']} float32"][0]["token_seconds"]["16"]) == 3
