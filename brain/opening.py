@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
+from brain.checkpoints.hub import hub_folder
+from brain.checkpoints.wheel import converted_wheel
 from brain.errors import Refused, one_line
 from brain.overrides import override
 from brain.settings import settings_of
@@ -97,3 +99,16 @@ def open_checkpoint(
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
     return open_folder(Path(model.path).expanduser(), **how)
+
+
+def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
+    """The Hugging Face folder of a model, fetched and converted where need be. Raises Refused."""
+    if model.source is Source.wheel:
+        wheel = None if model.wheel is None else Path(model.wheel).expanduser()
+        cache = None if cache_dir is None else Path(cache_dir).expanduser()
+        return converted_wheel(cache_dir=cache, wheel=wheel)
+    if model.source is Source.hub and model.repo is not None:
+        return hub_folder(model.repo, revision=model.revision)
+    if model.source is Source.folder and model.path is not None:
+        return Path(model.path).expanduser()
+    raise Refused(f"model={model.name} has no source: give model.repo or model.path")

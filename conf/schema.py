@@ -155,14 +155,34 @@ class GraphsTask:
 
 @dataclass
 class BenchTask:
-    """``task=bench``: time decode and prefill beside transformers, one process at a time."""
+    """``task=bench``: time decode and prefill beside peers, one process at a time."""
 
     name: str = "bench"
-    context: int = 512  # tokens remembered while decoding
-    prefill: int = 862  # tokens to prime with
+    measures: list[str] = field(default_factory=lambda: ["decode"])  # scaling
+    engines: list[str] = field(
+        default_factory=lambda: [
+            "compiled",
+            "eager",
+            "llama-cpp",
+            "transformers-dynamic",
+            "transformers-static-compiled",
+        ]
+    )
+    precisions: list[str] = field(
+        default_factory=list
+    )  # empty: float32, bfloat16 and int8, or the dtype that is given
+    context: int = 512  # decode: tokens remembered
+    prefill: int = 862  # decode: tokens to prime with
     tokens: int = 32  # decoded per repetition
     repeats: int = 3  # alternating repetitions
-    engines: list[str] = field(default_factory=lambda: ["compiled", "transformers-static-compiled"])
+    scaling_engines: list[str] = field(default_factory=lambda: ["compiled", "llama-cpp"])
+    capacities: list[int] = field(
+        default_factory=lambda: [512, 1024, 2048, 4096, 8192]
+    )  # scaling: with ``rows`` rows remembered
+    counts: list[int] = field(
+        default_factory=lambda: [64, 256, 512, 1024, 2048, 4096, 8000]
+    )  # scaling: rows remembered, at the largest capacity
+    rows: int = 256  # scaling: remembered at every capacity
 
 
 @dataclass

@@ -52,6 +52,13 @@ def load_weights(
     return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
 
 
+def checked_owners(config: LlamaConfig, files: Sequence[TensorFile]) -> dict[str, TensorFile]:
+    """The file that holds each of the model's tensors. Raises Refused as :func:`load_weights`."""
+    owners = _owners(files)
+    _validate(config, packed_parts(config), owners)
+    return owners
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor as it lies in a file."""
