@@ -1,7 +1,8 @@
 """PyTorch's profiler: a watch over some ticks, and its trace as ranges with kernels.
 
 On a GPU a kernel is a kernel. On a CPU it is a compiled loop nest or an operator that computes
-something: views and allocations are not counted, nor what an operator calls inside.
+something: views, allocations and looks at one number are not counted, nor what an operator calls
+inside.
 """
 
 import json
@@ -94,7 +95,7 @@ def _computes(name: str) -> bool:
     """Whether an operator does more than allocate, or look at the same numbers in another way."""
     if "cpp_fused" in name:
         return True
-    if "::" not in name or name.startswith("aten::empty"):
+    if "::" not in name or name.startswith(("aten::empty", "aten::item", "aten::_local_scalar")):
         return False
     returned = [
         alias.alias_info
