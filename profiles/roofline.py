@@ -13,6 +13,7 @@ tick (``roofline_model.py``) through the memory of a device. Where this machine 
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from roofline_model import (
     COLUMN_BYTES,
+    DECIDE_MS,
     FORMATS,
     H100,
     H200,
@@ -28,8 +30,10 @@ from roofline_model import (
     LLAMA3_70B,
     LOGIT_PASSES,
     MODELS,
+    PATCH_MS,
     SCORE_PASSES,
     SMOLLM2,
+    per_slot,
     row_bytes,
     score_bytes,
     tick,
@@ -74,6 +78,16 @@ def measurements(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return told
+
+
+def attained_bandwidth() -> float:
+    """Bytes per second that the fastest committed read is known to have moved."""
+    moved = [
+        tick(SMOLLM2, FORMATS[told["format"]], told["capacity"]).read / told["read"]
+        for told in measurements(HERE / "results")
+        if told["read"] is not None
+    ]
+    return max(moved, default=0.0)
 
 
 def lines_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -218,17 +232,6 @@ def of_large_caches() -> str:
     )
 
 
-PATCH_MS = {1024: 0.059, 8192: 0.100, 65536: 0.439}
-DECIDE_MS = {1024: 0.16, 8192: 0.47, 65536: 3.09}
-"""Measured on this machine (README.md): the patch alone, and steps 2 to 4 with ``cull=novelty``."""
-
-
-def per_slot(milliseconds: dict[int, float]) -> float:
-    """Nanoseconds for each further slot, between the smallest and the largest capacity."""
-    (low, first), (high, last) = min(milliseconds.items()), max(milliseconds.items())
-    return (last - first) / (high - low) * 1e6
-
-
 def of_slots(bandwidth: float) -> str:
     """What one slot costs on this machine: to read it, to patch it, to decide about it."""
     rows = []
@@ -277,7 +280,7 @@ def draw(path: Path) -> None:
     panel.set_xlabel("cache, GB, all of it read in every tick")
     panel.set_ylabel("ticks per second (prediction)")
     panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
@@ -377,6 +380,12 @@ def main() -> None:
     known.add_argument("--measure", action="store_true", help="measure it now")
     arguments = parser.parse_args()
     bandwidth = measured_bandwidth() if arguments.measure else arguments.bandwidth * 1e9
+    if attained_bandwidth() > 1.1 * bandwidth:
+        print(
+            f"warning: the committed reads moved {attained_bandwidth() / 1e9:.1f} GB/s: was this "
+            "machine busy?",
+            file=sys.stderr,
+        )
     (HERE / "roofline.md").write_text(page(bandwidth), "utf-8")
     draw(HERE / "roofline.png")
     print(f"{bandwidth / 1e9:.1f} GB/s; profiles/roofline.md and roofline.png are written")

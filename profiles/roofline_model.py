@@ -138,3 +138,14 @@ class Device:
 
 H100 = Device("H100", 3.0e12, 80e9)
 H200 = Device("H200", 4.3e12, 141e9)
+
+
+PATCH_MS = {1024: 0.059, 8192: 0.100, 65536: 0.439}
+DECIDE_MS = {1024: 0.16, 8192: 0.47, 65536: 3.09}
+"""Measured on this machine (README.md): the patch alone, and steps 2 to 4 with ``cull=novelty``."""
+
+
+def per_slot(milliseconds: dict[int, float]) -> float:
+    """Nanoseconds for each further slot, between the smallest and the largest capacity."""
+    (low, first), (high, last) = min(milliseconds.items()), max(milliseconds.items())
+    return (last - first) / (high - low) * 1e6
