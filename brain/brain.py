@@ -2,7 +2,7 @@
 
     0/4 patch → 1 read and sample → 2 score brightness → 3 decide what to forget → repeat
 
-Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_advance``: read, choose,
+Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_one_tick``: read, choose,
 patch, three calls with no number crossing between host and device.
 """
 
@@ -288,9 +288,9 @@ class Brain:
     # Inside
 
     def _advance(self, forced: Forced) -> Tick:
-        return self.graphs.named(WHOLE_TICK, self._pass, forced)
+        return self.graphs.named(WHOLE_TICK, self._one_tick, forced)
 
-    def _pass(self, forced: Forced) -> Tick:
+    def _one_tick(self, forced: Forced) -> Tick:
         self._require_primed()
         self._require_room(1)
         rebased = self._stay_in_range(1)
