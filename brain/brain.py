@@ -2,17 +2,14 @@
 
     0/4 patch → 1 read and sample → 2 score brightness → 3 decide what to forget → repeat
 
-Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_advance``: read, choose,
+Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_one_tick``: read, choose,
 patch, three calls with no number crossing between host and device.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import nvtx
 import torch
 from torch import Tensor
 
@@ -22,6 +19,7 @@ from brain.commit import Row, Told
 from brain.errors import Refused, warn
 from brain.memory import Memory
 from brain.mirror import Mirror, mirror_of, source_number
+from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK, nvtx_ranges
 from brain.repair import Repair, best_repair, dimmest_pair
 from brain.settings import Settings
 from brain.steps import Observer, Step
@@ -36,8 +34,6 @@ from conf.schema import Conf
 
 MOST_POSITIONS = 1 << 40
 """Positions below this are exact in every computation made with them."""
-
-_UNNAMED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class Brain:
@@ -54,6 +50,7 @@ class Brain:
         self.tokenizer = checkpoint.tokenizer
         settings.check_against(checkpoint.config)
         self.memory = Memory(checkpoint, settings)
+        self.graphs.naming = nvtx_ranges() if settings.nvtx else None
         self.device = self.memory.device
         self.observer: Observer | None = None
         self.on_repair: Callable[[Repair], None] | None = None  # told of every repair made
@@ -260,7 +257,11 @@ class Brain:
 
         Changes nothing that is remembered. Does nothing in eager mode.
         """
-        return self.graphs.warm_up()
+        if self.graphs.naming is None:
+            yield from self.graphs.warm_up()
+            return
+        with self.graphs.naming(WARM_UP):
+            yield from self.graphs.warm_up()
 
     def save(self, folder: str | Path) -> None:
         """Writes the whole brain to a folder; ``brain.load`` goes on with the same token."""
@@ -287,6 +288,9 @@ class Brain:
     # Inside
 
     def _advance(self, forced: Forced) -> Tick:
+        return self.graphs.named(WHOLE_TICK, self._one_tick, forced)
+
+    def _one_tick(self, forced: Forced) -> Tick:
         self._require_primed()
         self._require_room(1)
         rebased = self._stay_in_range(1)
@@ -294,17 +298,15 @@ class Brain:
         culled = cull_count(self.memory.count, self._forgetting)
         count = self.memory.count - culled + int(self.memory.uncommitted)
         self.graphs.begin_step()
-        with self._named("1 read"):
-            reading = self.memory.read_cursor()
-        with self._named("2 score, 3 decide"):
-            choice = self.graphs.choose(reading, forced)
+        named = self.graphs.named
+        reading = named(READ, self.memory.read_cursor)
+        choice = named(CHOOSE, self.graphs.choose, reading, forced)
         plan = choice.plan(reading)
         number, position = self.memory.tick + 1, self.memory.position + 1
         tick = Tick(number, position, count, choice, self._speech, repaired, rebased=rebased)
         if self.observer is not None:
             self.observer(Step(tick, self.memory.cursor, reading, choice, plan))
-        with self._named("4 patch"):
-            self.graphs.patch(plan)
+        named(PATCH, self.graphs.patch, plan)
         self.memory.tick += 1
         self.memory.settle(count, self.memory.position + 1, uncommitted=True)
         self._speech.follow(tick)
@@ -411,12 +413,6 @@ class Brain:
         decoder = StreamDecoder(self.tokenizer, at_start=False)
         decoder.go_on(unfinished)
         return Speech(decoder)
-
-    def _named(self, step: str) -> contextlib.AbstractContextManager[Any]:
-        if not self.settings.nvtx:
-            return _UNNAMED
-        named: contextlib.AbstractContextManager[Any] = nvtx.annotate(step)
-        return named
 
     def _tensor(self, values: int | Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

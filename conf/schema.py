@@ -186,6 +186,14 @@ class BenchTask:
 
 
 @dataclass
+class ProfileTask:
+    """``task=profile``: where the time of a tick goes, step by step."""
+
+    name: str = "profile"
+    ticks: int = 20  # to watch
+
+
+@dataclass
 class EvalTask:
     """``task=eval``: how well each policy remembers, on any text."""
 
@@ -268,5 +276,6 @@ def register() -> None:
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)
-    for task in (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask, CommandTask):
+    tasks = (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask, CommandTask)
+    for task in (*tasks, ProfileTask):
         store.store(group="task", name=f"{task.name}_schema", node=task)
