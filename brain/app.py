@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from brain.errors import BrainWarning, Refused, one_line
 from brain.opening import configuration_error, typed
 from brain.overrides import literal_arguments
+from brain.stopping import sigterm_is_ctrl_c
 from conf.schema import register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -36,7 +37,8 @@ def main() -> None:
     _write_utf8()
     try:
         sys.argv[1:] = literal_arguments(sys.argv[1:])
-        _application()
+        with sigterm_is_ctrl_c():
+            _application()
     except Refused as refusal:
         _leave(f"refused: {refusal}", REFUSED)
     except OSError as error:  # of Hydra, which makes the run folder

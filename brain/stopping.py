@@ -38,6 +38,19 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    """A polite end is a KeyboardInterrupt within this, as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Uninterrupted:
     """``with Uninterrupted(): …`` is one step for signals: what comes within it is heard after it.
 

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -254,6 +255,21 @@ def test_a_read_only_disk_is_refused_or_does_not_matter(call: Call, tmp_path: Pa
             ensure_built(tmp_path / "disk" / "other", lambda folder: None)
         told = refusal(call("ticks=3", f"hydra.run.dir={tmp_path / 'disk' / 'run'}"))
         assert "Read-only file system" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("while_", ["brain.tasks.run.open_brain", "brain.brain.Brain.prime"])
+def test_whoever_asks_it_to_stop_before_it_speaks_is_heard(
+    while_: str, number: signal.Signals, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["prompt=abc", "ticks=3", f"hydra.run.dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(while_, lambda *_: signal.raise_signal(number))
+        status, said, told = call(*arguments)
+    assert (status, said, told.splitlines()[-1]) == (130, "", "interrupted")
+    assert "Traceback" not in told
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert call(*arguments)[0] == 0
 
 
 # Names, locales, clocks ---------------------------------------------------------------------------
