@@ -32,7 +32,7 @@ from brain.stopping import Uninterrupted
 from compiled.capture import Behaviour, Graphs
 from compiled.patch import Plan
 from compiled.philox import key_of
-from compiled.read import Reading
+from compiled.read import Reading, Study
 from compiled.sample import Sampling, surprises
 from compiled.score import echo, running_novelty
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
@@ -233,7 +233,7 @@ class Memory:
         span = rows[start : start + self.graphs.chunk]
         newest = int(mirror.position[-1]) if len(mirror) else NOWHERE
         width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)))
-        plan = self.graphs.empty_edit(width)
+        learnt: Study | None = None
         nats: list[float] = []
         self.graphs.begin_step()
         if span:
@@ -244,8 +244,10 @@ class Memory:
                 # Afresh, no old row is seen: each stands at the position of a new one, or after.
                 high_water=account.high_water,
             )
-            plan = plan._replace(keys=learnt.new_keys, values=learnt.new_values)
             nats = learnt.surprises.tolist()
+        plan = self.graphs.empty_edit(width)  # after the read, which needs the most memory
+        if learnt is not None:
+            plan = plan._replace(keys=learnt.new_keys, values=learnt.new_values)
         told: list[Told] = []
         for index, known in enumerate(foretold[start : start + len(span)]):
             if known is None:
