@@ -8,25 +8,28 @@ patch, three calls with no number crossing between host and device.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from brain.actions import Action, Append, Edit, Limits, resolve, token_ids
+from brain.actions import Action, Append, Limits, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
 from brain.errors import Refused, warn
-from brain.memory import Memory
+from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
 from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK, nvtx_ranges
 from brain.repair import Repair, best_repair, dimmest_pair
 from brain.settings import Settings
 from brain.steps import Observer, Step
+from brain.stopping import Uninterrupted
 from brain.tick import Speech, Tick
 from brain.tokens import StreamDecoder
 from compiled.capture import Graphs
 from compiled.choose import UNFORCED, Forced
+from compiled.patch import Plan
 from compiled.read import Reading, trimmed
 from compiled.score import MOST_CULLED, Forgetting, cull_count, may_go
 from compiled.state import NOWHERE, Cursor, State
@@ -34,6 +37,17 @@ from conf.schema import Conf
 
 MOST_POSITIONS = 1 << 40
 """Positions below this are exact in every computation made with them."""
+
+
+@dataclass
+class _Made:
+    """A repair that a tick began with. If the tick is interrupted, the next attempt at it finds the
+    memory of ``account`` as it was left, and makes no second one.
+    """
+
+    repair: Repair
+    account: Account
+    told: bool = False
 
 
 class Brain:
@@ -56,6 +70,7 @@ class Brain:
         self.on_repair: Callable[[Repair], None] | None = None  # told of every repair made
         self._unforced = self._forced(UNFORCED, "model")
         self._warned_of_range = False
+        self._made: _Made | None = None
         self._speech = self._new_speech()
 
     # Looking
@@ -157,9 +172,14 @@ class Brain:
             )
         number = source_number(source)
         rows = [Row(token, position, number) for position, token in enumerate(ids)]
-        self.memory.forget_everything()
-        self.memory.commit(rows, Edit(), self.mirror, None)
-        self._speech = self._new_speech()
+        before, speech = self.memory.account, self._speech
+        try:
+            self._speech = self._new_speech()
+            self.memory.begin(rows, self.mirror.emptied())
+        except BaseException:
+            if self.memory.account is before:
+                self._speech = speech
+            raise
 
     # The loop
 
@@ -282,8 +302,10 @@ class Brain:
         self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int, unfinished: bytes
     ) -> None:
         """Takes over what was saved, as ``saves.py`` has checked it."""
-        self.memory.restore(rows, cursor, high_water)
-        self.speak_on(unfinished)
+        try:
+            self.memory.restore(rows, cursor, high_water)
+        finally:  # where that fails, nothing is remembered
+            self.speak_on(unfinished)
 
     # Inside
 
@@ -293,6 +315,7 @@ class Brain:
     def _one_tick(self, forced: Forced) -> Tick:
         self._require_primed()
         self._require_room(1)
+        self._speech.make_room()
         rebased = self._stay_in_range(1)
         repaired = self._repair()
         culled = cull_count(self.memory.count, self._forgetting)
@@ -306,11 +329,15 @@ class Brain:
         tick = Tick(number, position, count, choice, self._speech, repaired, rebased=rebased)
         if self.observer is not None:
             self.observer(Step(tick, self.memory.cursor, reading, choice, plan))
-        named(PATCH, self.graphs.patch, plan)
-        self.memory.tick += 1
-        self.memory.settle(count, self.memory.position + 1, uncommitted=True)
-        self._speech.follow(tick)
+        following = self.memory.account.after(count, position, uncommitted=True)
+        named(PATCH, self._keep, plan, replace(following, tick=number), tick)
         return tick
+
+    def _keep(self, plan: Plan, account: Account, tick: Tick) -> None:
+        """Step 4, the account of it, and what is spoken: all three or none."""
+        with Uninterrupted():
+            self.memory.apply(plan, account)
+            self._speech.follow(tick)
 
     @property
     def _forgetting(self) -> Forgetting:
@@ -321,15 +348,20 @@ class Brain:
         every = self.settings.repair.every
         if every == 0 or (self.memory.tick + 1) % every:
             return ()
-        if cull_count(self.memory.count, self._forgetting) == 0:
-            return ()
-        repair = self.best_repair()
-        if repair is None:
-            return ()
-        self.patch([repair.action])
-        if self.on_repair is not None:
-            self.on_repair(repair)
-        return (repair,)
+        made = self._made
+        if made is None or made.account is not self.memory.account:
+            if cull_count(self.memory.count, self._forgetting) == 0:
+                return ()
+            repair = self.best_repair()
+            if repair is None:
+                return ()
+            with Uninterrupted():
+                self.patch([repair.action])
+                made = self._made = _Made(repair, self.memory.account)
+        if self.on_repair is not None and not made.told:
+            self.on_repair(made.repair)
+            made.told = True
+        return (made.repair,)
 
     def best_repair(self) -> Repair | None:
         """The repair of the dimmest pair of rows that may go, if it gains enough. Changes nothing:

