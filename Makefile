@@ -1,7 +1,7 @@
 # make run    installs what is needed and lets the brain speak (ARGS="prompt=... ticks=100")
 # make test   runs the whole test suite (ARGS="tests/compiled -k patch")
 # make lint   ruff and mypy
-# make bench  times this machine beside transformers
+# make bench  times this machine beside transformers, and llama.cpp where it is installed
 
 PYTHON ?= python3
 VENV := .venv

@@ -4,7 +4,9 @@ Standard output carries the text alone; everything else goes to standard error a
 folder. Exit codes: 0 done, 2 refused input, 130 interrupted.
 """
 
+import codecs
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -20,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from brain.errors import BrainWarning, Refused, one_line
 from brain.opening import configuration_error, typed
 from brain.overrides import literal_arguments
+from brain.stopping import sigterm_is_ctrl_c
 from conf.schema import register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -31,9 +34,15 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.showwarning = _show_warning
     register()
-    sys.argv[1:] = literal_arguments(sys.argv[1:])
+    _write_utf8()
     try:
-        _application()
+        sys.argv[1:] = literal_arguments(sys.argv[1:])
+        with sigterm_is_ctrl_c():
+            _application()
+    except Refused as refusal:
+        _leave(f"refused: {refusal}", REFUSED)
+    except OSError as error:  # of Hydra, which makes the run folder
+        _leave(f"refused: {_told(error)}", REFUSED)
     except (HydraException, OmegaConfBaseException) as error:
         _leave(f"refused: {configuration_error(error)}", REFUSED)
     except KeyboardInterrupt:
@@ -56,8 +65,19 @@ def _application(composed: DictConfig) -> None:
         # Whoever read the text has heard enough. Nothing more can be printed there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _leave(f"refused: {where}{error.strerror or one_line(error)}", REFUSED)
+        _leave(f"refused: {_told(error)}", REFUSED)
+
+
+def _write_utf8() -> None:
+    """Text is UTF-8 wherever it goes, whatever a locale can spell."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _told(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or one_line(error)}"
 
 
 def _leave(message: str, status: int) -> None:

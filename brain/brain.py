@@ -2,34 +2,35 @@
 
     0/4 patch → 1 read and sample → 2 score brightness → 3 decide what to forget → repeat
 
-Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_advance``: read, choose,
+Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_one_tick``: read, choose,
 patch, three calls with no number crossing between host and device.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import nvtx
 import torch
 from torch import Tensor
 
-from brain.actions import Action, Append, Edit, Limits, resolve, token_ids
+from brain.actions import Action, Append, Limits, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
 from brain.errors import Refused, warn
 from brain.lookahead import Lookahead
-from brain.memory import Memory
+from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
+from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK, nvtx_ranges
 from brain.repair import Repair, best_repair, dimmest_pair
 from brain.settings import Settings
 from brain.steps import Observer, Step
+from brain.stopping import Uninterrupted
 from brain.tick import Speech, Tick
 from brain.tokens import StreamDecoder
 from compiled.capture import Graphs
 from compiled.choose import UNFORCED, Forced
 from compiled.lookup import Proposal
+from compiled.patch import Plan
 from compiled.read import Reading, trimmed
 from compiled.score import MOST_CULLED, Forgetting, cull_count, may_go
 from compiled.state import NOWHERE, Cursor, State
@@ -38,7 +39,16 @@ from conf.schema import Conf
 MOST_POSITIONS = 1 << 40
 """Positions below this are exact in every computation made with them."""
 
-_UNNAMED: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+@dataclass
+class _Made:
+    """A repair that a tick began with. If the tick is interrupted, the next attempt at it finds the
+    memory of ``account`` as it was left, and makes no second one.
+    """
+
+    repair: Repair
+    account: Account
+    told: bool = False
 
 
 class Brain:
@@ -55,6 +65,7 @@ class Brain:
         self.tokenizer = checkpoint.tokenizer
         settings.check_against(checkpoint.config)
         self.memory = Memory(checkpoint, settings)
+        self.graphs.naming = nvtx_ranges() if settings.nvtx else None
         self.device = self.memory.device
         trained = checkpoint.config.max_position_embeddings
         self.lookahead = Lookahead(self.memory, settings, trained)
@@ -63,6 +74,7 @@ class Brain:
         self._unforced = self._forced([UNFORCED], "model")
         self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
         self._warned_of_range = False
+        self._made: _Made | None = None
         self._speech = self._new_speech()
 
     # Looking
@@ -164,9 +176,14 @@ class Brain:
             )
         number = source_number(source)
         rows = [Row(token, position, number) for position, token in enumerate(ids)]
-        self.memory.forget_everything()
-        self.memory.commit(rows, Edit(), self.mirror, None)
-        self._speech = self._new_speech()
+        before, speech = self.memory.account, self._speech
+        try:
+            self._speech = self._new_speech()
+            self.memory.begin(rows, self.mirror.emptied())
+        except BaseException:
+            if self.memory.account is before:
+                self._speech = speech
+            raise
 
     # The loop
 
@@ -297,7 +314,11 @@ class Brain:
 
         Changes nothing that is remembered. Does nothing in eager mode.
         """
-        return self.graphs.warm_up()
+        if self.graphs.naming is None:
+            yield from self.graphs.warm_up()
+            return
+        with self.graphs.naming(WARM_UP):
+            yield from self.graphs.warm_up()
 
     def save(self, folder: str | Path) -> None:
         """Writes the whole brain to a folder; ``brain.load`` goes on with the same token."""
@@ -318,38 +339,56 @@ class Brain:
         self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int, unfinished: bytes
     ) -> None:
         """Takes over what was saved, as ``saves.py`` has checked it."""
-        self.memory.restore(rows, cursor, high_water)
-        self.speak_on(unfinished)
+        try:
+            self.memory.restore(rows, cursor, high_water)
+        finally:  # where that fails, nothing is remembered
+            self.speak_on(unfinished)
 
     # Inside
 
     def _advance(self, forced: Forced) -> Tick:
+        return self.graphs.named(WHOLE_TICK, self._one_tick, forced)
+
+    def _one_tick(self, forced: Forced) -> Tick:
         self._require_primed()
         self._require_room(1)
+        self._speech.make_room()
         rebased = self._stay_in_range(1)
         repaired = self._repair()
         culled = cull_count(self.memory.count, self._forgetting)
         count = self.memory.count - culled + int(self.memory.uncommitted)
         self.graphs.begin_step()
-        with self._named("1 read"):
-            reading = self.memory.read_cursor()
-        with self._named("2 score, 3 decide"):
-            choice = self.graphs.choose(reading, forced)
+        named = self.graphs.named
+        reading = named(READ, self.memory.read_cursor)
+        choice = named(CHOOSE, self.graphs.choose, reading, forced)
         plan = choice.plan(reading)
         number, position = self.memory.tick + 1, self.memory.position + 1
         tick = Tick(number, position, count, choice, self._speech, repaired, rebased=rebased)
         if self.observer is not None:
             self.observer(Step(tick, self.memory.cursor, reading, choice, plan))
-        with self._named("4 patch"):
-            self.graphs.patch(plan)
-        self.memory.tick += 1
-        self.memory.settle(count, self.memory.position + 1, uncommitted=True)
-        self._speech.follow(tick)
+        following = self.memory.account.after(count, position, uncommitted=True)
+        named(PATCH, self._keep, plan, replace(following, tick=number), [tick])
         return tick
 
     def _advance_ahead(self, proposal: Proposal, forced: Forced) -> tuple[Tick, ...]:
+        return self.graphs.named(WHOLE_TICK, self._ticks_ahead, proposal, forced)
+
+    def _ticks_ahead(self, proposal: Proposal, forced: Forced) -> tuple[Tick, ...]:
+        self._speech.make_room()
         self._stay_in_range(1)
-        return self.lookahead.advance(proposal, forced, self._speech, self._named)
+        self.graphs.begin_step()
+        plan, ticks = self.lookahead.ticks(proposal, forced, self._speech)
+        last = ticks[-1]
+        following = self.memory.account.after(last.count, last.position, uncommitted=True)
+        self.graphs.named(PATCH, self._keep, plan, replace(following, tick=last.number), ticks)
+        return ticks
+
+    def _keep(self, plan: Plan, account: Account, ticks: Sequence[Tick]) -> None:
+        """Step 4, the account of it, and what is spoken: all three or none."""
+        with Uninterrupted():
+            self.memory.apply(plan, account)
+            for tick in ticks:
+                self._speech.follow(tick)
 
     @property
     def _forgetting(self) -> Forgetting:
@@ -360,15 +399,20 @@ class Brain:
         every = self.settings.repair.every
         if every == 0 or (self.memory.tick + 1) % every:
             return ()
-        if cull_count(self.memory.count, self._forgetting) == 0:
-            return ()
-        repair = self.best_repair()
-        if repair is None:
-            return ()
-        self.patch([repair.action])
-        if self.on_repair is not None:
-            self.on_repair(repair)
-        return (repair,)
+        made = self._made
+        if made is None or made.account is not self.memory.account:
+            if cull_count(self.memory.count, self._forgetting) == 0:
+                return ()
+            repair = self.best_repair()
+            if repair is None:
+                return ()
+            with Uninterrupted():
+                self.patch([repair.action])
+                made = self._made = _Made(repair, self.memory.account)
+        if self.on_repair is not None and not made.told:
+            self.on_repair(made.repair)
+            made.told = True
+        return (made.repair,)
 
     def best_repair(self) -> Repair | None:
         """The repair of the dimmest pair of rows that may go, if it gains enough. Changes nothing:
@@ -452,12 +496,6 @@ class Brain:
         decoder = StreamDecoder(self.tokenizer, at_start=False)
         decoder.go_on(unfinished)
         return Speech(decoder)
-
-    def _named(self, step: str) -> contextlib.AbstractContextManager[Any]:
-        if not self.settings.nvtx:
-            return _UNNAMED
-        named: contextlib.AbstractContextManager[Any] = nvtx.annotate(step)
-        return named
 
     def _tensor(self, values: int | Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

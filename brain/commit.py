@@ -173,6 +173,20 @@ def with_edit(plan: Plan, state: State, edit: Edit, mirror: Mirror, constants: B
     return plan
 
 
+def lean(plan: Plan, length: int, *, culls: bool, erases: bool) -> Plan:
+    """The plan without what it does not need, for a patch that is not captured: those of all
+    captured ones have the same shape, whatever they are asked for.
+
+    ``length`` rows are live; whether it culls or erases anything is as told.
+    """
+    padded = length < plan.rows.token_id.shape[0]
+    return plan._replace(
+        erase=plan.erase if erases else None,
+        padded=padded,
+        fresh=not (padded or culls or erases),
+    )
+
+
 def with_saved_rows(
     plan: Plan,
     rows: Mapping[str, Tensor],

@@ -8,23 +8,21 @@ The search runs right behind the patch, and only the number of tokens that it pr
 the host: text that does not repeat costs nothing else.
 """
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
 from brain.errors import Refused
 from brain.memory import Memory
+from brain.naming import CHOOSE, READ
 from brain.settings import Settings
 from brain.tick import HostCopy, Speech, Tick, Uttered
 from compiled.choose import Forced
 from compiled.lookup import Proposal
+from compiled.patch import Plan
 from compiled.score import cull_count
-
-Named = Callable[[str], contextlib.AbstractContextManager[Any]]
-"""Gives a step its name, for a profiler."""
 
 
 @dataclass
@@ -47,9 +45,9 @@ class Account:
 
 @dataclass(frozen=True)
 class _Search:
-    """What was proposed for one edition of the memory."""
+    """What was proposed for the memory of one account."""
 
-    edition: int
+    account: object
     proposal: Proposal
     length: HostCopy
 
@@ -74,13 +72,13 @@ class Lookahead:
         """Begins to look up, if the memory as it is now allows several tokens in one pass."""
         if self._is_possible():
             proposal = self._memory.graphs.propose()
-            self._search = _Search(self._memory.edition, proposal, HostCopy(proposal.length))
+            self._search = _Search(self._memory.account, proposal, HostCopy(proposal.length))
 
     def proposal(self, most: int | None) -> Proposal | None:
         """What may be said beside the next token, ``most`` tokens in all; None for nothing."""
         if not self._is_possible() or (most is not None and most < 2):
             return None
-        if self._search is None or self._search.edition != self._memory.edition:
+        if self._search is None or self._search.account is not self._memory.account:
             self._memory.graphs.begin_step()
             self.look()
         search = self._search
@@ -108,18 +106,16 @@ class Lookahead:
             torch.tensor(len(ids) - 1, dtype=torch.int64, device=device),
         )
 
-    def advance(
-        self, proposal: Proposal, forced: Forced, speech: Speech, named: Named
-    ) -> tuple[Tick, ...]:
-        """As many ticks as come true, in one pass. Waits for their number."""
+    def ticks(
+        self, proposal: Proposal, forced: Forced, speech: Speech
+    ) -> tuple[Plan, tuple[Tick, ...]]:
+        """Steps 1 to 3 of as many ticks as come true, and what the patch is to do. Waits for their
+        number; ``begin_step`` comes first.
+        """
         memory, graphs = self._memory, self._memory.graphs
-        graphs.begin_step()
-        with named("1 read"):
-            reading = graphs.read_ahead(proposal, high_water=memory.high_water)
-        with named("2 score, 3 decide"):
-            said = graphs.choose_ahead(proposal, reading, forced)
-        with named("4 patch"):
-            graphs.patch(said.plan(reading))
+        high_water = memory.high_water
+        reading = graphs.named(READ, partial(graphs.read_ahead, high_water=high_water), proposal)
+        said = graphs.named(CHOOSE, graphs.choose_ahead, proposal, reading, forced)
         copies = [HostCopy(tensor) for tensor in (said.tokens, said.surprise, said.number)]
         tokens, surprise, number = (copy.wait() for copy in copies)
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -134,11 +130,7 @@ class Lookahead:
             )
             for index in range(int(number))
         )
-        memory.tick += len(ticks)
-        memory.settle(memory.count + len(ticks), ticks[-1].position, uncommitted=True)
-        for tick in ticks:
-            speech.follow(tick)
-        return ticks
+        return said.plan(reading), ticks
 
     def _is_possible(self) -> bool:
         """Whether as many ticks as a pass has tokens would only ever append."""

@@ -5,7 +5,7 @@ because it knows every patch. Text, policy and people are not this module's busi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from brain.commit import (
     Standing,
     Told,
     echoes_of,
+    lean,
     predecessor,
     row_columns,
     standing_after,
@@ -27,7 +28,9 @@ from brain.commit import (
 )
 from brain.mirror import Mirror
 from brain.settings import Settings
+from brain.stopping import Uninterrupted
 from compiled.capture import Behaviour, Graphs
+from compiled.patch import Plan
 from compiled.philox import key_of
 from compiled.read import Reading, Study
 from compiled.sample import Sampling, surprises
@@ -35,21 +38,46 @@ from compiled.score import echo, running_novelty
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
 
 
+@dataclass(frozen=True)
+class Account:
+    """What the host knows of the device without asking. Replaced as a whole, together with every
+    patch, so that the two never disagree.
+
+    ``count`` of valid rows; ``high_water``, one more than the highest slot that has been occupied
+    since the memory was last empty; ``tick``, ticks since the last prime; ``position`` of the token
+    that the next tick reads (NOWHERE before the first prime); ``uncommitted``, whether that token
+    has no row yet.
+    """
+
+    count: int = 0
+    high_water: int = 0
+    tick: int = 0
+    position: int = NOWHERE
+    uncommitted: bool = False
+
+    def after(self, count: int, position: int, *, uncommitted: bool) -> "Account":
+        """That of a patch in the same tick. Exact: appending takes the lowest free slots, so no
+        slot above the largest count is ever used.
+        """
+        high_water = max(self.high_water, count) if count else 0
+        return Account(count, high_water, self.tick, position, uncommitted)
+
+
+EMPTY = Account()
+
+
 class Memory:
     """State, cursor and graphs.
 
-    Attributes: ``state``, ``cursor`` and ``graphs``, made once and never replaced; ``count`` of
-    valid rows; ``tick``, ticks since the last prime; ``position`` of the token that the next tick
-    reads (NOWHERE before the first prime); ``uncommitted``, whether that token has no row yet;
-    ``high_water``, one more than the highest slot that has been occupied since the memory was
-    last empty; ``edition``, how often anything has been written.
+    Attributes: ``state``, ``cursor`` and ``graphs``, made once and never replaced; ``account``, and
+    each number of it by its own name.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        embedding = checkpoint.weights.embedding
-        self.device = embedding.device
+        weights = checkpoint.weights
+        self.device = weights.device
         self.state: State = allocate_state(
-            checkpoint.config, settings.capacity, embedding.dtype, self.device
+            checkpoint.config, settings.capacity, weights.dtype, self.device
         )
         self.cursor: Cursor = allocate_cursor(self.device)
         self._conduct = settings.conduct
@@ -72,13 +100,38 @@ class Memory:
             _sampling(settings, self.device),
             compiled=settings.compiled,
         )
-        self.count = 0
-        self.high_water = 0
-        self.tick = 0
-        self.position = NOWHERE
-        self.uncommitted = False
-        self.edition = 0
+        self.account = EMPTY
         self._one = torch.ones((), dtype=torch.int64, device=self.device)
+
+    @property
+    def count(self) -> int:
+        """Valid rows."""
+        return self.account.count
+
+    @property
+    def high_water(self) -> int:
+        """Slots that a read has to look at."""
+        return self.account.high_water
+
+    @property
+    def tick(self) -> int:
+        """Ticks since the last prime."""
+        return self.account.tick
+
+    @property
+    def position(self) -> int:
+        """Where the next read stands."""
+        return self.account.position
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether the token there has no row yet."""
+        return self.account.uncommitted
+
+    def apply(self, plan: Plan, account: Account) -> None:
+        """The patch and the account of it: both or neither. To be called ``Uninterrupted``."""
+        self.graphs.patch(plan)
+        self.account = account
 
     def read_cursor(self) -> Reading:
         """Reads the cursor's token; call ``graphs.begin_step`` first."""
@@ -90,29 +143,53 @@ class Memory:
         """Reads any tokens, padded to a width; call ``graphs.begin_step`` first."""
         return self.graphs.read(*self._padded(ids, positions, width), high_water=self.high_water)
 
-    def commit(self, rows: Sequence[Row], edit: Edit, mirror: Mirror, pending: Told | None) -> None:
+    def begin(self, rows: Sequence[Row], nothing: Mirror) -> None:
+        """Replaces everything that is remembered by these rows. ``nothing`` is an empty mirror.
+
+        In one patch, unless the text is longer than the prefill chunk: then whatever interrupts it
+        leaves an empty memory.
+        """
+        afresh = len(rows) <= self.graphs.chunk
+        if not afresh:
+            self.forget_everything()
+        self.commit(rows, Edit(), nothing, None, afresh=afresh)
+
+    def commit(
+        self,
+        rows: Sequence[Row],
+        edit: Edit,
+        mirror: Mirror,
+        pending: Told | None,
+        *,
+        afresh: bool = False,
+    ) -> None:
         """Reads rows, sorted by position, and commits them together with the edit.
 
         In one patch, unless a text is longer than the prefill chunk: then chunk by chunk, each
         read against those before it, and taken back as a whole if anything interrupts it.
-        ``pending`` is what is known of the pending token, if it is among the rows.
+        ``pending`` is what is known of the pending token, if it is among the rows. ``afresh``: the
+        same patch forgets everything else, which ``mirror`` no longer shows.
         """
         foretold = self._foretold(rows, mirror, pending)
         chunk = self.graphs.chunk
-        held = Cursor(*(tensor.add(0) for tensor in self.cursor))
-        novelty = self.state.novelty.add(0)
-        before = (self.count, self.position, self.uncommitted)
+        undone = self.graphs.empty_edit(self.graphs.edit_width_for(1))._replace(
+            cull=self.state.valid.logical_not(),  # of what is there then: all that is new
+        )
+        before = self.account
         link: Link | None = None
         for start in range(0, max(1, len(rows)), chunk):
             last = start + chunk >= len(rows)
+            settled = self.account
             try:
                 link = self._commit_chunk(
-                    rows, start, foretold, link, edit if last else Edit(), mirror
+                    rows, start, foretold, link, edit if last else Edit(), mirror, afresh=afresh
                 )
             except BaseException:
-                if start > 0:
-                    committed = {row.position for row in rows[:start]}
-                    self._take_back(committed, held, novelty, before)
+                whole = last and self.account is not settled  # an interruption that came after it
+                if self.account is not before and not whole:
+                    with Uninterrupted():
+                        self.graphs.begin_step()
+                        self.apply(undone, before)
                 raise
 
     def _foretold(
@@ -150,8 +227,11 @@ class Memory:
         link: Link | None,
         edit: Edit,
         mirror: Mirror,
+        *,
+        afresh: bool,
     ) -> Link | None:
         """One read and one patch; returns what its last row tells of the row after it."""
+        account = EMPTY if afresh else self.account
         span = rows[start : start + self.graphs.chunk]
         newest = int(mirror.position[-1]) if len(mirror) else NOWHERE
         width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)))
@@ -163,10 +243,11 @@ class Memory:
             learnt = self.graphs.study(
                 *self._padded([row.token for row in span], [row.position for row in span], width),
                 self._tensor(targets + [0] * (width - len(targets))),
-                high_water=self.high_water,
+                # Afresh, no old row is seen: each stands at the position of a new one, or after.
+                high_water=account.high_water,
             )
             nats = learnt.surprises.tolist()
-        plan = self.graphs.empty_edit(width, learnt)
+        plan = self.graphs.empty_edit(width, learnt)  # after the read, which needs the most memory
         told: list[Told] = []
         for index, known in enumerate(foretold[start : start + len(span)]):
             if known is None:
@@ -174,71 +255,55 @@ class Memory:
                 known = self._after(link.novelty, link.next_surprise)
             told.append(known)
             link = Link(known.novelty, nats[index])
-        appended = bool(span) and span[-1].position > self.position
-        if self.uncommitted and not appended:
-            uncommitted, position = True, self.position
+        appended = bool(span) and span[-1].position > account.position
+        if account.uncommitted and not appended:
+            uncommitted, position = True, account.position
             cursor = Cursor(*(tensor.add(0) for tensor in self.cursor))
         else:
             standing = standing_after(span, told, edit, mirror)
             uncommitted, position = False, standing.position
-            cursor = standing.cursor(self.tick, self.device)
+            cursor = standing.cursor(account.tick, self.device)
         constants = self._conduct.brightness
         said = [row.position > newest for row in span]
         echoes, strength = echoes_of(span, told, said, self._conduct.novelty)
-        columns = row_columns(span, told, echoes, width, self.tick, constants, self.device)
+        columns = row_columns(span, told, echoes, width, account.tick, constants, self.device)
         plan = plan._replace(rows=columns, cursor=cursor)
         if any(said):
             at = self._tensor(span[said.index(True)].position)
             heard = torch.tensor(strength, dtype=torch.float32, device=self.device)
             plan = plan._replace(novelty=echo(self.state, at, heard, self._conduct.novelty))
-        self.graphs.patch(with_edit(plan, self.state, edit, mirror, constants))
-        self.settle(self.count - len(edit.cull) + len(span), position, uncommitted=uncommitted)
+        plan = with_edit(plan, self.state, edit, mirror, constants)
+        if afresh:
+            plan = plan._replace(cull=self.state.valid.logical_or(self.state.valid))
+        if not self.graphs.is_captured(width):
+            anything = afresh and self.count > 0
+            plan = lean(plan, len(span), culls=anything or bool(edit.cull), erases=bool(edit.erase))
+        count = account.count - len(edit.cull) + len(span)
+        with Uninterrupted():
+            self.apply(plan, account.after(count, position, uncommitted=uncommitted))
         return link if span else None
-
-    def _take_back(
-        self,
-        positions: set[int],
-        cursor: Cursor,
-        novelty: Tensor,
-        before: tuple[int, int, bool],
-    ) -> None:
-        """Forgets the rows of an append that was interrupted between two chunks, and what others
-        heard of them.
-        """
-        plan = self.graphs.empty_edit(self.graphs.edit_width_for(1))
-        slots = torch.isin(self.state.position, self._tensor(sorted(positions)))
-        self.graphs.begin_step()
-        cull = slots & self.state.valid
-        self.graphs.patch(plan._replace(cull=cull, cursor=cursor, novelty=novelty))
-        count, position, uncommitted = before
-        self.settle(count, position, uncommitted=uncommitted)
 
     def forget_everything(self) -> None:
         """Back to an empty memory; the bytes stay until the slots are reused."""
         plan = self.graphs.empty_edit(self.graphs.edit_width_for(1))
-        self.tick = 0
         nowhere = Standing().cursor(0, self.device)
         self.graphs.begin_step()
         everything = self.state.valid.logical_or(self.state.valid)
-        self.graphs.patch(plan._replace(cull=everything, cursor=nowhere))
-        self.settle(0, NOWHERE, uncommitted=False)
+        with Uninterrupted():
+            self.apply(plan._replace(cull=everything, cursor=nowhere), EMPTY)
 
     def rebase(self) -> None:
         """Renumbers positions densely, in text order."""
+        position = self.count - 1 + int(self.uncommitted)
         self.graphs.begin_step()
-        self.graphs.rebase()
-        self.edition += 1
-        self.position = self.count - 1 + int(self.uncommitted)
-
-    def settle(self, count: int, position: int, *, uncommitted: bool) -> None:
-        """The host's account of what the patch has just done. Exact without asking the device:
-        appending takes the lowest free slots, so no slot above the largest count is ever used.
-        """
-        self.edition += 1
-        self.count = count
-        self.high_water = max(self.high_water, count) if count else 0
-        self.position = position
-        self.uncommitted = uncommitted
+        with Uninterrupted():
+            try:
+                self.graphs.rebase()
+            except BaseException:
+                position = int(self.cursor.position[0])  # it may be done for all that
+                raise
+            finally:
+                self.account = replace(self.account, position=position)
 
     def restore(self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int) -> None:
         """Puts saved rows back into their slots, and the cursor where it stood.
@@ -246,9 +311,17 @@ class Memory:
         ``rows`` are the columns of the state less ``valid``, as ``saves.py`` has checked them, and
         ``slot`` [n] int64, ascending. ``high_water`` decides over how many slots a read sums, and
         so how it rounds. The holes between them are filled first and forgotten again,
-        so that the one patch, which knows only "the lowest free slot", serves here too.
+        so that the one patch, which knows only "the lowest free slot", serves here too. Whatever
+        interrupts it leaves an empty memory.
         """
         self.forget_everything()
+        try:
+            self._restore(rows, cursor, high_water)
+        except BaseException:
+            self.forget_everything()
+            raise
+
+    def _restore(self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int) -> None:
         slot = rows["slot"]
         size = int(slot[-1]) + 1 if len(slot) else 0
         held = torch.zeros(size, dtype=torch.bool)
@@ -256,19 +329,30 @@ class Memory:
         chunk = self.graphs.chunk
         for start in range(0, size, chunk):
             span = held[start : min(start + chunk, size)]
-            plan = self.graphs.empty_edit(self.graphs.edit_width_for(len(span)))
+            width = self.graphs.edit_width_for(len(span))
+            plan = self.graphs.empty_edit(width)
+            plan = with_saved_rows(plan, rows, slot, start, len(span), self.device)
+            if not self.graphs.is_captured(width):
+                plan = lean(plan, len(span), culls=False, erases=False)
             self.graphs.begin_step()
-            self.graphs.patch(with_saved_rows(plan, rows, slot, start, len(span), self.device))
-            self.settle(start + len(span), NOWHERE, uncommitted=False)
+            with Uninterrupted():
+                count = start + len(span)
+                self.apply(plan, self.account.after(count, NOWHERE, uncommitted=False))
         plan = self.graphs.empty_edit(self.graphs.edit_width_for(1))
         holes = torch.zeros(self.state.capacity, dtype=torch.bool)
         holes[:size] = ~held
         cursor = Cursor(*(tensor.to(self.device) for tensor in cursor))
+        account = Account(
+            len(slot),
+            high_water,
+            int(cursor.tick),
+            int(cursor.position[0]),
+            bool(int(cursor.uncommitted)),
+        )
+        plan = plan._replace(cull=holes.to(self.device), cursor=cursor)
         self.graphs.begin_step()
-        self.graphs.patch(plan._replace(cull=holes.to(self.device), cursor=cursor))
-        self.tick = int(cursor.tick)
-        self.settle(len(slot), int(cursor.position[0]), uncommitted=bool(int(cursor.uncommitted)))
-        self.high_water = high_water
+        with Uninterrupted():
+            self.apply(plan, account)
 
     def _padded(
         self, ids: Sequence[int], positions: Sequence[int], width: int

@@ -1,7 +1,7 @@
 """The host's view of the mirror: what is remembered, row by row, in text order."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,15 @@ class Mirror:
             return self.decode(self.token_id.tolist())
         runs = np.split(self.token_id, np.flatnonzero(np.diff(self.position) > 1) + 1)
         return gap.join(self.decode(run.tolist()) for run in runs)
+
+    def emptied(self) -> "Mirror":
+        """A mirror of nothing."""
+        columns = {
+            column.name: getattr(self, column.name)[:0]
+            for column in fields(self)
+            if column.name != "decode"
+        }
+        return Mirror(**columns, decode=self.decode)
 
     def sources(self) -> list[str]:
         """The name of every row's source."""

@@ -12,10 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
+from brain.checkpoints.hub import hub_folder
+from brain.checkpoints.wheel import converted_wheel
 from brain.errors import Refused, one_line
 from brain.overrides import override
+from brain.paths import given_path
 from brain.settings import settings_of
-from conf.schema import Conf, ModelConf, Source, register
+from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 
 def open(model: str = "smollm2", **overrides: Any) -> Brain:
@@ -66,22 +69,47 @@ def open_brain(conf: Conf) -> Brain:
         if conf.threads < 1:
             raise Refused(f"threads must be at least 1, not {conf.threads}")
         torch.set_num_threads(conf.threads)
-    checkpoint = open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+    checkpoint = open_checkpoint(
+        conf.model,
+        conf.cache_dir,
+        settings.dtype,
+        settings.device,
+        int8=conf.weights is WeightFormat.int8,
+    )
     return Brain(checkpoint, settings, conf)
 
 
 def open_checkpoint(
-    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device
+    model: ModelConf,
+    cache_dir: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    int8: bool = False,
 ) -> Checkpoint:
     """Finds, checks and loads a model. Raises Refused."""
-    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
+    cache = None if cache_dir is None else given_path(cache_dir)
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else Path(model.wheel).expanduser()
-        return open_wheel(cache_dir=cache, wheel=wheel, dtype=dtype, device=device)
+        wheel = None if model.wheel is None else given_path(model.wheel)
+        return open_wheel(cache_dir=cache, wheel=wheel, **how)
     if model.source is Source.hub:
         if model.repo is None:
             raise Refused("model.repo is missing: give owner/name on the hub")
-        return open_hub(model.repo, revision=model.revision, dtype=dtype, device=device)
+        return open_hub(model.repo, revision=model.revision, **how)
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
-    return open_folder(Path(model.path).expanduser(), dtype=dtype, device=device)
+    return open_folder(given_path(model.path), **how)
+
+
+def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
+    """The Hugging Face folder of a model, fetched and converted where need be. Raises Refused."""
+    if model.source is Source.wheel:
+        wheel = None if model.wheel is None else given_path(model.wheel)
+        cache = None if cache_dir is None else given_path(cache_dir)
+        return converted_wheel(cache_dir=cache, wheel=wheel)
+    if model.source is Source.hub and model.repo is not None:
+        return hub_folder(model.repo, revision=model.revision)
+    if model.source is Source.folder and model.path is not None:
+        return given_path(model.path)
+    raise Refused(f"model={model.name} has no source: give model.repo or model.path")

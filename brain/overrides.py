@@ -5,12 +5,16 @@ their own. A prompt is not a program: what the shell hands over is what the brai
 """
 
 import json
+import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+
+from brain.errors import Refused
 
 TEXT_KEYS = (
     "prompt",
@@ -24,13 +28,19 @@ TEXT_KEYS = (
 )
 """Keys whose values are taken literally on the command line."""
 
+FOLDER_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
+"""Keys whose values are taken literally, but for interpolations, where Hydra cannot read them."""
+
 
 MULTIRUN = ("-m", "--multirun")
 
 
 def quoted(text: str) -> str:
     """The text as a quoted value: quotes, what precedes them, and interpolations escaped."""
-    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    return _in_quotes(re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text))
+
+
+def _in_quotes(text: str) -> str:
     escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), text)
     return f'"{escaped}"'
 
@@ -47,12 +57,19 @@ def override(key: str, value: Any) -> str:
 
 
 def literal_arguments(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with the values of TEXT_KEYS quoted, flags first.
+    """Command-line arguments with the values of TEXT_KEYS, and FOLDER_KEYS, quoted, flags first.
 
     A value that is quoted already is left alone; so is, in a multirun, any value that Hydra can
     read, because commas separate the runs there. Hydra's own parser loses overrides that follow
-    ``-m`` if others precede it.
+    ``-m`` if others precede it. Raises Refused for what this locale cannot read.
     """
+    for argument in (*arguments, os.getcwd()):
+        if any("\udc80" <= character <= "\udcff" for character in argument):
+            shown = argument.encode(errors="backslashreplace").decode()
+            raise Refused(
+                f"{shown} cannot be read in this locale ({sys.getfilesystemencoding()}): "
+                "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            )
     multirun = any(argument in MULTIRUN for argument in arguments)
     result = ["--multirun"] if multirun else []
     for argument in arguments:
@@ -61,6 +78,8 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         if equals and key in TEXT_KEYS and not _as_it_is(argument, value, multirun):
             argument = f"{key}={quoted(value)}"
+        elif equals and key in FOLDER_KEYS and not _is_readable(argument):
+            argument = f"{key}={_in_quotes(value)}"
         result.append(argument)
     return result
 
@@ -69,6 +88,10 @@ def _as_it_is(argument: str, value: str, multirun: bool) -> bool:
     wrapped = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
     if not (multirun or wrapped):
         return False
+    return _is_readable(argument)
+
+
+def _is_readable(argument: str) -> bool:
     try:
         OverridesParser.create().parse_override(argument)
     except HydraException:

@@ -27,6 +27,7 @@ from brain.brain import Brain
 from brain.checkpoints.digest import file_sha256
 from brain.errors import Refused, one_line
 from brain.opening import open_brain, typed
+from brain.paths import given_path
 from compiled.state import NOWHERE, Cursor
 from conf.schema import Conf, register
 
@@ -48,7 +49,7 @@ def save(brain: Brain, folder: str | Path, notes: Any = None) -> None:
 
     Raises Refused if the folder holds anything else, or cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = given_path(folder)
     if folder.exists() and not (folder / DESCRIPTION).is_file():
         raise Refused(f"{folder} exists and is not a save: choose another folder")
     slots = torch.nonzero(brain.state.valid)[:, 0]
@@ -101,7 +102,7 @@ def load(folder: str | Path, *, capacity: int | None = None) -> Brain:
     Raises Refused if the save is damaged, is of another model than can be found now, or holds more
     rows than would fit.
     """
-    folder = Path(folder).expanduser()
+    folder = given_path(folder)
     description = _description(folder)
     conf = _conf(description.get("conf"), folder)
     if capacity is not None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -84,10 +85,13 @@ def settings_of(conf: Conf) -> Settings:
     if conf.engine.chunk is not None and conf.engine.chunk < 1:
         raise Refused(f"engine.chunk must be at least 1, not {conf.engine.chunk}")
     _check_sampler(conf.sampler)
+    device = device_of(conf.device)
+    if conf.engine.compiled and device.type == "cpu":
+        _check_linkable(Path(torch.__file__).parent)
     return Settings(
         capacity=conf.capacity,
         dtype=getattr(torch, conf.dtype.value),
-        device=device_of(conf.device),
+        device=device,
         seed=conf.seed,
         compiled=conf.engine.compiled,
         widths=tuple(widths),
@@ -123,6 +127,17 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Refused(f"device={name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs")
     return device
+
+
+def _check_linkable(libraries: Path) -> None:
+    """Graphs for a CPU are built by a C++ compiler, which PyTorch tells where to find its libraries
+    without quoting the path.
+    """
+    if any(character.isspace() or character in "'\"" for character in str(libraries)):
+        raise Refused(
+            f"engine=compiled cannot use a PyTorch whose path has a space or quote ({libraries}): "
+            "install it under another path, or use engine=eager"
+        )
 
 
 def _check_sampler(sampler: SamplerConf) -> None:

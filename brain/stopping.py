@@ -1,12 +1,16 @@
-"""Ctrl-C and SIGTERM between two ticks, never in the middle of one."""
+"""Ctrl-C and SIGTERM between two ticks, never in the middle of one; and no signal at all between a
+patch and the account of it.
+"""
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name)))
+"""Signals whose handlers raise: Ctrl-C, a polite end, and somebody's time limit."""
 
 
 @contextmanager
@@ -32,3 +36,68 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    """A polite end is a KeyboardInterrupt within this, as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Uninterrupted:
+    """``with Uninterrupted(): …`` is one step for signals: what comes within it is heard after it.
+
+    Python runs the handlers of signals between any two instructions, and some of them raise.
+    Holding them off costs microseconds, so it is for what is short and must be whole. Outside the
+    main thread, which alone hears signals, it does nothing; a signal that nobody handles in Python
+    acts as it always does.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._came: list[tuple[int, FrameType | None]] = []
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in HELD_OFF:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+        try:
+            for number in self._handlers:
+                signal.signal(number, self._hear_later)
+        except BaseException:  # of a handler that was still in place
+            self._hear_again()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hear_again()
+        for number, frame in self._came:
+            self._handlers[number](number, frame)
+
+    def _hear_again(self) -> None:
+        try:
+            self._restore()
+        except BaseException:  # of a handler that is back already
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _hear_later(self, number: int, frame: FrameType | None) -> None:
+        self._came.append((number, frame))

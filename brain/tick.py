@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from brain.repair import Repair
+from brain.stopping import Uninterrupted
 from brain.tokens import StreamDecoder
 from compiled.state import NOWHERE
 
@@ -46,11 +47,14 @@ class Speech:
         self._decoder = decoder
         self._unspoken: deque[Tick] = deque()
 
-    def follow(self, tick: "Tick") -> None:
-        """Queues a tick that is done; the oldest is spoken when too many wait."""
-        self._unspoken.append(tick)
-        if len(self._unspoken) > MOST_UNSPOKEN:
+    def make_room(self) -> None:
+        """Speaks the oldest ticks if as many wait as may."""
+        while len(self._unspoken) >= MOST_UNSPOKEN:
             self._speak_one()
+
+    def follow(self, tick: "Tick") -> None:
+        """Queues a tick that is done. Cannot fail."""
+        self._unspoken.append(tick)
 
     def speak_until(self, tick: "Tick") -> None:
         """Gives every tick up to this one its text."""
@@ -73,8 +77,16 @@ class Speech:
             self._speak_one()
 
     def _speak_one(self) -> None:
-        tick = self._unspoken.popleft()
-        tick._text = self._decoder.push(tick.token)
+        tick = self._unspoken[0]
+        token = tick.token
+        before = self._decoder.unfinished
+        with Uninterrupted():
+            try:
+                tick._text = self._decoder.push(token)
+            except BaseException:  # not spoken: its bytes must not be heard twice
+                self._decoder.go_on(before)
+                raise
+            self._unspoken.popleft()
 
 
 class Outcome(Protocol):

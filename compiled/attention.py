@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled.products import dot_rows, mix_rows, streams_rows, sum_rows
+from compiled.products import dot_rows, mix_rows, stored, streams_rows, sum_rows
 
 SLAB = 144
 """Queries that attend at a time, of one key head, where no compiler fuses the steps on a CPU: their
@@ -81,6 +81,8 @@ def attend(
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
+    if streams_rows(query, num_tokens):
+        return _attend_streaming(query, keys, values, new_keys, new_values, visible)
     # Query heads that share a key head lie side by side, so no key is ever repeated.
     grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     grouped = grouped / math.sqrt(head_dim)  # [kv_heads, group, T, head_dim]
@@ -106,8 +108,7 @@ def attend(
                 others = (0, 0, queries.start, num_tokens - queries.stop)
                 masses.append(F.pad(shares.sum((0, 1)), others))
             elif not text:
-                live, streaming = visible.live[queries], streams_rows(query, num_tokens)
-                masses.append(sum_rows(shares.flatten(0, 1), live, streaming))
+                masses.append(sum_rows(shares.flatten(0, 1), visible.live[queries]))
         slabs.append(_joined(attended, 0))
     together = _joined(slabs, 2).permute(2, 0, 1, 3)  # [T, kv_heads, group, head_dim]
     together = together.reshape(num_tokens, num_heads * head_dim).to(query.dtype)
@@ -158,18 +159,46 @@ def _attend(
     num_kv_heads, group, num_tokens, head_dim = query.shape
     (keys, values), (new_keys, new_values) = cached, new
     bucket = keys.shape[1]
-    streaming = streams_rows(query, num_tokens)
     queries = query.reshape(num_kv_heads, group * num_tokens, head_dim)
     by_query = (num_kv_heads, group, num_tokens, -1)
-    scores = dot_rows(queries, new_keys, streaming, barrier).view(by_query)
+    scores = dot_rows(queries, new_keys, barrier).view(by_query)
     if bucket:
-        remembered = dot_rows(queries, keys, streaming).view(by_query)
+        remembered = dot_rows(queries, keys).view(by_query)
         # Scores are joined, the cache is not.
         scores = torch.cat([remembered.masked_fill(hidden, -math.inf), scores], dim=-1)
     shares = torch.softmax(scores, dim=-1, dtype=dtype)
 
     rows = shares.view(num_kv_heads, group * num_tokens, -1)
-    attended = mix_rows(rows[..., bucket:], new_values, streaming)
+    attended = mix_rows(rows[..., bucket:], new_values)
     if bucket:
-        attended = mix_rows(rows[..., :bucket], values, streaming) + attended
+        attended = mix_rows(rows[..., :bucket], values) + attended
     return attended.view(by_query), shares
+
+
+def _attend_streaming(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    visible: Visibility,
+) -> tuple[Tensor, Tensor]:
+    """``attend`` for one token, in the form that a compiler turns into one loop over the slots
+    after another: nothing is joined; cached scores and the token's own share a maximum and a sum.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = keys.shape[0]
+    grouped = query.float().view(num_kv_heads, -1, head_dim) / math.sqrt(head_dim)
+    grouped = stored(grouped)  # [kv_heads, group, head_dim]
+    scores = (grouped[:, :, None] * keys.float()[:, None]).sum(-1)  # [kv_heads, group, bucket]
+    scores = scores.masked_fill(~visible.cached, -math.inf)
+    own = (grouped * new_keys.float()).sum(-1, keepdim=True)  # [kv_heads, group, 1]
+    most = torch.maximum(scores.amax(-1, keepdim=True), own)
+    weights, own_weight = stored(torch.exp(scores - most)), torch.exp(own - most)
+    total = weights.sum(-1, keepdim=True) + own_weight  # [kv_heads, group, 1]
+    mixed = (weights[..., None] * values.float()[:, None]).sum(2) + own_weight * new_values.float()
+    attended = (mixed / total).view(num_tokens, num_heads * head_dim)
+    shares = visible.live / total
+    mass = (weights * shares).sum((0, 1))  # [bucket]
+    own_mass = (own_weight * shares).sum((0, 1))  # [1]
+    return attended.to(query.dtype), torch.cat([mass, own_mass])

@@ -17,8 +17,9 @@ This module does not know what a tick is, except that ``begin_step`` starts one.
 import functools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ CUDA_GRAPH_WARMUP_RUNS = 3
 
 
 TICK, EDIT, CHOOSE, PROPOSE, REBASE = "tick", "edit", "choose", "propose", "rebase"
+
+Naming = Callable[[str], AbstractContextManager[Any]]
+"""Opens a range of a name in which a profiler shows what happens."""
+
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ def smallest_at_least(sizes: tuple[int, ...], needed: int) -> int:
 class Graphs:
     """The functions of ``compiled/`` bound to one brain's tensors, eager or captured.
 
-    Holds no state of its own besides the record of compilations.
+    Holds no state of its own besides the record of compilations. ``naming`` is for profilers: set
+    it, and every call of a graph is a range with the graph's name.
     """
 
     def __init__(
@@ -124,10 +131,11 @@ class Graphs:
         self.widths = tuple(sorted({1, *self.edit_widths}))
         self.device = state.valid.device
         self.captures: dict[str, Capture] = {}
+        self.naming: Naming | None = None
         self._callables: dict[str, Callable[..., Any]] = {}
         if compiled:
             # Without the mark, replays would copy these into graph memory, cache included.
-            for tensor in (*weights, *state, *cursor, *sampling):
+            for tensor in (*weights.tensors(), *state, *cursor, *sampling):
                 torch._dynamo.mark_static_address(tensor)
 
     @property
@@ -145,6 +153,13 @@ class Graphs:
         """
         if self.compiled and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    def named(self, name: str, call: Callable[..., Returned], *arguments: Any) -> Returned:
+        """The call, in a range of that name if anybody looks; otherwise the call alone."""
+        if self.naming is None:
+            return call(*arguments)
+        with self.naming(name):
+            return call(*arguments)
 
     def width_for(self, num_tokens: int) -> int:
         """The width that a read of this many tokens is padded to: its own if not captured."""
@@ -353,7 +368,8 @@ class Graphs:
         if name not in self._callables:
             capture = self.captures.setdefault(name, Capture(name))
             self._callables[name] = _capture(function, capture, self.device)
-        return self._callables[name]
+        graph = self._callables[name]
+        return graph if self.naming is None else functools.partial(self.named, name, graph)
 
 
 def _read_name(width: int, bucket: int) -> str:
@@ -396,6 +412,7 @@ def _capture(
     function: Callable[..., Any], capture: Capture, device: torch.device
 ) -> Callable[..., Any]:
     """Compiles on first call; every compilation is recorded, and a second one is an error."""
+    import torch._inductor.test_operators
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -9,6 +9,7 @@ Architecture: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennri
 Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (GQA).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled.attention import Visibility, attend
+from compiled.int8 import Int8, Matrix, part
 from compiled.products import linear
 from compiled.rope import RopeScaling, rotate
 
@@ -45,31 +47,63 @@ class LlamaConfig:
 class Weights(NamedTuple):
     """Every tensor of a model. ``[out, in]`` order as in ``torch.nn.functional.linear``.
 
-    All share one floating dtype and device, except ``inverse_frequencies`` (float64).
-    ``head`` is the same tensor as ``embedding`` where the model ties them.
+    All share one floating dtype and device, except matrices in eight bits and
+    ``inverse_frequencies`` (float64). ``head`` is the same matrix as ``embedding`` where the model
+    ties them.
     """
 
-    embedding: Tensor  # [vocab, hidden]
+    embedding: Matrix  # [vocab, hidden]
     attention_norm: Tensor  # [layers, hidden]
-    qkv: Tensor  # [layers, (heads + 2 * kv_heads) * head_dim, hidden]
-    attention_out: Tensor  # [layers, hidden, heads * head_dim]
+    qkv: Matrix  # [layers, (heads + 2 * kv_heads) * head_dim, hidden]
+    attention_out: Matrix  # [layers, hidden, heads * head_dim]
     mlp_norm: Tensor  # [layers, hidden]
-    gate_up: Tensor  # [layers, 2 * intermediate, hidden]
-    down: Tensor  # [layers, hidden, intermediate]
+    gate_up: Matrix  # [layers, 2 * intermediate, hidden]
+    down: Matrix  # [layers, hidden, intermediate]
     final_norm: Tensor  # [hidden]
-    head: Tensor  # [vocab, hidden]
+    head: Matrix  # [vocab, hidden]
     inverse_frequencies: Tensor  # [head_dim / 2] float64
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of the cache."""
+        return self.final_norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of every tensor."""
+        return self.final_norm.device
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor once per field, flat."""
+        return [tensor for field in self for tensor in _flat(field)]
 
 
 class LayerWeights(NamedTuple):
     """One layer's slice of :class:`Weights`: views, never copies."""
 
     attention_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
-    attention_out: Tensor  # [hidden, heads * head_dim]
     mlp_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 * intermediate, hidden]
-    down: Tensor  # [hidden, intermediate]
+    qkv: Matrix  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    attention_out: Matrix  # [hidden, heads * head_dim]
+    gate_up: Matrix  # [2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]
+
+    def tensors(self) -> list[Tensor]:
+        """Flat; ``from_tensors`` undoes it."""
+        return [tensor for field in self for tensor in _flat(field)]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> "LayerWeights":
+        """Two norms, then four matrices, which in eight bits are two tensors each."""
+        norms, matrices = tensors[:2], tensors[2:]
+        if len(matrices) == 4:
+            return cls(*norms, *matrices)
+        pairs = zip(matrices[::2], matrices[1::2], strict=True)
+        return cls(*norms, *(Int8(values, scale) for values, scale in pairs))
+
+
+def _flat(matrix: Matrix) -> tuple[Tensor, ...]:
+    return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -91,7 +125,14 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def layer_weights(weights: Weights, layer: int) -> LayerWeights:
     """Views of one layer's weights."""
-    return LayerWeights(*(getattr(weights, name)[layer] for name in LayerWeights._fields))
+    return LayerWeights(
+        weights.attention_norm[layer],
+        weights.mlp_norm[layer],
+        part(weights.qkv, layer),
+        part(weights.attention_out, layer),
+        part(weights.gate_up, layer),
+        part(weights.down, layer),
+    )
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -133,10 +174,11 @@ def decoder_layer(
     """
     num_tokens = hidden.shape[0]
     num_kv_heads, _, head_dim = keys.shape
-    num_heads = weights.attention_out.shape[1] // head_dim
     x = rms_norm(hidden, weights.attention_norm, eps)
+    projected = linear(x, weights.qkv)  # [T, (heads + 2 * kv_heads) * head_dim]
+    num_heads = projected.shape[1] // head_dim - 2 * num_kv_heads
     widths = [(num_heads + num_kv_heads) * head_dim, num_kv_heads * head_dim]
-    query_key, value = torch.split(linear(x, weights.qkv), widths, dim=-1)
+    query_key, value = torch.split(projected, widths, dim=-1)
     turned = rotate(query_key.view(num_tokens, num_heads + num_kv_heads, head_dim), cos, sin)
     query, key = torch.split(turned, [num_heads, num_kv_heads], dim=1)
     value = value.view(num_tokens, num_kv_heads, head_dim)

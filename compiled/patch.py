@@ -8,13 +8,30 @@ by the same graph: two blades of one knife. Culling clears ``valid``, O(1) per r
 the lowest free slots and moves O(rows written) bytes. Nothing here is proportional to the size of
 the cache: the only O(capacity) work is scanning and writing single mirror columns.
 
-The plan is fixed in shape and validated before the graph runs. Once it runs it cannot fail.
+The plan is fixed in shape and validated before the graph runs. Then all of it happens or nothing:
+
+* First everything that allocates, and so can fail, is computed: a list of writes, each a finished
+  tensor and where it goes, and copies of the few bytes that they overwrite. Whatever goes wrong
+  here has changed nothing.
+* Then the tensors are copied into place, ``valid`` last. That allocates nothing and asks nothing.
+  Should anything be raised in the midst of it all the same, what was there is put back first.
+
+What nobody owns is not put back: the keys and values of slots that held no row and got none. (A
+long text goes straight into such slots; a second copy of it is never kept.)
+
+A captured patch is one call, in which nothing is raised: it can fail before it, or its caller after
+it. Only a signal could come between two of its kernels, or between the patch and its caller's
+account of it: ``brain/stopping.py`` holds signals off.
 
 Re-basing renumbers positions densely in text order and turns every key by the difference. It does
 touch the whole cache, so it runs only when the positions would leave the range that the model was
-trained on: once in thousands of ticks.
+trained on: once in thousands of ticks. Taking it back would need a second cache. So it goes
+forward: the room it needs is taken before it writes, any of its steps may be done twice, and should
+one be interrupted, it and the rest are done before that is passed on.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,7 +61,8 @@ class RowColumns(NamedTuple):
 class Plan(NamedTuple):
     """Everything one patch changes. Replacing is culling and appending in the same plan.
 
-    ``pinned`` and ``erase`` are None in the plan of an ordinary tick, which changes neither.
+    ``pinned`` and ``erase`` are None in the plan of an ordinary tick, which changes neither. The
+    last two tell what is known of a plan that nothing captured is to take: it then needs less room.
     """
 
     keys: Tensor  # [layers, kv_heads, W, head_dim] of the rows to append, RoPE applied
@@ -57,6 +75,8 @@ class Plan(NamedTuple):
     cursor: Cursor  # where the next read stands
     pinned: Tensor | None = None  # [capacity] bool: of the rows that are already there
     erase: Tensor | None = None  # [E] int64: slots to overwrite with zeros; NOWHERE is padding
+    padded: bool = True  # whether ``rows.length`` may be less than W
+    fresh: bool = False  # nothing padded, culled or erased: all rows go where no row is
 
 
 def lowest_free_slots(valid: Tensor, width: int) -> Tensor:
@@ -73,66 +93,161 @@ def lowest_free_slots(valid: Tensor, width: int) -> Tensor:
     return torch.topk(order, width, largest=False, sorted=True).values % capacity
 
 
-def _write_rows(column: Tensor, slots: Tensor, rows: Tensor, live: Tensor, dim: int = 0) -> None:
-    """Writes live rows into their slots; a padding row puts back what its slot holds."""
-    kept = column.index_select(dim, slots)
-    column.index_copy_(dim, slots, torch.where(live, rows, kept))
+class _Write(NamedTuple):
+    """One write, ready to be made: the whole of a tensor, or some slots of it."""
+
+    held: Tensor  # of the state or the cursor
+    new: Tensor
+    slots: Tensor | None = None  # [W] int64; None: the whole
+    old: Tensor | None = None  # what the slots hold; None: what nobody owns
 
 
-def _write_cache(cache: Tensor, slots: Tensor, rows: Tensor, live: Tensor) -> None:
-    """The same for the keys or values [layers, kv_heads, W, head_dim] of all layers: one by one
-    where nothing fuses the steps, so that a long text is not held a third and a fourth time.
-    """
-    whole = slots.shape[0] == 1 or torch.compiler.is_compiling()
-    for held, new in [(cache, rows)] if whole else zip(cache, rows, strict=True):
-        _write_rows(held, slots, new, live[:, None], dim=held.dim() - 2)
+class _Erasure(NamedTuple):
+    """Slots to overwrite with zeros (ids and positions with NOWHERE), leaving nothing behind."""
+
+    slots: Tensor  # [E] int64; padding repeats one of them, or is slot 0 if there is none
+    wanted: Tensor  # [] bool: whether there is any
+    gone: Tensor  # [capacity] bool
 
 
-def _erase_slots(state: State, erase: Tensor) -> None:
-    """Overwrites the slots with zeros (ids and positions with NOWHERE), leaving nothing behind."""
+def _erasure(erase: Tensor, valid: Tensor) -> _Erasure:
     asked = erase >= 0  # [E]
-    any_asked = asked.any()
-    # Padding repeats an erased slot; with none asked, slot 0 gets back what it holds.
+    wanted = asked.any()
     slots = torch.where(asked, erase, erase.amax().clamp(min=0))
-    for column in state:
-        dim = 2 if column.dim() == 4 else 0
-        blank = NOWHERE if column is state.token_id or column is state.position else 0
-        kept = column.index_select(dim, slots)
-        blanks = torch.full_like(kept, blank)
-        column.index_copy_(dim, slots, torch.where(any_asked, blanks, kept))
+    gone = torch.zeros_like(valid).scatter(0, slots, wanted.expand(slots.shape))
+    return _Erasure(slots, wanted, gone)
+
+
+def _row_axis(tensor: Tensor) -> int:
+    return 2 if tensor.dim() == 4 else 0  # keys and values, or a column
+
+
+def _over_rows(flags: Tensor, rows: Tensor) -> Tensor:
+    """One flag for each row [W], in a shape that broadcasts against the rows."""
+    return flags[:, None] if rows.dim() == 4 else flags
+
+
+def _erased(held: Tensor, erasure: _Erasure, blank: int = 0) -> _Write:
+    """Blanks in the slots to be erased."""
+    old = held.index_select(_row_axis(held), erasure.slots)
+    return _Write(held, old.masked_fill(erasure.wanted, blank), erasure.slots, old)
+
+
+def _erasures(state: State, erasure: _Erasure) -> list[_Write]:
+    """Of everything that is not written as a whole."""
+    return [
+        *(_erased(held, erasure, NOWHERE) for held in (state.token_id, state.position)),
+        *(_erased(held, erasure) for held in (state.keys, state.values, state.surprise)),
+        *(_erased(held, erasure) for held in (state.source, state.born, state.pinned)),
+    ]
+
+
+def _rows(
+    held: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    live: Tensor | None,
+    gone: Tensor | None,
+    blank: int = 0,
+) -> _Write:
+    """Rows in their slots. A padding row puts back what its slot holds, or (``gone`` [W] bool) will
+    hold once it is erased.
+    """
+    old = held.index_select(_row_axis(held), slots)
+    if live is None:
+        return _Write(held, rows, slots, old)
+    kept = old if gone is None else old.masked_fill(_over_rows(gone, old), blank)
+    return _Write(held, torch.where(_over_rows(live, rows), rows, kept), slots, old)
+
+
+def _column(
+    held: Tensor,
+    updated: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    live: Tensor | None,
+    erasure: _Erasure | None,
+) -> _Write:
+    """A column that changes for the rows that are already there, too."""
+    if erasure is not None:
+        updated = updated.masked_fill(erasure.gone, 0)
+    if live is not None:
+        rows = torch.where(live, rows, updated.index_select(0, slots))
+    return _Write(held, updated.index_copy(0, slots, rows))
+
+
+def _writes(
+    state: State, cursor: Cursor, plan: Plan, erasure: _Erasure | None, *, erased: bool
+) -> list[_Write]:
+    """Everything that the plan asks for but erasing rows: cull, update columns, append, move the
+    cursor. ``erased``: whether they are erased already.
+    """
+    new = plan.rows
+    width = new.token_id.shape[0]
+    valid = state.valid & ~plan.cull
+    if erasure is not None:
+        valid = valid & ~erasure.gone
+    slots = lowest_free_slots(valid, width)  # [W]
+    live = torch.arange(width, device=slots.device) < new.length if plan.padded else None  # [W]
+    gone = None if erasure is None or erased else erasure.gone.index_select(0, slots)  # [W]
+    there = torch.ones_like(slots, dtype=torch.bool)
+    if plan.fresh:
+        cache = [_Write(state.keys, plan.keys, slots), _Write(state.values, plan.values, slots)]
+    else:
+        cache = [
+            _rows(state.keys, slots, plan.keys, live, gone),
+            _rows(state.values, slots, plan.values, live, gone),
+        ]
+    pinned = (
+        _rows(state.pinned, slots, new.pinned, live, gone)
+        if plan.pinned is None
+        else _column(state.pinned, plan.pinned, slots, new.pinned, live, erasure)
+    )
+    return [
+        *cache,
+        _rows(state.token_id, slots, new.token_id, live, gone, NOWHERE),
+        _rows(state.position, slots, new.position, live, gone, NOWHERE),
+        _rows(state.surprise, slots, new.surprise, live, gone),
+        _rows(state.source, slots, new.source, live, gone),
+        _rows(state.born, slots, new.born, live, gone),
+        _column(state.brightness, plan.brightness, slots, new.brightness, live, erasure),
+        _column(state.lit, plan.lit, slots, new.lit, live, erasure),
+        _column(state.novelty, plan.novelty, slots, new.novelty, live, erasure),
+        pinned,
+        *(_Write(held, following) for held, following in zip(cursor, plan.cursor, strict=True)),
+        _column(state.valid, valid, slots, there, live, None),
+    ]
+
+
+def _put(held: Tensor, slots: Tensor | None, content: Tensor) -> None:
+    """Copies a finished tensor into place. Allocates nothing."""
+    if slots is None:
+        held.copy_(content)
+    else:
+        held.index_copy_(_row_axis(held), slots, content)
 
 
 def patch(state: State, cursor: Cursor, plan: Plan) -> None:
-    """Applies the plan in place: cull, erase, update columns, append, move the cursor."""
-    rows = plan.rows
-    width = rows.token_id.shape[0]
-
-    state.valid.logical_and_(~plan.cull)
-    state.brightness.copy_(plan.brightness)
-    state.lit.copy_(plan.lit)
-    state.novelty.copy_(plan.novelty)
-    if plan.pinned is not None:
-        state.pinned.copy_(plan.pinned)
-    if plan.erase is not None:
-        _erase_slots(state, plan.erase)
-
-    slots = lowest_free_slots(state.valid, width)  # [W]
-    live = torch.arange(width, device=slots.device) < rows.length  # [W]
-    _write_cache(state.keys, slots, plan.keys, live)
-    _write_cache(state.values, slots, plan.values, live)
-    _write_rows(state.token_id, slots, rows.token_id, live)
-    _write_rows(state.position, slots, rows.position, live)
-    _write_rows(state.brightness, slots, rows.brightness, live)
-    _write_rows(state.surprise, slots, rows.surprise, live)
-    _write_rows(state.novelty, slots, rows.novelty, live)
-    _write_rows(state.source, slots, rows.source, live)
-    _write_rows(state.born, slots, rows.born, live)
-    _write_rows(state.lit, slots, rows.lit, live)
-    _write_rows(state.pinned, slots, rows.pinned, live)
-    _write_rows(state.valid, slots, torch.ones_like(live), live)
-
-    for held, following in zip(cursor, plan.cursor, strict=True):
-        held.copy_(following)
+    """Applies the plan in place, wholly or, where anything is raised, not at all."""
+    erasure = None if plan.erase is None else _erasure(plan.erase, state.valid)
+    writes = [] if erasure is None else _erasures(state, erasure)
+    if torch.compiler.is_compiling():
+        # The compiler writes in place only what is read nowhere after that.
+        for write in writes:
+            _put(write.held, write.slots, write.new)
+        for write in _writes(state, cursor, plan, erasure, erased=True):
+            _put(write.held, write.slots, write.new)
+        return
+    writes += _writes(state, cursor, plan, erasure, erased=False)
+    before = [write.held.clone() if write.slots is None else write.old for write in writes]
+    try:
+        for write in writes:
+            _put(write.held, write.slots, write.new)
+    except BaseException:
+        for write, old in zip(writes, before, strict=True):
+            if old is not None:
+                _put(write.held, write.slots, old)
+        raise
 
 
 def dense_positions(valid: Tensor, position: Tensor) -> Tensor:
@@ -156,8 +271,60 @@ def rebase(state: State, cursor: Cursor, inverse_frequencies: Tensor, wanted: Te
     moving = state.valid & wanted  # [capacity]
     dense = torch.where(moving, dense_positions(state.valid, state.position), state.position)
     cos, sin = rotation(dense - state.position, inverse_frequencies)  # [capacity, head_dim / 2]
-    for keys in state.keys:  # [kv_heads, capacity, head_dim], a view: never a second cache
-        keys.copy_(torch.where(moving[:, None], rotate_rows(keys, cos, sin), keys))
-    state.position.copy_(dense)
     behind = state.valid.sum() - 1 + cursor.uncommitted
-    cursor.position.copy_(torch.where(wanted, behind, cursor.position))
+    at = torch.where(wanted, behind, cursor.position)
+    layers = list(state.keys)  # [kv_heads, capacity, head_dim] each, views: never a second cache
+    if torch.compiler.is_compiling():
+        for keys in layers:
+            keys.copy_(torch.where(moving[:, None], rotate_rows(keys, cos, sin), keys))
+        state.position.copy_(dense)
+        cursor.position.copy_(at)
+        return
+    room = _room_to_turn(layers[0])
+    steps: list[Callable[[], object]] = []
+    for keys in layers:
+        steps += [partial(_turn, keys, cos, sin, moving, room), partial(keys.copy_, room.turned)]
+    steps += [partial(state.position.copy_, dense), partial(cursor.position.copy_, at)]
+    _to_the_end(steps)
+
+
+class _Room(NamedTuple):
+    """What turning one layer's keys takes, in float32."""
+
+    plain: Tensor  # [kv_heads, capacity, head_dim]
+    turned: Tensor  # [kv_heads, capacity, head_dim]
+    product: Tensor  # [kv_heads, capacity, head_dim / 2]
+
+
+def _room_to_turn(keys: Tensor) -> _Room:
+    plain = torch.empty_like(keys, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return _Room(plain, torch.empty_like(plain), torch.empty_like(plain.chunk(2, dim=-1)[0]))
+
+
+def _turn(keys: Tensor, cos: Tensor, sin: Tensor, moving: Tensor, room: _Room) -> None:
+    """``rotate_rows`` of the rows that move, without allocating. Changes the room alone."""
+    room.plain.copy_(keys)
+    first, second = room.plain.chunk(2, dim=-1)
+    turned_first, turned_second = room.turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first)
+    turned_first.sub_(torch.mul(second, sin, out=room.product))
+    torch.mul(second, cos, out=turned_second)
+    turned_second.add_(torch.mul(first, sin, out=room.product))
+    torch.where(moving[:, None], room.turned, room.plain, out=room.turned)
+
+
+def _to_the_end(steps: list[Callable[[], object]]) -> None:
+    """Takes every step. One that is interrupted is taken again, and whatever interrupted it is
+    raised after the last; a second interruption is not forgiven.
+    """
+    done, interruption = 0, None
+    while done < len(steps):
+        try:
+            steps[done]()
+            done += 1
+        except BaseException as raised:
+            if interruption is not None:
+                raise
+            interruption = raised
+    if interruption is not None:
+        raise interruption

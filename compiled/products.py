@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compiled.int8 import Int8, Matrix
+
 
 def streams_rows(x: Tensor, num_tokens: int) -> bool:
     """Whether products over this many new tokens are compiled as streaming loops."""
@@ -56,48 +58,64 @@ def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
     return product if addend is None else product + addend
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``: [T, in] × [out, in] → [T, out], all of one dtype."""
+def stored(x: Tensor) -> Tensor:
+    """``x``, written down before it is used. A compiler would rather make it anew for every row of
+    a matrix: a norm with its root, or an exponential, thousands of times. The operation is
+    PyTorch's own (``torch._inductor.test_operators``, which ``capture.py`` imports).
+    """
+    written: Tensor = torch.ops._inductor_test.realize(x)
+    return written
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """``x @ weight.T``: [T, in] × [out, in] → [T, out], in x's dtype."""
+    if isinstance(weight, Int8):
+        # Eight bits are exact in every floating dtype; the scale comes after the sum.
+        if streams_rows(x, x.shape[0]):
+            row = stored(x.float())
+            return ((row * weight.values.float()).sum(-1) * weight.scale).to(x.dtype)[None]
+        sums = _product(x, weight.values.to(x.dtype))
+        return (sums.float() * weight.scale).to(x.dtype)
     if streams_rows(x, x.shape[0]):
-        return (x.float() * weight.float()).sum(-1).to(weight.dtype)[None]
+        return (stored(x.float()) * weight.float()).sum(-1).to(weight.dtype)[None]
     return _product(x, weight)
 
 
-def dot_rows(query: Tensor, rows: Tensor, streaming: bool, addend: Tensor | None = None) -> Tensor:
-    """Dot product of every query with every row: in float32 where they stream, else in their dtype.
+def look_up(tokens: Tensor, embedding: Matrix) -> Tensor:
+    """Rows of the embedding: ``tokens`` [T] int64 → [T, hidden] float32."""
+    if isinstance(embedding, Int8):
+        rows = F.embedding(tokens, embedding.values).float()
+        return rows * embedding.scale[tokens][:, None]
+    return F.embedding(tokens, embedding).float()
+
+
+def dot_rows(query: Tensor, rows: Tensor, addend: Tensor | None = None) -> Tensor:
+    """Dot product of every query with every row.
 
     ``query`` [kv_heads, Q, head_dim] × ``rows`` [kv_heads, N, head_dim], plus ``addend`` [Q, N]
     → [kv_heads, Q, N].
     """
-    if streaming:
-        products = (query.float()[:, :, None] * rows.float()[:, None]).sum(-1)
-    elif len(query) == 1:
+    if len(query) == 1:
         return _product(query[0], rows[0], addend)[None]
-    else:
-        products = torch.bmm(query, rows.transpose(1, 2))
+    products = torch.bmm(query, rows.transpose(1, 2))
     return products if addend is None else products + addend
 
 
-def mix_rows(shares: Tensor, rows: Tensor, streaming: bool) -> Tensor:
+def mix_rows(shares: Tensor, rows: Tensor) -> Tensor:
     """Sum of the rows, each weighted by its share, in float32.
 
-    ``shares`` [kv_heads, Q, N] float32 × ``rows`` [kv_heads, N, head_dim]
-    → [kv_heads, Q, head_dim].
+    ``shares`` [kv_heads, Q, N] × ``rows`` [kv_heads, N, head_dim] → [kv_heads, Q, head_dim].
     """
-    if streaming:
-        return (shares[..., None] * rows.float()[:, None]).sum(2)
     shares = shares.to(rows.dtype)
     if len(shares) == 1:
         return _product(shares[0], rows[0].T)[None].float()
     return torch.bmm(shares, rows).float()
 
 
-def sum_rows(shares: Tensor, weights: Tensor, streaming: bool) -> Tensor:
+def sum_rows(shares: Tensor, weights: Tensor) -> Tensor:
     """Sum over heads and weighted sum over queries, in float32.
 
     ``shares`` [heads, T, N] float32, ``weights`` [T] float32 → [N].
     """
-    if streaming:
-        return (shares * weights[:, None]).sum((0, 1))
     # One matrix–vector product: no second copy of the shares.
     return weights.expand(shares.shape[0], -1).reshape(1, -1).matmul(shares.flatten(0, 1))[0]

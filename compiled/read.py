@@ -29,7 +29,7 @@ from compiled.llama import (
     layer_weights,
     rms_norm,
 )
-from compiled.products import linear
+from compiled.products import linear, look_up
 from compiled.rope import rotation
 from compiled.sample import head_surprises
 from compiled.state import Cursor, State
@@ -86,7 +86,7 @@ def _layer(eps: float, text: bool, each: bool, *tensors: Tensor) -> tuple[Tensor
     # repetition only where everything that goes in and out is a plain tensor or number.
     hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
     visible = Visibility(cached, new, live)
-    layer = LayerWeights(*weights)
+    layer = LayerWeights.from_tensors(weights)
     reading = decoder_layer(hidden, layer, keys, values, cos, sin, visible, eps, text, each)
     return tuple(reading)
 
@@ -106,7 +106,7 @@ def _pass(
     """From token ids to what the head takes."""
     cos, sin = rotation(positions, weights.inverse_frequencies)  # [T, head_dim / 2]
     visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
-    hidden = F.embedding(tokens, weights.embedding).float()  # [T, hidden]
+    hidden = look_up(tokens, weights.embedding)  # [T, hidden]
 
     keys, values = [], []
     mass = None
@@ -124,7 +124,7 @@ def _pass(
             *visible,
             state.keys[layer, :, :bucket],  # [kv_heads, bucket, head_dim], a view
             state.values[layer, :, :bucket],
-            *layer_weights(weights, layer),
+            *layer_weights(weights, layer).tensors(),
         )
         keys.append(key)
         values.append(value)

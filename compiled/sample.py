@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled.int8 import Matrix, num_rows, part
 from compiled.philox import uniform
 from compiled.products import linear
 
@@ -110,15 +111,15 @@ def surprises(logits: Tensor, targets: Tensor) -> Tensor:
     return -torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
 
 
-def head_surprises(final: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def head_surprises(final: Tensor, head: Matrix, targets: Tensor) -> Tensor:
     """The same without logits: they are made block by block and forgotten.
 
     ``final`` [T, hidden], ``head`` [vocab, hidden], ``targets`` [T] int64 → [T] float32.
     The normaliser is the log-sum-exp of the blocks' log-sum-exps.
     """
     normalisers, chosen = [], []
-    for first in range(0, head.shape[0], HEAD_BLOCK):
-        logits = linear(final, head[first : first + HEAD_BLOCK])  # [T, block]
+    for first in range(0, num_rows(head), HEAD_BLOCK):
+        logits = linear(final, part(head, slice(first, first + HEAD_BLOCK)))  # [T, block]
         # One fused pass; a logit less its log-probability is the log-sum-exp of its row, and most
         # exactly so where both are largest.
         told = torch.log_softmax(logits, -1, dtype=torch.float32)

@@ -166,14 +166,42 @@ class GraphsTask:
 
 @dataclass
 class BenchTask:
-    """``task=bench``: time decode and prefill beside transformers, one process at a time."""
+    """``task=bench``: time decode and prefill beside peers, one process at a time."""
 
     name: str = "bench"
-    context: int = 512  # tokens remembered while decoding
-    prefill: int = 862  # tokens to prime with
+    measures: list[str] = field(default_factory=lambda: ["decode"])  # scaling
+    engines: list[str] = field(
+        default_factory=lambda: [
+            "compiled",
+            "eager",
+            "llama-cpp",
+            "transformers-dynamic",
+            "transformers-static-compiled",
+        ]
+    )
+    precisions: list[str] = field(
+        default_factory=list
+    )  # empty: float32, bfloat16 and int8, or the dtype that is given
+    context: int = 512  # decode: tokens remembered
+    prefill: int = 862  # decode: tokens to prime with
     tokens: int = 32  # decoded per repetition
     repeats: int = 3  # alternating repetitions
-    engines: list[str] = field(default_factory=lambda: ["compiled", "transformers-static-compiled"])
+    scaling_engines: list[str] = field(default_factory=lambda: ["compiled", "llama-cpp"])
+    capacities: list[int] = field(
+        default_factory=lambda: [512, 1024, 2048, 4096, 8192]
+    )  # scaling: with ``rows`` rows remembered
+    counts: list[int] = field(
+        default_factory=lambda: [64, 256, 512, 1024, 2048, 4096, 8000]
+    )  # scaling: rows remembered, at the largest capacity
+    rows: int = 256  # scaling: remembered at every capacity
+
+
+@dataclass
+class ProfileTask:
+    """``task=profile``: where the time of a tick goes, step by step."""
+
+    name: str = "profile"
+    ticks: int = 20  # to watch
 
 
 @dataclass
@@ -210,6 +238,13 @@ class EvalTask:
     horizon: int = 32  # repair: tokens read afterwards
 
 
+class WeightFormat(Enum):
+    """``weights``: matrices as the model has them, in ``dtype``, or rounded to eight bits."""
+
+    model = "model"
+    int8 = "int8"
+
+
 @dataclass
 class Conf:
     """Everything that can be set."""
@@ -231,6 +266,7 @@ class Conf:
     capacity: int = 1024
     positions: Positions = Positions.keep
     dtype: DType = DType.float32
+    weights: WeightFormat = WeightFormat.model
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: int | None = None  # CPU threads; null: as PyTorch chooses
     capture: bool = False  # write what every step received and returned
@@ -253,5 +289,6 @@ def register() -> None:
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)
-    for task in (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask, CommandTask):
+    tasks = (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask, CommandTask)
+    for task in (*tasks, ProfileTask):
         store.store(group="task", name=f"{task.name}_schema", node=task)

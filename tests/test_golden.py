@@ -39,6 +39,7 @@ from brain.golden.seeded import SEEDED
 from brain.opening import compose_conf
 from brain.tasks import golden as task
 from brain.tasks.golden import Mismatch
+from compiled.int8 import dequantize
 from conf.schema import Conf
 
 pytestmark = pytest.mark.usefixtures("all_threads")
@@ -310,7 +311,7 @@ def test_a_disturbed_weight_is_found(field: str, dtype: str) -> None:
 
 def test_one_disturbed_number_of_a_weight_is_found() -> None:
     brain, golden = toy_brain("float32")
-    brain.checkpoint.weights.qkv[2, 5, 7] += 1.0
+    dequantize(brain.checkpoint.weights.qkv)[2, 5, 7] += 1.0
     assert examine(golden, brain).failure is not None
 
 
@@ -360,9 +361,9 @@ def test_seeded_weights_are_the_same_in_every_dtype() -> None:
     model = SEEDED["seeded-toy"]
     exact = model.checkpoint(torch.float32, torch.device("cpu")).weights
     low = model.checkpoint(torch.bfloat16, torch.device("cpu")).weights
-    for one, other in zip(exact, low, strict=True):
+    for one, other in zip(exact.tensors(), low.tensors(), strict=True):
         assert torch.equal(one, other.to(one.dtype))
-    rows = {row.numpy().tobytes() for row in exact.head}
+    rows = {row.numpy().tobytes() for row in dequantize(exact.head)}
     assert len(rows) == model.config.vocab_size  # no two tokens are the same
     assert float((exact.attention_norm - 1).std()) == pytest.approx(0.1, rel=0.1)
 

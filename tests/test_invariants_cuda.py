@@ -98,6 +98,35 @@ def test_I9_anything_compiles_nothing_after_warm_up(warm_on_cuda: Brain) -> None
     assert names == dict.fromkeys(warm_on_cuda.graphs.expected(), 1)
 
 
+def test_I9_a_tick_launches_one_graph_for_each_of_its_calls(warm_on_cuda: Brain) -> None:
+    """Two for the memory, read and patch, and the choice's between them."""
+    b = warm_on_cuda
+    b.prime(IDS[:30])
+    for _ in range(5):
+        b.tick()
+    torch.cuda.synchronize()
+    b.graphs.naming = torch.profiler.record_function
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(4):
+                b.tick()
+            torch.cuda.synchronize()
+    finally:
+        b.graphs.naming = None
+    events = profile.profiler.kineto_results.events()
+    launches = [e.start_ns() for e in events if e.name().startswith("cudaGraphLaunch")]
+    assert len(launches) == 3 * 4
+    for name in ("1 read", "1 sample, 2 score, 3 decide", "4 patch"):
+        ranges = [e for e in events if e.name() == name and "CPU" in str(e.device_type())]
+        assert len(ranges) == 4
+        for r in ranges:
+            inside = [
+                r.start_ns() <= launch < r.start_ns() + r.duration_ns() for launch in launches
+            ]
+            assert sum(inside) == 1, name
+
+
 def test_I9_a_tick_never_waits_for_the_device(b: Brain) -> None:
     b.prime(IDS[:30])
     for _ in range(5):
@@ -113,16 +142,16 @@ def test_I9_a_tick_never_waits_for_the_device(b: Brain) -> None:
 
 
 def test_I9_nothing_a_graph_reads_ever_moves(b: Brain) -> None:
-    held = (*b.state, *b.cursor, *b.checkpoint.weights, *b.graphs.sampling)
+    held = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     where = [tensor.data_ptr() for tensor in held]
     live(b)
-    again = (*b.state, *b.cursor, *b.checkpoint.weights, *b.graphs.sampling)
+    again = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     assert [tensor.data_ptr() for tensor in again] == where
 
 
 def test_I1_a_read_leaves_every_byte_and_address(b: Brain) -> None:
     live(b)
-    held = (*b.state, *b.cursor, *b.checkpoint.weights)
+    held = (*b.state, *b.cursor, *b.checkpoint.weights.tensors())
     before, where = digest(*held), [tensor.data_ptr() for tensor in held]
     for count in (1, 2, 4, 16, 40):
         b.read(IDS[:count])

@@ -115,7 +115,7 @@ def test_I2_captured_reads_write_no_byte_of_any_input(warm_brain: Brain) -> None
     """The machine code, not the graph it was made of."""
     b = warm_brain
     b.prime(IDS[:30])
-    held = (*b.state, *b.cursor, *b.checkpoint.weights, *b.graphs.sampling)
+    held = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     before = digest(*held)
     for width in WIDTHS:
         tokens, positions = torch.arange(width), torch.arange(30, 30 + width)
@@ -336,10 +336,10 @@ def test_I9_a_tick_never_waits_for_the_device(eager_brain: Brain) -> None:
 def test_I9_nothing_a_graph_reads_ever_moves(either_brain: Brain) -> None:
     b = either_brain
     b.prime(IDS[:20])
-    held = (*b.state, *b.cursor, *b.checkpoint.weights, *b.graphs.sampling)
+    held = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     where = [tensor.data_ptr() for tensor in held]
     anything(b)
-    again = (*b.state, *b.cursor, *b.checkpoint.weights, *b.graphs.sampling)
+    again = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     assert [tensor.data_ptr() for tensor in again] == where
     assert all(a is b for a, b in zip(held, again, strict=True))
 

@@ -17,9 +17,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def open_folder(
-    path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", name: str | None = None
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    int8: bool = False,
+    name: str | None = None,
 ) -> Checkpoint:
-    """Loads a model folder; ``dtype`` is float32, bfloat16 or float16, whatever the files hold.
+    """Loads a model folder; ``dtype`` is float32, bfloat16 or float16, whatever the files hold, and
+    ``int8`` whether matrices are rounded to eight bits.
 
     Raises Refused where anything is missing, malformed or not supported, before memory is
     allocated for weights.
@@ -31,7 +37,7 @@ def open_folder(
     tokenizer = load_tokenizer(path)
     paths = weight_files(path)
     files = [TensorFile(file) for file in paths]
-    weights = load_weights(config, files, dtype=dtype, device=torch.device(device))
+    weights = load_weights(config, files, dtype=dtype, device=torch.device(device), int8=int8)
     return Checkpoint(
         name=name or path.resolve().name,
         config=config,

@@ -64,7 +64,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
     parts = [part for field in packed_parts(config).values() for part in field]
-    unexpected = set(tensors) - {_gguf_name(name) for name, _ in parts}
+    unexpected = set(tensors) - {gguf_name(name) for name, _ in parts}
     if unexpected:
         raise Refused(f"{path}: unexpected tensor {min(unexpected)}: it cannot be converted")
     with tqdm(total=len(parts), desc=f"converting {path.stem}", unit="tensor") as bar:
@@ -140,7 +140,7 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """GGUF's name of a Hugging Face tensor."""
     if name in RENAMED:
         return RENAMED[name]
@@ -156,9 +156,9 @@ def _read(
     path: Path,
 ) -> Tensor:
     """One tensor, float32, in Hugging Face's layout."""
-    stored = tensors.get(_gguf_name(name))
+    stored = tensors.get(gguf_name(name))
     if stored is None:
-        raise Refused(f"{path}: tensor {_gguf_name(name)} is missing; expected {list(shape)}")
+        raise Refused(f"{path}: tensor {gguf_name(name)} is missing; expected {list(shape)}")
     found = tuple(int(size) for size in reversed(stored.shape))
     if found != shape:
         raise Refused(

@@ -36,17 +36,24 @@ def open_hub(
     cache_dir: Path | None = None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    int8: bool = False,
 ) -> Checkpoint:
     """Loads ``owner/name`` at a revision (default: main), downloading what is not cached.
 
     ``cache_dir`` defaults to the Hugging Face cache. Raises Refused where the repository cannot be
     had or its model cannot be used.
     """
+    folder = hub_folder(repo, revision=revision, cache_dir=cache_dir)
+    return open_folder(folder, dtype=dtype, device=device, int8=int8, name=repo)
+
+
+def hub_folder(repo: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+    """The local folder of a repository, as :func:`open_hub` reads it, downloaded where need be."""
     elsewhere = "or download it elsewhere and use model=folder path=FOLDER"
     at = f"{repo}@{revision}" if revision else repo
     try:
-        folder = snapshot_download(
-            repo, revision=revision, cache_dir=cache_dir, allow_patterns=PATTERNS
+        return Path(
+            snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=PATTERNS)
         )
     except GatedRepoError:
         raise Refused(
@@ -69,4 +76,3 @@ def open_hub(
         raise Refused(
             f"{at}: could not be downloaded ({one_line(error)}); try again, {elsewhere}"
         ) from None
-    return open_folder(Path(folder), dtype=dtype, device=device, name=repo)

@@ -10,6 +10,7 @@ from torch import Tensor
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.safetensors_file import DTYPES, TensorFile
 from brain.errors import Refused
+from compiled.int8 import Int8, Matrix, quantize
 from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.rope import inverse_frequencies
 
@@ -18,13 +19,19 @@ CACHE_LINE = 64
 
 
 def load_weights(
-    config: LlamaConfig, files: Sequence[TensorFile], *, dtype: torch.dtype, device: torch.device
+    config: LlamaConfig,
+    files: Sequence[TensorFile],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    int8: bool = False,
 ) -> Weights:
     """The packed weights: views of the mapped files where possible, else one copy each.
 
     A packed tensor is a view where its parts lie one after the other in one file, in ``dtype``,
     and ``device`` is the CPU. Otherwise it is allocated once and filled part by part, each part's
     mapped pages being released at once: no second copy of the weights is ever in memory.
+    With ``int8`` every matrix is rounded to eight bits, part by part from what the file holds.
     Raises Refused, before allocating, where a tensor is missing, unexpected or misshapen.
     """
     if dtype not in DTYPES.values():
@@ -33,15 +40,23 @@ def load_weights(
     fields = packed_parts(config)
     _validate(config, fields, owners)
     shapes = weight_shapes(config)
-    packed = {
-        field: _pack([_Stored(owners[name], name) for name, _ in parts], dtype, device).view(
-            shapes[field]
-        )
-        for field, parts in fields.items()
-    }
+    packed: dict[str, Matrix] = {}
+    for field, parts in fields.items():
+        stored = [_Stored(owners[name], name) for name, _ in parts]
+        if int8 and all(len(shape) == 2 for _, shape in parts):
+            packed[field] = _quantized(stored, shapes[field], device)
+        else:
+            packed[field] = _pack(stored, dtype, device).view(shapes[field])
     packed.setdefault("head", packed["embedding"])
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return Weights(**packed, inverse_frequencies=frequencies.to(device))
+    return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
+
+
+def checked_owners(config: LlamaConfig, files: Sequence[TensorFile]) -> dict[str, TensorFile]:
+    """The file that holds each of the model's tensors. Raises Refused as :func:`load_weights`."""
+    owners = _owners(files)
+    _validate(config, packed_parts(config), owners)
+    return owners
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,21 @@ def _pack(parts: list[_Stored], dtype: torch.dtype, device: torch.device) -> Ten
         offset += len(source)
         part.file.release(part.name)
     return packed
+
+
+def _quantized(parts: list[_Stored], shape: tuple[int, ...], device: torch.device) -> Int8:
+    """The parts in eight bits, their rows one after the other, as a matrix of this shape."""
+    values = torch.empty(shape, dtype=torch.int8, device=device)
+    scale = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    offset = 0
+    for part in parts:
+        rows = quantize(part.file.tensor(part.name))
+        after = offset + len(rows.scale)
+        values.view(-1, shape[-1])[offset:after].copy_(rows.values)
+        scale.view(-1)[offset:after].copy_(rows.scale)
+        offset = after
+        part.file.release(part.name)
+    return Int8(values, scale)
 
 
 def _owners(files: Sequence[TensorFile]) -> dict[str, TensorFile]:

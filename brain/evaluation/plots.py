@@ -10,7 +10,7 @@ from brain.evaluation.retrieval import CHANCE
 
 def plot_recall(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Recall against distance, a line for each policy; a panel for each budget."""
-    plt = _pyplot()
+    plt = pyplot()
     budgets = sorted({row["budget"] for row in rows})
     figure, panels = plt.subplots(
         1, len(budgets), figsize=(1.5 + 5 * len(budgets), 4.2), sharey=True, squeeze=False
@@ -38,12 +38,12 @@ def plot_recall(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("facts whose answer ranks first of ten")
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_fluency(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Difference in nats per token to sinks and recent rows, a group of bars for each budget."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [row for row in rows if "difference" in row and row["policy"] != FLOOR]
     budgets = sorted({row["budget"] for row in rows})
     policies = list(dict.fromkeys(row["policy"] for row in rows))
@@ -65,12 +65,12 @@ def plot_fluency(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panel.set_ylabel(f"nats per token above {FLOOR}\n(lower is more fluent)")
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_endurance(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """What should stay level over the ticks: four panels, one line each."""
-    plt = _pyplot()
+    plt = pyplot()
     shown = {
         "nll": "nats per spoken token",
         "distinct": "distinct 3-grams, share",
@@ -84,10 +84,11 @@ def plot_endurance(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("ticks")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's interface, drawing into files alone."""
     import matplotlib
 
     matplotlib.use("Agg")  # pictures are files; there may be no screen
@@ -104,6 +105,7 @@ def _style(policy: str) -> dict[str, Any]:
     return {}
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes a picture and lets go of it."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    _pyplot().close(figure)
+    pyplot().close(figure)

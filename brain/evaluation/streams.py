@@ -26,14 +26,14 @@ class Streams:
     def __init__(self, checkpoint: Checkpoint, conduct: Conduct, texts: Tensor) -> None:
         self._config, self._weights = checkpoint.config, checkpoint.weights
         self._conduct = conduct
-        embedding = checkpoint.weights.embedding
-        self._texts = texts.to(embedding.device)
+        weights = checkpoint.weights
+        self._texts = texts.to(weights.device)
         streams, length = texts.shape
         target = conduct.forgetting.target
         # A tick forgets before it remembers: one row above the target is never needed.
         capacity = min(target, length) if target else length
         self.memories: Memories = allocate_memories(
-            streams, self._config, capacity, embedding.dtype, embedding.device
+            streams, self._config, capacity, weights.dtype, weights.device
         )
         cursor = self.memories.cursor
         # The first token is pending, as if it had been fed into nothing.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from brain.errors import Refused, one_line
+from brain.paths import given_path
 
 
 def read_text(path: Path) -> str:
@@ -14,7 +15,7 @@ def read_text(path: Path) -> str:
 
     Raises Refused for nothing at all, and for what is not UTF-8 text, naming the file.
     """
-    path = path.expanduser()
+    path = given_path(path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         if not files:

@@ -78,11 +78,11 @@ class SeededModel:
         frequencies = inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        weights = Weights(**packed, inverse_frequencies=frequencies)
+        tensors = {**packed, "inverse_frequencies": frequencies}
         return Checkpoint(
             name=self.name,
             config=self.config,
-            weights=Weights(*(tensor.to(device) for tensor in weights)),
+            weights=Weights(**{name: tensor.to(device) for name, tensor in tensors.items()}),
             tokenizer=_speechless(self.config.vocab_size),
             hash_weights=self.sha256,
         )

@@ -1,18 +1,16 @@
-"""``task=bench``: tokens per second of decode and prefill, beside transformers, from one run.
+"""``task=bench``: tokens per second beside the peers that are installed, from one run.
 
 Each engine runs in a process of its own, one at a time, in alternation, so that a drift of the
-machine meets all of them. Medians over all repetitions are reported, and ratios to the last engine
-in the list.
+machine meets all of them; so does the reading of memory, which says how fast any of them could be.
+Medians over all repetitions are reported. Writes ``bench.json`` and a picture for each measure.
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
-import statistics
-import subprocess
-import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,113 +18,264 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from tqdm import tqdm
 
+from brain.bench import plots
+from brain.bench.contestants import (
+    ENGINES,
+    INT8,
+    LLAMA_CPP,
+    MEMORY,
+    PRECISIONS,
+    Contestant,
+    contestants,
+    row_bytes,
+    weight_bytes,
+    why_missing,
+)
+from brain.bench.job import WARM_UP_TOKENS, Failed, Job, result_of
+from brain.bench.results import engine_rows, limit_rows, scaling_rows
+from brain.bench.tables import decode_table, flatness, scaling_table
+from brain.checkpoints.gguf_writer import converted_gguf
+from brain.checkpoints.hf_config import read_config
 from brain.errors import Refused
-from brain.tasks.bench_engine import WARM_UP_TOKENS, Job
+from brain.opening import model_folder
+from brain.settings import device_of, settings_of
 from brain.terminal import note
 from conf.schema import BenchTask, Conf
 
-OURS = ("eager", "compiled")
-PEERS = ("transformers-dynamic", "transformers-static-compiled")
+DECODE, SCALING = "decode", "scaling"
+MEASURES = (DECODE, SCALING)
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Prints one table; writes ``bench.json``. Raises Refused for an unknown engine."""
+    """Prints one table for each measure. Raises Refused before anything long begins."""
     task = cast(BenchTask, conf.task)
-    _check(task, conf)
-    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("task")]
-    engines = [e for e in task.engines if e in OURS or importlib.util.find_spec("transformers")]
-    for missing in set(task.engines) - set(engines):
-        note(f"{missing} is missing: install positronic-brain[reference]")
-    results: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-    with tqdm(total=task.repeats * len(engines), unit="run", desc="timing") as bar:
-        for _ in range(task.repeats):
-            for engine in engines:
-                bar.set_postfix_str(engine)
-                job = Job(engine, overrides, task.context, task.prefill, task.tokens)
-                results[engine].append(_result(job))
-                bar.update()
-    rows = [_row(engine, results[engine], task) for engine in engines]
-    _print_table(rows, conf, task)
-    report = {
+    asked = [o for o in HydraConfig.get().overrides.task if not o.startswith("task")]
+    precisions = list(task.precisions) or _asked_precisions(conf, asked)
+    _check(task, conf, precisions)
+    bench = _Bench(conf, task, asked, precisions, run_dir)
+    for measure in dict.fromkeys(task.measures):
+        {DECODE: bench.decode, SCALING: bench.scaling}[measure]()
+    for name, reason in bench.missing.items():
+        print(f"missing: {name}: {reason}")
+    note(f"results and pictures in {run_dir}")
+
+
+def _asked_precisions(conf: Conf, asked: Sequence[str]) -> list[str]:
+    """Without ``task.precisions``: what ``dtype`` or ``weights`` say where they are given."""
+    if "weights=int8" in asked:
+        return [INT8]
+    given = any(override.startswith("dtype=") for override in asked)
+    return [conf.dtype.value] if given else ["float32", "bfloat16", INT8]
+
+
+def _check(task: BenchTask, conf: Conf, precisions: Sequence[str]) -> None:
+    known = {
+        "measures": (task.measures, MEASURES),
+        "engines": (task.engines, ENGINES),
+        "scaling_engines": (task.scaling_engines, ENGINES),
+        "precisions": (precisions, PRECISIONS),
+    }
+    for key, (chosen, possible) in known.items():
+        for name in chosen:
+            if name not in possible:
+                raise Refused(f"task.{key}: {name!r} is unknown; use {', '.join(possible)}")
+        if not chosen:
+            raise Refused(f"task.{key} is empty: use {', '.join(possible)}")
+    for name in ("context", "prefill", "tokens", "repeats", "rows"):
+        if getattr(task, name) < 1:
+            raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
+    decoded = task.tokens + WARM_UP_TOKENS
+    needed = max(task.prefill, task.context + decoded)
+    if DECODE in task.measures and needed > conf.capacity:
+        raise Refused(f"this benchmark needs capacity={needed} or more, not {conf.capacity}")
+    if SCALING in task.measures:
+        if not task.capacities or not task.counts or min(task.counts) < 1:
+            raise Refused("task.capacities and task.counts must hold numbers of at least 1")
+        if min(task.capacities) < task.rows + decoded:
+            raise Refused(f"task.capacities must be {task.rows + decoded} or more for task.rows")
+        if max(task.counts) + decoded > max(task.capacities):
+            most = max(task.capacities) - decoded
+            raise Refused(f"task.counts must be {most} or less in a capacity of that size")
+    settings_of(conf)
+    if conf.threads is not None and conf.threads < 1:
+        raise Refused(f"threads must be at least 1, not {conf.threads}")
+
+
+class _Bench:
+    """One run: what it was asked for, and what it has measured so far."""
+
+    def __init__(
+        self,
+        conf: Conf,
+        task: BenchTask,
+        asked: Sequence[str],
+        precisions: Sequence[str],
+        run_dir: Path,
+    ) -> None:
+        self.conf, self.task, self.asked, self.precisions = conf, task, asked, precisions
+        self.run_dir = run_dir
+        self.folder = model_folder(conf.model, conf.cache_dir)
+        self.config = read_config(self.folder / "config.json")
+        self.threads = torch.get_num_threads() if conf.threads is None else conf.threads
+        self.missing: dict[str, str] = {}
+        self._gguf: dict[str, Path] = {}
+        self.report = _circumstances(conf, task, self.threads) | {"missing": self.missing}
+
+    def decode(self) -> None:
+        """Tokens per second of decode and prefill, and the share of what memory allows."""
+        task = self.task
+        entries = []
+        for precision in self.precisions:
+            present = self._present(contestants(task.engines, [precision]))
+            entries += [Contestant(MEMORY, precision), *present] if present else []
+        jobs = {entry: self._decode_job(entry) for entry in entries}
+        runs = self._alternate("decode", jobs)
+        rows, limits = engine_rows(runs, task.context, task.prefill), limit_rows(runs)
+        if not rows:
+            raise Refused("; ".join(f"{n}: {why}" for n, why in self.missing.items()))
+        title = (
+            f"{self.conf.model.name}, {task.context} tokens in context, capacity "
+            f"{self.conf.capacity}, prefill of {task.prefill}, {self.threads} threads"
+        )
+        print(f"\n{title}; a token of ours is a whole tick")
+        print(decode_table(rows, limits))
+        print("limit: share of the GB/s that the same bytes were read with; MB: peak above start")
+        if any(row["engine"] == LLAMA_CPP for row in rows):
+            print("llama-cpp keeps its cache in float16 at every precision; its int8 is Q8_0")
+        plots.plot_decode(rows, limits, title, self.run_dir / "decode.png")
+        self._write(engines=rows, limits=limits)
+
+    def scaling(self) -> None:
+        """Time per token against the count of rows, and against capacity."""
+        task = self.task
+        capacities = sorted(set(task.capacities))
+        counts = sorted(set(task.counts))
+        present = self._present(contestants(task.scaling_engines, self.precisions))
+        jobs = {
+            (entry.engine, entry.precision, capacity): dataclasses.replace(
+                self._job(entry, capacity),
+                counts=sorted({task.rows, *(counts if capacity == capacities[-1] else ())}),
+                # The same buckets at every capacity, so that capacity alone is compared.
+                smallest_bucket=min(self.conf.engine.smallest_bucket, capacities[0]),
+                capture_all=False,
+            )
+            for entry in present
+            for capacity in capacities
+        }
+        runs = self._alternate("scaling", jobs)
+        rows = scaling_rows(runs)
+        if not rows:
+            raise Refused("; ".join(f"{n}: {why}" for n, why in self.missing.items()))
+        title = f"{self.conf.model.name}, milliseconds per token, {self.threads} threads"
+        print(f"\n{title}; a token of ours is a whole tick")
+        print(scaling_table(rows, counts, task.rows))
+        for line in flatness(rows, task.rows):
+            print(line)
+        plots.plot_scaling(rows, task.rows, title, self.run_dir / "scaling.png")
+        self._write(scaling=rows)
+
+    def _present(self, entries: Sequence[Contestant]) -> list[Contestant]:
+        """Those that can be timed here; the others are named as missing."""
+        present = []
+        for entry in entries:
+            reason = why_missing(entry, self.asked)
+            if reason is None and entry.engine == LLAMA_CPP:
+                try:
+                    self._gguf_of(entry.precision)
+                except Refused as refusal:
+                    reason = str(refusal)
+            if reason is None:
+                present.append(entry)
+            else:
+                self._miss(entry.label, reason)
+        return present
+
+    def _miss(self, name: str, reason: str) -> None:
+        if name not in self.missing:
+            self.missing[name] = reason
+            note(f"{name} is missing: {reason}")
+
+    def _gguf_of(self, precision: str) -> Path:
+        cache = None if self.conf.cache_dir is None else Path(self.conf.cache_dir).expanduser()
+        if precision not in self._gguf:
+            kind = PRECISIONS[precision].gguf
+            self._gguf[precision] = converted_gguf(self.folder, kind, cache_dir=cache)
+        return self._gguf[precision]
+
+    def _job(self, entry: Contestant, capacity: int) -> Job:
+        is_llama_cpp = entry.engine == LLAMA_CPP
+        return Job(
+            engine=entry.engine,
+            precision=entry.precision,
+            folder=str(self.folder),
+            device=str(device_of(self.conf.device)),
+            threads=self.threads,
+            capacity=capacity,
+            tokens=self.task.tokens,
+            overrides=entry.overrides(self.asked) if entry.is_ours else [],
+            gguf=str(self._gguf_of(entry.precision)) if is_llama_cpp else None,
+        )
+
+    def _decode_job(self, entry: Contestant) -> Job:
+        task, job = self.task, self._job(entry, self.conf.capacity)
+        if entry.engine == MEMORY:
+            rows = task.context * row_bytes(self.config, entry.precision)
+            size = weight_bytes(self.config, entry.precision) + rows
+            return dataclasses.replace(job, bytes=size)
+        return dataclasses.replace(job, counts=[task.context], prefill=task.prefill)
+
+    def _alternate(self, measure: str, jobs: dict[Any, Job]) -> dict[Any, list[dict[str, Any]]]:
+        """Every job in turn, as often as is asked for. One that fails is missing from then on.
+
+        Writes the timings after every round: a long run that is cut short keeps what it has.
+        """
+        runs: dict[Any, list[dict[str, Any]]] = {key: [] for key in jobs}
+        failed = set()
+        with tqdm(total=self.task.repeats * len(jobs), unit="run", desc=measure) as bar:
+            for _ in range(self.task.repeats):
+                for key, job in jobs.items():
+                    entry = Contestant(job.engine, job.precision)
+                    bar.set_postfix_str(entry.label)
+                    if entry not in failed:
+                        try:
+                            runs[key].append(result_of(job))
+                        except Failed as failure:
+                            failed.add(entry)
+                            bar.clear()
+                            self._miss(entry.label, f"failed: {failure}")
+                    bar.update()
+                named = {
+                    key.label if isinstance(key, Contestant) else " ".join(map(str, key)): results
+                    for key, results in runs.items()
+                }
+                self._write(**{f"{measure}_runs": named})
+        return runs
+
+    def _write(self, **results: Any) -> None:
+        self.report.update(results)
+        text = json.dumps(self.report, indent=1) + "\n"
+        (self.run_dir / "bench.json").write_text(text, "utf-8")
+
+
+def _circumstances(conf: Conf, task: BenchTask, threads: int) -> dict[str, Any]:
+    """Everything that numbers depend on."""
+    return {
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "threads": threads,
+        "device": str(device_of(conf.device)),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
+        "llama-cpp-python": _version("llama-cpp-python"),
         "task": dataclasses.asdict(task),
-        "dtype": conf.dtype.value,
+        "model": conf.model.name,
         "capacity": conf.capacity,
         "command": ["brain", *HydraConfig.get().overrides.task],
-        "engines": rows,
-        "runs": results,
     }
-    (run_dir / "bench.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-
-
-def _check(task: BenchTask, conf: Conf) -> None:
-    for engine in task.engines:
-        if engine not in OURS + PEERS:
-            raise Refused(f"task.engines: {engine!r} is unknown; use {', '.join(OURS + PEERS)}")
-    for name in ("context", "prefill", "tokens", "repeats"):
-        if getattr(task, name) < 1:
-            raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
-    needed = max(task.prefill, task.context + task.tokens + WARM_UP_TOKENS)
-    if needed > conf.capacity:
-        raise Refused(f"this benchmark needs capacity={needed} or more, not {conf.capacity}")
-
-
-def _result(job: Job) -> dict[str, Any]:
-    arguments = [sys.executable, "-m", "brain.tasks.bench_engine", json.dumps(vars(job))]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise Refused(f"{job.engine} failed: {last}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-def _row(engine: str, runs: list[dict[str, Any]], task: BenchTask) -> dict[str, Any]:
-    def median(key: str) -> float:
-        seconds: list[float] = [second for run in runs for second in run[key]]
-        return statistics.median(seconds)
-
-    per_run = [1 / statistics.median(run["token_seconds"]) for run in runs]
-    return {
-        "engine": engine,
-        "tokens_per_second": 1 / median("token_seconds"),
-        "slowest_run": min(per_run),
-        "fastest_run": max(per_run),
-        "prefill_tokens_per_second": task.prefill / median("prefill_seconds"),
-        "peak_rss_mb": max(run["peak_rss_mb"] for run in runs),
-        "open_seconds": statistics.median(run["open_seconds"] for run in runs),
-        "capture_seconds": statistics.median(run["capture_seconds"] for run in runs),
-    }
-
-
-def _print_table(rows: list[dict[str, Any]], conf: Conf, task: BenchTask) -> None:
-    base = rows[-1]
-    print(
-        f"{conf.model.name} {conf.dtype.value}, {task.context} tokens in context, "
-        f"capacity {conf.capacity}, prefill of {task.prefill}; a token of ours is a whole tick"
-    )
-    print(
-        f"{'engine':<30} {'tok/s':>7} {'(runs)':>15} {'ratio':>6} {'prefill tok/s':>14} "
-        f"{'ratio':>6} {'peak MB':>8} {'ready s':>8}"
-    )
-    for row in rows:
-        spread = f"{row['slowest_run']:.1f}–{row['fastest_run']:.1f}"
-        print(
-            f"{row['engine']:<30} {row['tokens_per_second']:>7.1f} {spread:>15} "
-            f"{row['tokens_per_second'] / base['tokens_per_second']:>6.2f} "
-            f"{row['prefill_tokens_per_second']:>14.0f} "
-            f"{row['prefill_tokens_per_second'] / base['prefill_tokens_per_second']:>6.2f} "
-            f"{row['peak_rss_mb']:>8} {row['open_seconds'] + row['capture_seconds']:>8.1f}"
-        )
 
 
 def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:

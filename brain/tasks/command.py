@@ -5,6 +5,7 @@ from typing import cast
 
 from brain.commands import ANSWERS, parse_batch, send
 from brain.errors import Refused
+from brain.paths import given_path
 from brain.terminal import note
 from conf.schema import CommandTask, Conf
 
@@ -19,6 +20,6 @@ def run(conf: Conf, run_dir: Path) -> None:
     if task.actions is None:
         raise Refused('task.actions is missing: give a JSON list, like [{"do":"pin",…}]')
     parse_batch(task.actions, lambda text: [0] if text else [])
-    folder = Path(task.path).expanduser()
+    folder = given_path(task.path)
     send(folder, task.actions)
     note(f"sent; the answer will be in {folder / ANSWERS}")

@@ -13,6 +13,7 @@ from brain.errors import Refused
 from brain.golden.check import check, table
 from brain.golden.files import golden_names
 from brain.golden.write import chosen, write
+from brain.paths import given_path
 from brain.terminal import note
 from conf.schema import Conf, GoldenTask
 
@@ -30,7 +31,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     Raises Mismatch saying which goldens fail and where, Refused where nothing can be checked.
     """
     task = cast(GoldenTask, conf.task)
-    folder = DEFAULT_FOLDER if task.folder is None else Path(task.folder).expanduser()
+    folder = DEFAULT_FOLDER if task.folder is None else given_path(task.folder)
     if task.write:
         written = write(conf, folder, task.cases)
         note(f"{len(written)} goldens written to {folder}: {', '.join(written)}")

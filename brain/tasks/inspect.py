@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from brain.errors import Refused, one_line
 from brain.heatmap import FILE, in_terminal, page, read_rows, rows_of
+from brain.paths import given_path
 from brain.terminal import note
 from conf.schema import Conf, InspectTask
 
@@ -25,7 +26,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise Refused("task.path is missing: give the folder of a run")
     if task.top < 1:
         raise Refused(f"task.top must be at least 1, not {task.top}")
-    folder = Path(task.path).expanduser()
+    folder = given_path(task.path)
     if task.tick is None and not _captures(folder) and (folder / FILE).is_file():
         rows, what = read_rows(folder / FILE), f"what {folder} remembers at its end"
     else:

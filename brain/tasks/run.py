@@ -130,4 +130,5 @@ def _write_report(
         ],
         "sampler": dataclasses.asdict(conf.sampler),
     }
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, "utf-8", errors="backslashreplace")  # a path may be no text at all

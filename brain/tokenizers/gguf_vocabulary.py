@@ -1,17 +1,22 @@
-"""Vocabularies embedded in GGUF files, rewritten as the standard tokenizer file they came from.
+"""Vocabularies embedded in GGUF files, rewritten as the standard tokenizer file they came from,
+and byte-level ones the other way round.
 
 Source of names and numbers: the GGUF specification and llama.cpp's ``llama-vocab.cpp``.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from brain.errors import Refused
 from brain.tokenizers.sentencepiece_model import write_sentencepiece
 
 # GGUF token types (those of SentencePiece)
-CONTROL, USER_DEFINED = 3, 4
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe")
+"""GGUF's names of the ways of cutting text into words that are known here."""
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -38,6 +43,48 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
         raise Refused(f"{where}: GGUF vocabulary {model!r} is not supported; use gpt2 or llama")
     files["tokenizer_config.json"] = _tokenizer_config(fields, tokens, model == "llama")
     return files
+
+
+@dataclass(frozen=True)
+class ByteLevelFields:
+    """A byte-level vocabulary in GGUF's terms."""
+
+    pre: str  # how text is cut into words, one of PRE_TOKENIZERS
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+
+
+def vocabulary_fields(spec: Mapping[str, Any], vocab_size: int) -> ByteLevelFields | None:
+    """A ``tokenizer.json``, parsed, as GGUF stores it; None where it is of another kind.
+
+    Ids that the tokenizer does not use, up to ``vocab_size``, become unused tokens.
+    """
+    pre = next((name for name in PRE_TOKENIZERS if _cuts_like(spec, name)), None)
+    model = spec.get("model", {})
+    if pre is None or model.get("type") != "BPE":
+        return None
+    kinds: dict[int, tuple[str, int]] = {
+        index: (token, NORMAL) for token, index in model["vocab"].items()
+    }
+    for added in spec.get("added_tokens", []):
+        kind = CONTROL if added["special"] else USER_DEFINED
+        kinds[added["id"]] = (added["content"], kind)
+    if max(kinds, default=0) >= vocab_size:
+        return None
+    tokens = [kinds.get(index, (f"[PAD{index}]", UNUSED)) for index in range(vocab_size)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return ByteLevelFields(pre, [text for text, _ in tokens], [kind for _, kind in tokens], merges)
+
+
+def _cuts_like(spec: Mapping[str, Any], pre: str) -> bool:
+    """Whether a ``tokenizer.json`` changes no text and cuts it into words as GGUF's name says."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    found = json.dumps(spec.get("pre_tokenizer"), sort_keys=True)
+    # Offsets have no part in what the ids are.
+    found = found.replace('"trim_offsets": false', '"trim_offsets": true')
+    wanted = json.dumps(_pre_tokenizer(pre, byte_level, ""), sort_keys=True)
+    return spec.get("normalizer") is None and found == wanted
 
 
 def _strings(fields: Mapping[str, Any], key: str, where: str) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from soak import soak
 from test_app import ENVIRONMENT, call, command
 
@@ -23,7 +23,7 @@ from brain.commands import ANSWERS, INBOX, send
 from brain.errors import Refused, Unwritten
 from brain.sole_writer import sole_writer
 from conftest import OpenTiny
-from toys import digest
+from toys import digest, raw_bytes
 
 PROMPT = "The lighthouse keeper had not spoken"
 RECORD = ("transcript.txt", "tokens.txt", "repairs.jsonl", ANSWERS)
@@ -180,12 +180,31 @@ def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
     chronicle = go(open_(), folder, 17)
     brain = chronicle._brain
     mirror = brain.mirror
-    index = next(n for n in reversed(range(len(mirror))) if mirror.born[n] > 0)
+    transcript = folder / "transcript.txt"
+
+    def told_apart(row: int) -> bool:
+        """Whether id and text of a row that was spoken are nowhere else."""
+        token = int(mirror.token_id[row])
+        spelled = brain.decode([token]).encode()
+        once = transcript.read_bytes().count(spelled) == 1
+        return mirror.born[row] > 0 and once and chronicle.tokens().count(token) == 1
+
+    index = next(n for n in reversed(range(len(mirror))) if told_apart(n))
     token, position, born = (
         int(column[index]) for column in (mirror.token_id, mirror.position, mirror.born)
     )
     line = f"{born - 1} {token}\n"
-    keys = brain.state.keys[:, :, int(mirror.slot[index])].clone()
+    slot = int(mirror.slot[index])
+    secrets = [
+        raw_bytes(rows[layer, head, slot])
+        for rows in (brain.state.keys, brain.state.values)
+        for layer in range(rows.shape[0])
+        for head in range(rows.shape[1])
+    ]
+    secrets += [brain.decode([token]).encode(), f'"said":{token}}}'.encode(), line.encode()]
+    chronicle.save()
+    everywhere = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert all(secret in everywhere for secret in secrets)  # the search can find them
     assert line in (folder / "tokens.txt").read_text()
     spelled = brain.decode([token])
     before = (folder / "transcript.txt").read_text("utf-8")
@@ -196,11 +215,14 @@ def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
     assert len(after) <= len(before) - len(spelled) + 1
     # One save and its journal, of after the redaction.
     names = sorted(path.name for path in (folder / "saves").iterdir())
-    assert names == ["3", "3.journal", "run.json"]
-    first_key = keys[0, 0].numpy().tobytes()
+    assert names == ["4", "4.journal", "run.json"]
     for path in folder.rglob("*"):
         if path.is_file():
-            assert first_key not in path.read_bytes(), path
+            content = path.read_bytes()
+            assert not any(secret in content for secret in secrets), path
+    with safe_open(folder / "saves" / "4" / "state.safetensors", "pt") as saved:
+        for name in ("token_id", "cursor.token"):
+            assert token not in saved.get_tensor(name).tolist()
     chronicle.said(brain.tick())
     chronicle.close()
     again = go(open_(), folder, 20)

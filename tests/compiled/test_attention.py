@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._inductor.test_operators
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +15,15 @@ from plain import sees_new, sees_slot
 from toys import raw_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True, params=["joined", "streaming"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for one token in the form that is compiled for a CPU too."""
+    if request.param == "streaming":
+        monkeypatch.setattr(
+            compiled.attention, "streams_rows", lambda x, num_tokens: num_tokens == 1
+        )
 
 
 def visible_of(

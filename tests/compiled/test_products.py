@@ -4,39 +4,32 @@ import math
 
 import pytest
 import torch
+import torch._inductor.test_operators
 
 import compiled.products
-from compiled.products import _names_onednn, dot_rows, linear, mix_rows, streams_rows, sum_rows
+from compiled.int8 import Matrix, dequantize, quantize
+from compiled.products import _names_onednn, dot_rows, linear, streams_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streaming_is_the_same_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streaming_is_the_same_product(
+    dtype: torch.dtype, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, generator=generator).to(dtype)
-    weight = torch.randn(48, 64, generator=generator).to(dtype)
-    query = torch.randn(2, 3, 8, generator=generator).to(dtype)
-    rows = torch.randn(2, 30, 8, generator=generator).to(dtype)
-    shares = torch.softmax(torch.randn(2, 3, 30, generator=generator), -1)
-    live = torch.tensor([1.0, 1.0, 0.0])
-    barrier = torch.where(torch.rand(3, 30, generator=generator) < 0.5, 0.0, -math.inf).to(dtype)
-    # Sums of 64 terms in another order: 2^-24 each. Bfloat16 rounds results (and shares) to 2^-8.
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
-    for plain, streamed in (
-        (dot_rows(query, rows, False).float(), dot_rows(query, rows, True)),
-        (dot_rows(query, rows, False, barrier).float(), dot_rows(query, rows, True, barrier)),
-        (mix_rows(shares, rows, False), mix_rows(shares, rows, True)),
-        (sum_rows(shares, live, False), sum_rows(shares, live, True)),
-    ):
-        assert plain.dtype == streamed.dtype == torch.float32
-        torch.testing.assert_close(plain, streamed, rtol=tolerance, atol=2 * tolerance)
-    assert dot_rows(query, rows, False).dtype == dtype  # the softmax converts
+    weight: Matrix = torch.randn(48, 64, generator=generator).to(dtype)
+    if int8:
+        weight = quantize(dequantize(weight))
     plain = linear(x, weight)
     monkeypatch.setattr(compiled.products, "streams_rows", lambda x, num_tokens: True)
     streamed = linear(x, weight)
     assert plain.dtype == streamed.dtype == dtype
     assert plain.shape == streamed.shape == (1, 48)
+    # Sums of 64 terms in another order: 2^-24 each. Bfloat16 rounds results to 2^-8.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(plain, streamed, rtol=tolerance, atol=tolerance)
 
 
@@ -69,7 +62,7 @@ def test_what_is_added_is_added_by_whichever_library(heads: int, dtype: torch.dt
     rows = torch.randn(heads, 5, 8, generator=generator).to(dtype)
     barrier = torch.zeros(6, 5, dtype=dtype)
     barrier[:, 3:] = -math.inf
-    scores = dot_rows(query, rows, False, barrier)
+    scores = dot_rows(query, rows, barrier)
     open_columns, closed = scores[..., :3], scores[..., 3:]
     assert torch.equal(closed, torch.full_like(closed, -math.inf))
     exact = query.double() @ rows.double().transpose(1, 2)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiled.int8 import dequantize
 from compiled.llama import LlamaConfig, Weights
 from compiled.read import Reading, read, study, trimmed
 from compiled.sample import surprises
@@ -127,7 +128,7 @@ def test_I8_mass_is_conserved_by_the_read(case: str) -> None:
 def test_I1_a_read_writes_no_byte() -> None:
     config = toy_config()
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
-    inputs = (*weights, *state)
+    inputs = (*weights.tensors(), *state)
     before = digest(*inputs), [tensor._version for tensor in inputs]
     for tokens, positions, length in CASES.values():
         reading = run(config, weights, state, tokens, positions, length)
@@ -201,7 +202,7 @@ def test_rounding_of_the_reference_is_not_what_is_compared() -> None:
     wrong_theta = weights._replace(inverse_frequencies=weights.inverse_frequencies * 1.01)
     with pytest.raises(AssertionError):
         assert_agrees(run(config, wrong_theta, state, [3, 4], [10, 11], 2), expected, 2)
-    wrong_scale = weights._replace(qkv=weights.qkv * math.sqrt(1.001))
+    wrong_scale = weights._replace(qkv=dequantize(weights.qkv) * math.sqrt(1.001))
     with pytest.raises(AssertionError):
         assert_agrees(run(config, wrong_scale, state, [3, 4], [10, 11], 2), expected, 2)
     wrong_eps = dataclasses.replace(config, rms_norm_eps=1e-2)

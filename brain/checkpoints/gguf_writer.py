@@ -1,0 +1,187 @@
+"""A Hugging Face folder as a GGUF file, for programs that read nothing else.
+
+Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf_to_gguf.py``.
+"""
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import quant_shape_to_byte_shape, quantize
+from platformdirs import user_cache_path
+from torch import Tensor
+from tqdm import tqdm
+
+from brain.checkpoints.built_folder import ensure_built
+from brain.checkpoints.digest import files_sha256
+from brain.checkpoints.folder import weight_files
+from brain.checkpoints.gguf_file import gguf_name
+from brain.checkpoints.hf_config import read_config
+from brain.checkpoints.llama_names import Part, packed_parts
+from brain.checkpoints.packing import checked_owners
+from brain.checkpoints.safetensors_file import TensorFile
+from brain.errors import Refused
+from brain.tokenizers.gguf_vocabulary import vocabulary_fields
+from brain.tokens import Tokenizer, load_tokenizer
+from compiled.llama import LlamaConfig
+from compiled.rope import inverse_frequencies
+
+FORMAT = 1  # of the written file; a new number makes every cache convert again
+FILE = "model.gguf"
+ROPE_FACTORS = "rope_freqs.weight"
+
+FILE_TYPES = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+"""Number formats of the matrices. Norms are always float32, as llama.cpp demands."""
+
+
+def converted_gguf(folder: Path, kind: str, *, cache_dir: Path | None = None) -> Path:
+    """The model of a Hugging Face folder as a GGUF file, converted where need be.
+
+    ``kind`` is one of ``FILE_TYPES``; ``cache_dir`` holds the files (default: the user's cache
+    folder), which are complete or absent. Raises Refused where the model cannot be converted.
+    """
+    root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
+    weights = files_sha256(weight_files(folder), progress=True)
+    config = (folder / "config.json").read_text("utf-8")
+    key = hashlib.sha256(f"{weights}{config}".encode()).hexdigest()[:12]
+
+    def build(target: Path) -> None:
+        write_gguf(folder, target / FILE, kind)
+
+    return ensure_built(root / f"gguf-v{FORMAT}-{key}-{kind}", build) / FILE
+
+
+def write_gguf(folder: Path, path: Path, kind: str) -> None:
+    """Writes the model of a Hugging Face folder, one tensor in memory at a time.
+
+    A byte-level vocabulary with a known way of cutting words goes along; with any other the file
+    has none, and a reader takes ids alone. A progress bar goes to standard error. Raises Refused
+    for a kind that is unknown or that the model's dimensions do not fit, OSError where the file
+    cannot be written.
+    """
+    if kind not in FILE_TYPES:
+        raise Refused(f"GGUF type {kind} is unknown; use {', '.join(FILE_TYPES)}")
+    config = read_config(folder / "config.json")
+    owners = checked_owners(config, [TensorFile(file) for file in weight_files(folder)])
+    types = tensor_types(config, kind)
+    writer = GGUFWriter(path, "llama")
+    writer.add_file_type(FILE_TYPES[kind])
+    _add_dimensions(writer, config)
+    _add_vocabulary(writer, folder, config)
+    factors = _rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for (name, shape), stored_as in types.items():
+        size = _stored_bytes(shape, stored_as)
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, stored_as)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for (name, _), stored_as in tqdm(types.items(), desc=f"writing GGUF {kind}", unit="tensor"):
+            tensor = _permuted(owners[name].tensor(name).to(torch.float32), name, config)
+            writer.write_tensor_data(quantize(tensor.contiguous().numpy(), stored_as))
+            owners[name].release(name)
+    finally:
+        writer.close()
+
+
+def tensor_types(config: LlamaConfig, kind: str) -> dict[Part, GGMLQuantizationType]:
+    """Every tensor of the file, by its Hugging Face name and shape, and how it is stored.
+
+    Raises Refused where rows cannot be cut into the blocks that the kind is made of.
+    """
+    types: dict[Part, GGMLQuantizationType] = {}
+    for name, shape in (part for field in packed_parts(config).values() for part in field):
+        stored_as = GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
+        try:
+            quant_shape_to_byte_shape(shape, stored_as)
+        except ValueError:
+            raise Refused(
+                f"{name} has rows of {shape[-1]} numbers, which {kind} cannot store: "
+                "its blocks have 32"
+            ) from None
+        types[name, shape] = stored_as
+    return types
+
+
+def tensor_bytes(config: LlamaConfig, kind: str) -> dict[str, int]:
+    """The size of every tensor of the file, by its Hugging Face name. Raises Refused."""
+    types = tensor_types(config, kind)
+    return {name: _stored_bytes(shape, as_) for (name, shape), as_ in types.items()}
+
+
+def _stored_bytes(shape: tuple[int, ...], stored_as: GGMLQuantizationType) -> int:
+    return prod(quant_shape_to_byte_shape(shape, stored_as))
+
+
+def _add_dimensions(writer: GGUFWriter, config: LlamaConfig) -> None:
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_vocabulary(writer: GGUFWriter, folder: Path, config: LlamaConfig) -> None:
+    library = folder / "tokenizer.json"
+    tokenizer: Tokenizer = load_tokenizer(folder)
+    fields = None
+    if library.exists():
+        fields = vocabulary_fields(json.loads(library.read_text("utf-8")), config.vocab_size)
+    if fields is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(fields.pre)
+    writer.add_token_list(fields.tokens)
+    writer.add_token_types(fields.types)
+    writer.add_token_merges(fields.merges)
+    if tokenizer.bos_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_id)
+    if tokenizer.eos_ids:
+        writer.add_eos_token_id(min(tokenizer.eos_ids))
+    writer.add_add_bos_token(tokenizer.wants_bos)
+
+
+def _rope_factors(config: LlamaConfig) -> np.ndarray[tuple[int], np.dtype[np.float32]] | None:
+    """By what each pair's angular frequency is divided, [head_dim / 2]; None where by nothing.
+
+    One form for every kind of scaling: what the scaling makes of the frequencies.
+    """
+    if config.rope_scaling is None:
+        return None
+    plain = inverse_frequencies(config.head_dim, config.rope_theta)
+    scaled = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return np.asarray((plain / scaled).numpy(), dtype=np.float32)
+
+
+def _permuted(tensor: Tensor, name: str, config: LlamaConfig) -> Tensor:
+    """Reorders query and key rows, [heads * head_dim, hidden], for llama.cpp's RoPE.
+
+    Hugging Face pairs dimensions i and i + head_dim/2 of a head; llama.cpp pairs neighbours.
+    """
+    for projection, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
+        if f".{projection}." in name:
+            rows, columns = tensor.shape
+            halves = tensor.view(heads, 2, rows // heads // 2, columns)
+            return halves.transpose(1, 2).reshape(rows, columns)
+    return tensor

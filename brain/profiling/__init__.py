@@ -1,0 +1,1 @@
+"""Where the time of a tick goes: ranges from a profiler's report, as a table and as a picture."""

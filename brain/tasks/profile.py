@@ -1,0 +1,101 @@
+"""``task=profile``: where the time of a tick goes, step by step.
+
+Alone it watches with PyTorch's profiler. With ``nvtx=true`` it leaves the watching to Nsight
+Systems, which ``profiles/nsys.sh`` starts around it, and only names the ranges.
+"""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from brain.brain import Brain
+from brain.errors import Refused
+from brain.opening import open_brain
+from brain.profiling.picture import draw_timeline
+from brain.profiling.ranges import legible, summary, table
+from brain.profiling.trace import kernels_named, profiler_ranges, record
+from brain.terminal import capture_graphs, note
+from conf.schema import Conf, ProfileTask
+
+UNWATCHED_TICKS = 5
+"""Before the session: CUDA graphs differ on their first runs, and so does a cold cache."""
+
+
+def run(conf: Conf, run_dir: Path) -> None:
+    """Prints the table of a tick; writes ``trace.json``, ``profile.json`` and ``timeline.png``; for
+    Nsight Systems none of these. Raises Refused.
+    """
+    task = cast(ProfileTask, conf.task)
+    if task.ticks < 1:
+        raise Refused(f"task.ticks must be at least 1, not {task.ticks}")
+    note(f"loading {conf.model.name} …")
+    brain = open_brain(conf)
+    with contextlib.nullcontext() if conf.nvtx else kernels_named():
+        capture_graphs(brain)
+        brain.graphs.named("prime", brain.prime, conf.prompt, conf.source)
+        naming, brain.graphs.naming = brain.graphs.naming, None
+        plain = [_timed(brain) for _ in range(UNWATCHED_TICKS + task.ticks)][UNWATCHED_TICKS:]
+    unwatched = round(statistics.median(plain) * 1e6, 1)
+    if conf.nvtx:
+        brain.graphs.naming = naming
+        for _ in range(task.ticks):
+            brain.tick()
+        _finish(brain)
+        note(f"a tick without names: {unwatched:.1f} µs; Nsight Systems has those with names")
+        return
+    brain.graphs.naming = profiler_ranges()
+
+    def ticks() -> None:
+        for _ in range(task.ticks):
+            brain.tick()
+
+    ranges = record(ticks, brain.device, run_dir / "trace.json")
+    brain.graphs.naming = None
+    rows = table(ranges)
+    print(legible(rows))
+    print(f"a tick without the profiler: {unwatched:.1f} µs")
+    report: dict[str, Any] = {
+        "profiler": f"torch.profiler {torch.__version__}",
+        "platform": platform.platform(),
+        "device": str(brain.device),
+        "threads": torch.get_num_threads(),
+        "model": brain.checkpoint.name,
+        "dtype": conf.dtype.value,
+        "engine": "compiled" if brain.graphs.compiled else "eager",
+        "capacity": brain.capacity,
+        "rows": len(brain),
+        "task": dataclasses.asdict(task),
+        "unwatched_tick_microseconds": unwatched,
+        "tick": summary(rows),
+        "warm_up": [
+            {"name": graph.name, "seconds": round(graph.seconds, 3)}
+            for graph in brain.graphs.captures.values()
+        ],
+    }
+    (run_dir / "profile.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    draw_timeline(ranges, run_dir / "timeline.png", _title(report))
+    note(f"trace.json (chrome://tracing), profile.json and timeline.png are in {run_dir}")
+
+
+def _timed(brain: Brain) -> float:
+    """Seconds of one tick, until its token is known."""
+    start = time.perf_counter()
+    _ = brain.tick().token
+    return time.perf_counter() - start
+
+
+def _finish(brain: Brain) -> None:
+    if brain.device.type == "cuda":
+        torch.cuda.synchronize(brain.device)
+
+
+def _title(report: dict[str, Any]) -> str:
+    keys = ("model", "dtype", "engine", "device")
+    return ", ".join(str(report[key]) for key in keys) + f", {report['profiler']}"

@@ -1,0 +1,55 @@
+"""Weights in eight bits: a quarter of float32's bytes, and a token costs what its bytes cost.
+
+Symmetric, one scale for every row of a matrix, which is one output channel: the product of a row is
+made with its integers and scaled once, so nothing is ever turned back into a matrix of numbers
+where one token is read. Activations, norms and the cache keep their dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+
+
+class Int8(NamedTuple):
+    """A matrix, or several stacked: row ``i`` is ``values[i] * scale[i]``."""
+
+    values: Tensor  # [..., out, in] int8
+    scale: Tensor  # [..., out] float32
+
+
+Matrix = Tensor | Int8
+"""A weight matrix ``[..., out, in]``, in a floating dtype or in eight bits."""
+
+
+def quantize(rows: Tensor) -> Int8:
+    """The nearest eight-bit numbers: ``rows`` [..., out, in] floating → Int8.
+
+    The largest number of each row becomes ±127, so every number is off by at most half a 127th of
+    that; a row of zeros stays one.
+    """
+    exact = rows.float()
+    scale = exact.abs().amax(-1) / LARGEST  # [..., out]
+    divisor = torch.where(scale > 0, scale, 1.0)[..., None]
+    return Int8((exact / divisor).round().to(torch.int8), scale)
+
+
+def dequantize(matrix: Matrix) -> Tensor:
+    """The matrix as numbers: float32 from eight bits, otherwise as it is."""
+    if isinstance(matrix, Int8):
+        return matrix.values.float() * matrix.scale[..., None]
+    return matrix
+
+
+def part(matrix: Matrix, index: int | slice) -> Matrix:
+    """One of the stacked matrices, or some rows of one: a view."""
+    if isinstance(matrix, Int8):
+        return Int8(matrix.values[index], matrix.scale[index])
+    return matrix[index]
+
+
+def num_rows(matrix: Matrix) -> int:
+    """How many output channels one matrix has."""
+    return (matrix.values if isinstance(matrix, Int8) else matrix).shape[-2]

@@ -1,0 +1,395 @@
+"""What a tick must move and compute, and how fast that lets it be: on paper.
+
+    python profiles/roofline.py --bandwidth 30            # GB/s of this machine's memory
+    python profiles/roofline.py --measure                 # … as a loop that reads finds it now
+
+Writes ``profiles/roofline.md`` and ``profiles/roofline.png``. Tokens per second are the bytes of a
+tick (``roofline_model.py``) through the memory of a device. Where this machine was measured
+(``results/decode-*.json``) the error is stated; what is said of other machines is prediction.
+"""
+
+# ruff: noqa: E501  (lines of the page are as long as what is filled in makes them)
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from roofline_model import (
+    COLUMN_BYTES,
+    DECIDE_MS,
+    FORMATS,
+    H100,
+    H200,
+    LLAMA3_8B,
+    LLAMA3_70B,
+    LOGIT_PASSES,
+    MODELS,
+    PATCH_MS,
+    SCORE_PASSES,
+    SMOLLM2,
+    per_slot,
+    row_bytes,
+    score_bytes,
+    tick,
+)
+
+from brain.golden.seeded import TINYLLAMA
+
+HERE = Path(__file__).resolve().parent
+
+
+def measured_bandwidth(megabytes: int = 512, rounds: int = 60) -> float:
+    """Bytes per second of the fastest of some passes over more memory than any cache holds."""
+    numbers = torch.ones(megabytes * (1 << 20) // 4)
+    fastest = math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        numbers.sum()
+        fastest = min(fastest, time.perf_counter() - start)
+    return numbers.nbytes / fastest
+
+
+def measurements(folder: Path) -> list[dict[str, Any]]:
+    """Seconds of a tick and of a read, compiled, of every committed measurement of SmolLM2."""
+    told = []
+    for path in sorted(folder.glob("decode-*.json")):
+        report = json.loads(path.read_text("utf-8"))
+        speeds = {row["engine"]: row["tokens_per_second"] for row in report.get("engines", [])}
+        reads = [
+            second
+            for run in report.get("runs", {}).get("compiled", [])
+            for second in run.get("read_seconds", [])
+        ]
+        if "compiled" not in speeds or report.get("dtype") not in FORMATS:
+            continue
+        told.append(
+            {
+                "file": path.name,
+                "format": "int8" if report.get("weights") == "int8" else report["dtype"],
+                "capacity": report["capacity"],
+                "tick": 1 / speeds["compiled"],
+                "read": sorted(reads)[len(reads) // 2] if reads else None,
+            }
+        )
+    return told
+
+
+def attained_bandwidth() -> float:
+    """Bytes per second that the fastest committed read is known to have moved."""
+    moved = [
+        tick(SMOLLM2, FORMATS[told["format"]], told["capacity"]).read / told["read"]
+        for told in measurements(HERE / "results")
+        if told["read"] is not None
+    ]
+    return max(moved, default=0.0)
+
+
+def lines_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    ruled = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in ruled)
+
+
+def of_models() -> str:
+    """Bytes and operations of one tick, model by model."""
+    rows = []
+    for name, config in MODELS.items():
+        for kind, number in FORMATS.items():
+            told = tick(config, number, 8192)
+            rows.append(
+                [
+                    name,
+                    kind,
+                    f"{told.weights / 1e9:.3f}",
+                    f"{row_bytes(config, number) / 1e3:.1f}",
+                    f"{told.cache / 1e9:.3f}",
+                    f"{told.scores / told.moved:.1%}",
+                    f"{(told.logits + told.columns) / told.moved:.2%}",
+                    f"{told.operations / 1e9:.1f}",
+                    f"{told.operations / told.moved:.1f}",
+                ]
+            )
+    return lines_of(
+        [
+            "model",
+            "weights",
+            "weights, GB",
+            "KB per row",
+            "cache read, GB",
+            "scores",
+            "logits, columns",
+            "G operations",
+            "per byte",
+        ],
+        rows,
+    )
+
+
+def of_this_machine(bandwidth: float) -> str:
+    """Predicted and measured, SmolLM2, with the error of the prediction."""
+    rows = []
+    for measured in measurements(HERE / "results"):
+        told = tick(SMOLLM2, FORMATS[measured["format"]], measured["capacity"])
+        predicted = {"tick": told.moved / bandwidth, "read": told.read / bandwidth}
+        for what, seconds in predicted.items():
+            if measured[what] is None:
+                continue
+            rows.append(
+                [
+                    measured["format"],
+                    what,
+                    f"{(told.moved if what == 'tick' else told.read) / 1e6:.0f}",
+                    f"{seconds * 1e3:.2f}",
+                    f"{measured[what] * 1e3:.2f}",
+                    f"{1 / seconds:.1f}",
+                    f"{1 / measured[what]:.1f}",
+                    f"{measured[what] / seconds - 1:+.0%}",
+                ]
+            )
+    return lines_of(
+        ["weights", "what", "MB", "predicted ms", "measured ms", "per s", "per s", "time above"],
+        rows,
+    )
+
+
+def of_gpus() -> str:
+    """Tokens per second, predicted."""
+    rows = []
+    for name in ("TinyLlama-1.1B", "Llama-3-8B", "Llama-3-70B"):
+        config = MODELS[name]
+        for kind in ("bfloat16", "int8"):
+            number = FORMATS[kind]
+            for gigabytes in (0.1, 10, 40):
+                capacity = round(gigabytes * 1e9 / row_bytes(config, number))
+                told = tick(config, number, capacity)
+                row = [name, kind, f"{gigabytes:g}", f"{capacity:,}"]
+                for device in (H100, H200):
+                    fits = told.weights + told.cache <= device.memory
+                    bytes_alone = device.bandwidth / told.moved
+                    whole = 1 / device.seconds(config, told)
+                    row += [f"{bytes_alone:,.0f}", f"{whole:,.0f}" + ("" if fits else " *")]
+                rows.append(row)
+    return lines_of(
+        [
+            "model",
+            "weights",
+            "cache, GB",
+            "rows",
+            "H100: bytes alone",
+            "with launches",
+            "H200: bytes alone",
+            "with launches",
+        ],
+        rows,
+    )
+
+
+def of_large_caches() -> str:
+    """Shares of a tick on an H100 as the cache grows."""
+    rows = []
+    for name in ("TinyLlama-1.1B", "Llama-3-8B"):
+        config, number = MODELS[name], FORMATS["bfloat16"]
+        for gigabytes in (1, 10, 20, 40, 60):
+            capacity = round(gigabytes * 1e9 / row_bytes(config, number))
+            told = tick(config, number, capacity)
+            seconds = H100.seconds(config, told)
+
+            def share(moved: int, seconds: float = seconds) -> str:
+                return f"{moved / H100.bandwidth / seconds:.1%}"
+
+            rows.append(
+                [
+                    name,
+                    str(gigabytes),
+                    f"{capacity:,}",
+                    f"{seconds * 1e3:.2f}",
+                    share(told.weights),
+                    share(told.cache),
+                    share(told.scores),
+                    share(told.columns),
+                    f"{H100.overhead(config) / seconds:.1%}",
+                ]
+            )
+    return lines_of(
+        [
+            "model",
+            "cache, GB",
+            "rows",
+            "ms per tick",
+            "weights",
+            "cache",
+            "scores",
+            "steps 2 to 4",
+            "launches",
+        ],
+        rows,
+    )
+
+
+def of_slots(bandwidth: float) -> str:
+    """What one slot costs on this machine: to read it, to patch it, to decide about it."""
+    rows = []
+    for name, config in MODELS.items():
+        read = row_bytes(config, FORMATS["bfloat16"]) / bandwidth * 1e9
+        patch, decide = per_slot(PATCH_MS), per_slot(DECIDE_MS)
+        rows.append(
+            [
+                name,
+                f"{read:,.0f}",
+                f"{patch:.1f}",
+                f"{patch / read:.2%}",
+                f"{decide:.0f}",
+                f"{decide / read:.1%}",
+            ]
+        )
+    return lines_of(
+        ["bfloat16", "read, ns", "patch, ns", "of the read", "steps 2 to 4, ns", "of the read"],
+        rows,
+    )
+
+
+def draw(path: Path) -> None:
+    """Tokens per second against the size of the cache, predicted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    panel = figure.add_subplot()
+    sizes = [10 ** (exponent / 8) for exponent in range(-16, 16)]
+    colours = {"TinyLlama-1.1B": "#4878a8", "Llama-3-8B": "#d9973f", "Llama-3-70B": "#6a9f58"}
+    for name, colour in colours.items():
+        config = MODELS[name]
+        kind = "int8" if name == "Llama-3-70B" else "bfloat16"
+        number = FORMATS[kind]
+        for device, style in ((H100, "-"), (H200, "--")):
+            points = []
+            for gigabytes in sizes:
+                told = tick(config, number, round(gigabytes * 1e9 / row_bytes(config, number)))
+                if told.weights + told.cache <= device.memory:
+                    points.append((gigabytes, 1 / device.seconds(config, told)))
+            if points:
+                label = f"{name} {kind}, {device.name}"
+                panel.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("cache, GB, all of it read in every tick")
+    panel.set_ylabel("ticks per second (prediction)")
+    panel.grid(alpha=0.3, which="both")
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def page(bandwidth: float) -> str:
+    """The whole of ``roofline.md``."""
+    bfloat16 = FORMATS["bfloat16"]
+    tiny, medium, large = (row_bytes(c, bfloat16) for c in (TINYLLAMA, LLAMA3_8B, LLAMA3_70B))
+    return f"""# A tick on paper
+
+Made by `python profiles/roofline.py --bandwidth {bandwidth / 1e9:.1f}`. With one new token nothing is
+computed for long: a tick takes as long as its bytes need through memory.
+
+## What a tick moves
+
+With L layers, H heads, K key heads of D numbers, a vocabulary of V, w bytes for a weight and k for
+a number of the cache, capacity C and bucket B (the slots that a read looks at):
+
+| | bytes |
+|---|---|
+| weights | w × (all matrices, and one row of the embedding), norms |
+| cache | 2 × L × K × D × k × B |
+| scores and shares | at most {SCORE_PASSES} × 4 × L × H × B: while they fit into a cache they stay there |
+| logits | {LOGIT_PASSES} × 4 × V |
+| columns: mask, brightness, decision, patch | about {COLUMN_BYTES} × C |
+
+Operations: 2 × (numbers in all matrices + 2 × L × H × D × B). Nothing else grows with C or B: no
+copy, no concatenation, and the patch writes 2 × L × K × D × k bytes for each row it writes.
+
+At a capacity of 8,192, all of it read; int8 is for the matrices, the cache stays in bfloat16:
+
+{of_models()}
+
+A processor of today computes more operations per byte than the last column asks for, so memory
+alone decides; on a CPU that holds as long as the loops are vectorised.
+
+## This machine
+
+SmolLM2-135M, capacity 1,024, all bytes at {bandwidth / 1e9:.1f} GB/s, against
+`results/decode-*.json`. The last column is the error of the prediction: how much longer it takes.
+
+{of_this_machine(bandwidth)}
+
+Left out of the prediction: waking threads {SMOLLM2.num_layers} times a tick, the softmax, selecting among
+{SMOLLM2.vocab_size:,} logits, and widening bfloat16 to float32 in the loops.
+
+## H100 and H200: predictions
+
+Not measured. {H100.bandwidth / 1e12:.1f} and {H200.bandwidth / 1e12:.1f} TB/s, for the bytes alone, and with launches: {H100.launches} graphs
+of {H100.launch_seconds * 1e6:.0f} µs each, and {H100.kernel_seconds * 1e6:.0f} µs between kernels, {H100.kernels_per_layer} of a layer and {H100.kernels_around} around the
+layers. Those are assumptions. Ticks per second; all of the cache is read in every tick. A star:
+weights and cache do not fit into the memory of one such GPU.
+
+{of_gpus()}
+
+![Ticks per second against the size of the cache](roofline.png)
+
+## Tens of gigabytes of cache
+
+Shares of a tick on an H100, bfloat16, predicted:
+
+{of_large_caches()}
+
+* **The patch and steps 2 to 4** scan columns: {COLUMN_BYTES} bytes of a slot, of which the read moves
+  {tiny / 1e3:.0f} KB (TinyLlama) to {large / 1e3:.0f} KB (70B). Both grow with the capacity, so their share stays what it
+  is: they never begin to matter, however large the cache, while the read looks at all of it. They
+  would if it did not: where only a bucket of less than {COLUMN_BYTES / tiny:.1%} (TinyLlama) or {COLUMN_BYTES / medium:.2%} (8B)
+  of the slots is read, they move more than the cache does.
+* **Attention scores** are up to {score_bytes(TINYLLAMA, 1) / tiny:.0%} of the cache's bytes for TinyLlama, {score_bytes(LLAMA3_8B, 1) / medium:.0%} for 8B: the
+  price of knowing the attention that every row received, and the first thing to fuse away.
+* **Launches** are more than a tenth of a tick while it moves less than {bytes_for_launches(0.1)}.
+  For a small model with a small cache they decide; at tens of gigabytes they are little.
+
+On this machine, one more slot costs (the read predicted, the others measured, see `README.md`):
+
+{of_slots(bandwidth)}
+
+Steps 2 to 4 take longer here than their bytes would: ranking rows for novelty is a library's
+selection on one thread. Of the smallest models it takes a few percent, of larger ones nothing.
+"""
+
+
+def bytes_for_launches(share: float) -> str:
+    """Bytes of a tick at which launches take this share of it, for two models, on an H100."""
+    told = []
+    for name in ("TinyLlama-1.1B", "Llama-3-8B"):
+        overhead = H100.overhead(MODELS[name])
+        moved = overhead * (1 - share) / share * H100.bandwidth
+        told.append(f"{moved / 1e9:.0f} GB ({name})")
+    return " or ".join(told)
+
+
+def main() -> None:
+    """Writes the page and the picture."""
+    parser = argparse.ArgumentParser(description="A tick on paper.")
+    known = parser.add_mutually_exclusive_group(required=True)
+    known.add_argument("--bandwidth", type=float, help="GB/s of this machine's memory")
+    known.add_argument("--measure", action="store_true", help="measure it now")
+    arguments = parser.parse_args()
+    bandwidth = measured_bandwidth() if arguments.measure else arguments.bandwidth * 1e9
+    if attained_bandwidth() > 1.1 * bandwidth:
+        print(
+            f"warning: the committed reads moved {attained_bandwidth() / 1e9:.1f} GB/s: was this "
+            "machine busy?",
+            file=sys.stderr,
+        )
+    (HERE / "roofline.md").write_text(page(bandwidth), "utf-8")
+    draw(HERE / "roofline.png")
+    print(f"{bandwidth / 1e9:.1f} GB/s; profiles/roofline.md and roofline.png are written")
+
+
+if __name__ == "__main__":
+    main()
