@@ -430,6 +430,11 @@ def _capture(
 
     strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
     compiled: Callable[..., Any] = torch.compile(
-        call, fullgraph=True, dynamic=False, backend=inductor, **strict
+        call,
+        fullgraph=True,
+        dynamic=False,
+        backend=inductor,
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+        **strict,
     )
     return compiled
