@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from brain.errors import Refused
+from brain.errors import Refused, shown
 from brain.mirror import SOURCES
 from brain.policies import policy
 from brain.repair import RepairSettings
+from brain.room import free_bytes
 from compiled.choose import Conduct
 from compiled.llama import LlamaConfig
 from compiled.sample import SamplingMethod
@@ -53,7 +54,7 @@ class Settings:
                 f"{self.capacity}"
             )
         needed = state_bytes(config, self.capacity, self.dtype)
-        free = _free_bytes(self.device)
+        free = free_bytes(self.device)
         if free is not None and needed > free:
             raise Refused(
                 f"capacity={self.capacity} needs {needed / 1e9:.1f} GB of memory but "
@@ -139,6 +140,9 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
     unknown = set(brightness.seeds) - set(SOURCES)
     if unknown:
         raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
+    for name, seed in brightness.seeds.items():
+        if not isinstance(seed, int | float) or not math.isfinite(seed):
+            raise Refused(f"cull.brightness.seeds: {name} is {shown(seed)}, not a finite number")
     if not 0 <= cull.novelty.decay < 1:
         raise Refused(f"cull.novelty.decay must be in 0 to below 1, not {cull.novelty.decay}")
     if not 0 <= cull.novelty.share <= 1:
@@ -194,16 +198,3 @@ def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
     recent = min(max(cull.recent, int(cull.recent_share * target)), target // 2)
     assert sinks + recent + MOST_CULLED <= target
     return Forgetting(target, sinks, recent, cull.at_once)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None  # not a system that says
