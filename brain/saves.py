@@ -161,6 +161,8 @@ def _check_sizes(path: Path, brain: Brain) -> None:
     try:
         with open_plain(path), safe_open(path, "pt") as file:
             rows = file.get_slice("slot").get_shape()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({one_line(error)})") from None
     except UNREADABLE as error:
         raise Refused(f"{path} is damaged ({one_line(error)})") from None
     if len(rows) != 1:

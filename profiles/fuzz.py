@@ -38,7 +38,7 @@ from fuzzing.worker import (
 )
 from tqdm import tqdm
 
-COMMAND_LINES = 1
+COMMAND_LINES = 4
 """Share of the cases that are command lines, beside the shares in ``fuzzing/targets.py``."""
 FEWEST_SECONDS = 60.0
 """For a worker to start in."""
@@ -100,6 +100,8 @@ def fuzz(jobs: Sequence[Job], seconds: float, scratch: Path) -> Account:
     with tqdm(total=len(jobs), desc="fuzzing", unit="case") as bar:
         for job, outcome in _outcomes(jobs, seconds, scratch):
             account.add(job, outcome)
+            if isinstance(outcome, Finding):
+                bar.write(f"{outcome.key} (index {job.index})", file=sys.stderr)
             bar.set_postfix_str(f"{len(account.findings)} findings", refresh=False)
             bar.update()
     account.seconds = time.monotonic() - started

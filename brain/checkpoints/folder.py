@@ -65,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{index}: shard name {shown(name)} is not a plain *.safetensors file name"
             )
         if not os.path.exists(folder / name):  # false as well for what cannot be a file's name
-            raise Refused(f"{index}: shard {shown(name)} is missing from {folder}; fetch it")
+            raise Refused(f"{index}: shard {name} is missing from {folder}; fetch it")
     if not names:
         raise Refused(f"{index}: weight_map is empty; fetch the index again")
     return [folder / name for name in sorted(names)]

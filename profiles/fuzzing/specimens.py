@@ -29,6 +29,7 @@ from brain.golden.replay import replay
 from brain.golden.script import Cull, Feed, Prime, Read
 from brain.heatmap import remembered, write_rows
 from brain.saves import save
+from fuzzing.formats import gguf_marks
 
 TEXT = "he said hello, all a bell "
 CONFIG: dict[str, Any] = {
@@ -69,6 +70,7 @@ class Specimens:
         self._models()
         self._tokenizers()
         self._gguf()
+        self.gguf_marks = gguf_marks(self.gguf.read_bytes())
         self.brain = self.open()
         self._runs()
         self._golden()
