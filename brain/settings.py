@@ -17,6 +17,7 @@ from compiled.score import MOST_CULLED, Brightness, Forgetting, Novelty
 from compiled.state import state_bytes
 from conf.schema import Conf, CullConf, Positions, SamplerConf
 
+MOST_ROWS = 1 << 62
 FEWEST_ROWS_TO_CULL = 8
 """Below this target, sinks, recent rows and victims do not all fit."""
 
@@ -64,8 +65,8 @@ class Settings:
 
 def settings_of(conf: Conf) -> Settings:
     """Checks the configuration. Raises Refused, naming the key."""
-    if conf.capacity < 1:
-        raise Refused(f"capacity must be at least 1, not {conf.capacity}")
+    if not 1 <= conf.capacity <= MOST_ROWS:
+        raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")
     if not -(2**63) <= conf.seed < 2**64:
         raise Refused(f"seed must fit in 64 bits, not {conf.seed}")
     widths = conf.engine.widths
@@ -140,6 +141,11 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
     unknown = set(brightness.seeds) - set(SOURCES)
     if unknown:
         raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
+    for name in ("gain", "maximum"):
+        if math.isnan(getattr(brightness, name)):
+            raise Refused(f"cull.brightness.{name} must be a number, not nan")
+    if not 0 <= brightness.decay <= 1:
+        raise Refused(f"cull.brightness.decay must be between 0 and 1, not {brightness.decay}")
     for name, seed in brightness.seeds.items():
         if not isinstance(seed, int | float) or not math.isfinite(seed):
             raise Refused(f"cull.brightness.seeds: {name} is {shown(seed)}, not a finite number")

@@ -19,6 +19,8 @@ from brain.tokenizers.byte_level import byte_of_character, is_byte_token
 from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 
 SPACE = "▁"
+MOST_GROWTH = 64
+"""Of a text before it is split; SmolLM's doubles at most, Llama's is four times as long."""
 DEEPEST = 8
 """Sequences within sequences of steps."""
 
@@ -45,6 +47,8 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
     spec["model"]["dropout"] = None
     spec["truncation"] = spec["padding"] = None
     byte_level = _is_byte_level(spec, where)
+    _check_growth(spec, where)
+    _check_templates(spec, where)
     byte_fallback = bool(spec["model"].get("byte_fallback"))
     text = json.dumps(spec)
     del spec  # large, and the library makes its own of it
@@ -122,6 +126,34 @@ def _steps(part: Any, key: str, where: str, depth: int = 0) -> list[dict[str, An
     if not isinstance(within, list) or depth == DEEPEST:
         raise Refused(f"{where}: {key} is not a list of steps, or nested more than {DEEPEST} deep")
     return [step for inner in within for step in _steps(inner, key, where, depth + 1)]
+
+
+def _check_growth(spec: dict[str, Any], where: str) -> None:
+    """Refuses steps of which each makes a text longer: together they would do so exponentially."""
+    growth = 1
+    for part, key in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        for step in _steps(spec.get(part), key, where):
+            growth *= 2 if step.get("type") == "ByteLevel" else 1
+            for added in (step.get("content"), step.get("prepend")):
+                growth *= 1 + len(added) if isinstance(added, str) else 1
+            if growth > MOST_GROWTH:
+                raise Refused(
+                    f"{where}: its {key} may make a text more than {MOST_GROWTH} times as long"
+                )
+
+
+def _check_templates(spec: dict[str, Any], where: str) -> None:
+    """Refuses a template of tokens that it does not define: the library would panic aloud."""
+    for step in _steps(spec.get("post_processor"), "processors", where):
+        defined = step.get("special_tokens")
+        known = set(defined) if isinstance(defined, dict) else set()
+        for key in ("single", "pair"):
+            pieces = step.get(key)
+            for piece in pieces if isinstance(pieces, list) else []:
+                token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+                name = token.get("id") if isinstance(token, dict) else None
+                if token is not None and not (isinstance(name, str) and name in known):
+                    raise Refused(f"{where}: its template names {shown(name)}, which it lacks")
 
 
 def _name(step: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ def _strike(holder: Any, key: Any, rng: Random) -> None:
         case 2 if isinstance(holder[key], (int, float)):
             holder[key] = str(holder[key])
         case 3 if isinstance(holder[key], (int, float)):
-            holder[key] += rng.choice((-1, 1, 0.5, 2**32, -(2**32)))
+            holder[key] += rng.choice((-1, 1, 2**32, -(2**32)))
         case 4 if isinstance(holder, list):
             holder.insert(key, odd(rng))
         case 5 if isinstance(holder, list):
@@ -152,4 +152,8 @@ def damaged_json(content: bytes, rng: Random) -> bytes:
     """A JSON file with its values damaged, or its bytes."""
     if rng.random() < 0.2:
         return damaged(content, rng)
-    return text_of(damaged_value(json.loads(content), rng), rng)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):  # damaged before
+        return damaged(content, rng)
+    return text_of(damaged_value(value, rng), rng)

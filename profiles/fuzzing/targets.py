@@ -230,7 +230,11 @@ def _damage_save(case: Case, folder: Path) -> None:
     tensors, description = folder / "state.safetensors", folder / "brain.json"
     if case.replace(rng.choice((tensors, description))):
         return
-    told = json.loads(description.read_text())
+    try:
+        told = json.loads(description.read_bytes())
+        struct.unpack_from("<Q", tensors.read_bytes())
+    except (OSError, ValueError, RecursionError, struct.error):  # damaged before
+        return
     if rng.random() < 0.5:
         content = tensors.read_bytes()
         if rng.random() < 0.5:

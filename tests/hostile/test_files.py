@@ -236,6 +236,15 @@ def sequences(levels: int) -> dict[str, Any]:
         lambda told: told.update(pre_tokenizer=sequences(200)),
         lambda told: told.update(decoder={"type": ["\ud800"]}),
         lambda told: told["model"].update(type=[[[]]] * 99),
+        lambda told: told["pre_tokenizer"]["pretokenizers"].extend([{"type": "ByteLevel"}] * 40),
+        lambda told: told.update(
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        ),
     ],
 )
 def test_tokenizers_that_would_take_all_memory_or_stack_are_refused(
