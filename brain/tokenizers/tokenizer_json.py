@@ -44,6 +44,9 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
         raise Refused(
             f"{where}: tokenizer model {shown(kind)} is not supported; use a BPE tokenizer"
         )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if spec["model"].get(key) not in (None, ""):
+            raise Refused(f"{where}: {key} {shown(spec['model'][key])} is not supported; use none")
     spec["model"]["dropout"] = None
     spec["truncation"] = spec["padding"] = None
     byte_level = _is_byte_level(spec, where)

@@ -236,6 +236,7 @@ def sequences(levels: int) -> dict[str, Any]:
         lambda told: told.update(pre_tokenizer=sequences(200)),
         lambda told: told.update(decoder={"type": ["\ud800"]}),
         lambda told: told["model"].update(type=[[[]]] * 99),
+        lambda told: told["model"].update(continuing_subword_prefix="##"),
         lambda told: told["pre_tokenizer"]["pretokenizers"].extend([{"type": "ByteLevel"}] * 40),
         lambda told: told.update(
             post_processor={
