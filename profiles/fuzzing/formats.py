@@ -60,7 +60,8 @@ def _strike_header(header: dict[str, Any], names: list[str], size: int, rng: Ran
         case 1:
             entry["data_offsets"] = [rng.choice(numbers), rng.choice(numbers)]
         case 2:
-            entry["data_offsets"] = header.get(other, {}).get("data_offsets", [])
+            theirs = header.get(other)
+            entry["data_offsets"] = theirs.get("data_offsets") if isinstance(theirs, dict) else []
         case 3:
             entry["shape"] = [rng.choice(numbers) for _ in range(rng.randrange(9))]
         case 4:
