@@ -223,7 +223,11 @@ def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, s
 def _added_token(index: object, text: object, where: Path) -> dict[int, str]:
     digits = str(index) if isinstance(index, str | int) else ""
     number = int(digits) if digits.isdecimal() and len(digits) < 8 else MOST_TOKENS
-    if number >= MOST_TOKENS or not isinstance(text, str) or not text:
+    # Half a surrogate pair, which JSON can spell, is no text.
+    whole = isinstance(text, str) and text.encode("utf-8", "ignore") == text.encode(
+        "utf-8", "surrogatepass"
+    )
+    if number >= MOST_TOKENS or not isinstance(text, str) or not text or not whole:
         raise Refused(
             f"{where}: added token {shown(text)} has id {shown(index)}; use a text and a number "
             f"below {MOST_TOKENS}"

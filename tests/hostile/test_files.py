@@ -264,6 +264,12 @@ def test_added_tokens_have_likely_ids(specimens: Specimens, tmp_path: Path, key:
     assert "added token" in refusal(lambda: load_tokenizer(tmp_path))
 
 
+def test_added_tokens_are_text(specimens: Specimens, tmp_path: Path) -> None:
+    specimens.copy(specimens.sentencepiece, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"\\ud800": 300}')
+    assert "added token" in refusal(lambda: load_tokenizer(tmp_path))
+
+
 # GGUF and its wheel -------------------------------------------------------------------------------
 
 
