@@ -132,7 +132,7 @@ class Workbench:
                 with self._noise.open("rb") as file:
                     file.seek(heard)
                     told = file.read().decode(errors="replace")
-                for word in ("panicked", "terminate", "Traceback", "ERROR", "LOG("):
+                for word in ("panicked", "terminate called", "Traceback", "ERROR", "LOG("):
                     if word in told:
                         outcome = Finding(job, f"{job.target}: printed {word}", told[:2000])
         shutil.rmtree(folder, ignore_errors=True)
