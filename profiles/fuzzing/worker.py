@@ -119,7 +119,8 @@ class Workbench:
             os.chdir(here)
             tempfile.tempdir = None
         if isinstance(outcome, str):
-            left = [*listing(temporary)]
+            # PyTorch's own cache of what it has compiled is meant to stay.
+            left = [name for name in listing(temporary) if not name.startswith("torchinductor_")]
             if job.target != "command_line":  # whose run folder may be anywhere there
                 left += listing(current)
             kept = outside / "kept.txt"
