@@ -6,9 +6,11 @@ folder. Exit codes: 0 done, 2 refused input, 130 interrupted.
 
 import codecs
 import importlib
+import inspect
 import io
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from brain.errors import BrainWarning, Refused, one_line
+from brain.errors import BrainWarning, Refused, as_line, one_line
 from brain.opening import configuration_error, typed
 from brain.overrides import literal_arguments
 from brain.stopping import sigterm_is_ctrl_c
@@ -47,6 +49,17 @@ def main() -> None:
         _leave(f"refused: {configuration_error(error)}", REFUSED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
+    except Exception as error:
+        if _has_begun(error):
+            raise
+        # Hydra raises anything at all for arguments it can make nothing of.
+        _leave(f"refused: {configuration_error(error)}", REFUSED)
+
+
+def _has_begun(error: Exception) -> bool:
+    """Whether the error comes from a task, and not from what Hydra does before it."""
+    task = inspect.unwrap(_application).__code__
+    return any(frame.f_code is task for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="config")
@@ -81,7 +94,7 @@ def _told(error: OSError) -> str:
 
 
 def _leave(message: str, status: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(as_line(message), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

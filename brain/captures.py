@@ -25,6 +25,7 @@ from torch import Tensor
 from brain.brain import Brain
 from brain.heatmap import remembered
 from brain.mirror import SOURCES
+from brain.own_files import require_own
 from brain.steps import Step
 from compiled.sample import candidates, penalize, seen_tokens
 
@@ -40,6 +41,7 @@ class CaptureWriter:
         self._folder = folder
         self._brain = brain
         self._top = top
+        require_own([folder])
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, step: Step) -> None:

@@ -24,11 +24,13 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from brain.brain import Brain
-from brain.commands import ANSWERS, Inbox, Lost
-from brain.errors import Refused, Unwritten, one_line
+from brain.commands import ANSWERS, INBOX, Inbox, Lost
+from brain.errors import Refused, Unwritten, one_line, shown
 from brain.heatmap import FILE
 from brain.journal import Journal, read_journal
 from brain.numbered_saves import NumberedSaves
+from brain.own_files import require_own
+from brain.reading import RECORD_BYTES, read_bytes, read_json
 from brain.repair import Repair
 from brain.saves import OtherWeights, plain, restore, save, to_disk
 from brain.terminal import note
@@ -50,6 +52,8 @@ FREE = (
 REPORTS = ("run.json", FILE)
 """What a run writes about itself when it ends."""
 _REWRITTEN = ".rewritten"
+MOST_TOKENS_TOLD = 1 << 32
+"""Bytes of ``tokens.txt``: some hundred million tokens."""
 
 
 class Chronicle:
@@ -80,6 +84,7 @@ class Chronicle:
         another run, or a damaged one, before anything is changed.
         """
         with self._on_disk():
+            self._require_own()
             found = self._found()
             if found:
                 self._saves.clear_away()
@@ -155,14 +160,22 @@ class Chronicle:
         to_disk(self._saves.folder)
         self._open(TRANSCRIPT, "w")  # from here on it takes commands
 
+    def _require_own(self) -> None:
+        """Raises Refused if anything in the folder leads out of it."""
+        names = (TRANSCRIPT, TOKENS, REPAIRS, ANSWERS, INBOX, SAVES, *REPORTS)
+        require_own(self._folder / name for name in names)
+        require_own(self._folder.glob(f"*{_REWRITTEN}"))
+        if self._saves.folder.is_dir():
+            require_own(self._saves.folder.iterdir())
+
     def _found(self) -> bool:
         """Whether there is a record, of this very run. Raises Refused if it is of another."""
         path = self._saves.folder / RUN
         try:
-            asked = json.loads(path.read_text("utf-8"))
+            asked = read_json(path, RECORD_BYTES)
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise Refused(f"{path} cannot be read ({one_line(error)})") from None
         if not isinstance(asked, dict) or asked.get("format") != FORMAT:
             raise Refused(f"{path} is not of format {FORMAT}: choose another folder")
@@ -170,7 +183,7 @@ class Chronicle:
         for key, value in now.items():
             was = before.get(key) if isinstance(before, dict) else None
             if was != value:
-                told = key if isinstance(value, dict) else f"{key}={was!r}, not {value!r}"
+                told = key if isinstance(value, dict) else f"{key}={shown(was)}, not {value!r}"
                 raise Refused(
                     f"{self._folder} has the record of a run with another {told}: "
                     "give the same settings to go on with it, or choose another folder"
@@ -251,9 +264,8 @@ class Chronicle:
                 self.inbox.obey(line)
                 self.inbox.read = read
             case _:
-                shown = repr(record)[:80]
                 raise Refused(
-                    f"{self._saves.folder}: a journal tells what is not known here: {shown}"
+                    f"{self._saves.folder}: a journal tells what is not known here: {shown(record)}"
                 )
 
     def _cut_back(self, since: int, sizes: dict[str, int]) -> None:
@@ -342,7 +354,7 @@ class Chronicle:
         """Tick and id of every token in ``tokens.txt``."""
         path = self._folder / TOKENS
         try:
-            pairs = [line.split() for line in path.read_text("ascii").splitlines()]
+            pairs = [line.split() for line in read_bytes(path, MOST_TOKENS_TOLD).splitlines()]
             return [(int(tick), int(token)) for tick, token in pairs]
         except (OSError, ValueError) as error:
             raise Refused(f"{path} is damaged ({one_line(error)})") from None
@@ -419,5 +431,5 @@ def _checked(notes: Any, where: Path) -> tuple[dict[str, int], int, int | None, 
 
 def _count(number: Any, where: Path) -> int:
     if type(number) is not int or number < 0:
-        raise Refused(f"{where} is damaged: {str(number)[:40]!r} is no count")
+        raise Refused(f"{where} is damaged: {shown(number)} is no count")
     return number

@@ -24,11 +24,14 @@ from typing import Any, NamedTuple
 
 from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
 from brain.brain import Brain
-from brain.errors import Refused, Unwritten, one_line
+from brain.errors import Refused, Unwritten, one_line, shown
+from brain.reading import open_plain, parse_json
 
 INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
 LONGEST_LINE = 1 << 20
 """Characters of one batch."""
+MOST_AT_ONCE = 8 * LONGEST_LINE
+"""Bytes that are read in one look."""
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -38,8 +41,8 @@ def parse_batch(line: str, encode: Encode) -> list[Action]:
     if len(line) > LONGEST_LINE:
         raise Refused(f"command of {len(line)} characters: at most {LONGEST_LINE} in one line")
     try:
-        batch = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        batch = parse_json(line)
+    except ValueError as error:
         raise Refused(f"command is not JSON ({one_line(error)})") from None
     if isinstance(batch, dict):
         batch = [batch]
@@ -54,7 +57,7 @@ def _action(given: Any, number: int, encode: Encode) -> Action:
     fields = dict(given)
     do = fields.pop("do")
     if do not in _READERS:
-        raise Refused(f"action {number}: {do!r} is unknown; use {', '.join(_READERS)}")
+        raise Refused(f"action {number}: {shown(do)} is unknown; use {', '.join(_READERS)}")
     action = _READERS[do](_Fields(fields, f"action {number} ({do})", encode))
     return action
 
@@ -75,7 +78,7 @@ class _Fields:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(value) not in kinds:
             told = " or ".join(k.__name__ for k in kinds)
-            raise Refused(f"{self._where}: {name} is {value!r}, expected {told}")
+            raise Refused(f"{self._where}: {name} is {shown(value)}, expected {told}")
         return value
 
     def tokens(self) -> Sequence[int]:
@@ -90,7 +93,7 @@ class _Fields:
     def finish(self, action: Action) -> Action:
         """The action, if nothing was given in vain."""
         if self._given:
-            raise Refused(f"{self._where}: {sorted(self._given)[0]!r} is not one of its fields")
+            raise Refused(f"{self._where}: {shown(min(self._given))} is not one of its fields")
         return action
 
 
@@ -161,13 +164,16 @@ class Inbox:
                 self.read = 0  # written anew
             if size == self.read:
                 return 0
-            with self._inbox.open("rb") as file:
+            with open_plain(self._inbox) as file:
                 file.seek(self.read)
-                added = file.read()
+                added = file.read(MOST_AT_ONCE)
         except OSError:
             return 0  # nobody has written one yet
         applied = 0
-        for line in added[: added.rfind(b"\n") + 1].splitlines(keepends=True):
+        whole = added[: added.rfind(b"\n") + 1]
+        if not whole and len(added) == MOST_AT_ONCE:
+            whole = added  # longer than any command may be: refused in parts
+        for line in whole.splitlines(keepends=True):
             self.read += len(line)  # what has no line break is still being written
             if line.strip():
                 applied += self.obey(line)

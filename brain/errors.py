@@ -7,11 +7,16 @@ class Refused(ValueError):
     """Input that cannot be used.
 
     Its message is one line saying what, where, and what would be right; the command line prints it
-    and exits with 2. Line breaks in the given message become spaces.
+    and exits with 2. Line breaks in the given message become spaces; other characters that cannot
+    be printed, with which a file might command the terminal, are written out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(as_line(message))
+
+
+LONGEST = 4000
+"""Characters of a refusal."""
 
 
 class Unwritten(Refused):
@@ -21,6 +26,28 @@ class Unwritten(Refused):
 def one_line(error: BaseException) -> str:
     """A library's error as the end of a one-line message: at most 200 characters, never empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def as_line(message: str) -> str:
+    """A message as one printable line of at most LONGEST characters."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text with characters that cannot be printed written as escape sequences."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """Any value as part of a message: as Python writes it, at most 80 characters."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"{type(value).__name__} nested too deeply"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class BrainWarning(UserWarning):

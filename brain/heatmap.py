@@ -7,18 +7,22 @@ below every token, as high as the token is bright.
 import bisect
 import html
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from brain.brain import Brain
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
 from brain.mirror import SOURCES
+from brain.reading import RECORD_BYTES, read_json
 
 BARS = "▁▂▃▄▅▆▇█"
 GAP = " … "
 FILE = "memory.json"
 """What a run leaves in its folder."""
+MOST_LIKELY = 1 << 63
+"""No number of a row is larger."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ def write_rows(rows: list[Row], path: Path) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Reads what ``write_rows`` wrote. Raises Refused if it is anything else."""
     try:
-        return rows_of(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return rows_of(read_json(path, RECORD_BYTES))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise Refused(f"{path} is damaged ({one_line(error)})") from None
 
 
@@ -89,7 +93,11 @@ def _row(row: Any) -> Row:
     numbers = {"brightness", "surprise", "novelty"}
     for name, kind in kinds.items():
         if type(row[name]) not in ((float, int) if name in numbers else (kind,)):
-            raise TypeError(f"{name} is {row[name]!r}")
+            raise TypeError(f"{name} is {shown(row[name])}")
+    if any(abs(row[name]) > MOST_LIKELY for name in kinds if kinds[name] in (int, float)):
+        raise ValueError("a number is too large")
+    if any(math.isnan(row[name]) for name in numbers):
+        raise ValueError("a number is none")
     return Row(**row)
 
 

@@ -5,11 +5,16 @@ torn, by a crash while it was written; it is then as if it had never been begun.
 """
 
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 from brain.errors import Refused, Unwritten, one_line
+from brain.reading import open_plain
+
+LONGEST_LINE = 1 << 26
+"""Bytes; the longest command, each of its characters written out, takes less."""
 
 
 class Journal:
@@ -44,21 +49,24 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
 
     Raises Refused if it cannot be read, or if a line is damaged that is not the last.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise Refused(f"{path} cannot be read ({one_line(error)})") from None
     records: list[Any] = []
     size = 0
-    *lines, _torn = content.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        record = _record(line)
-        if record is None and size + len(line) + 1 < len(content):
-            raise Refused(f"{path} is damaged in line {number}")
-        if record is None:
-            break
-        records.append(record)
-        size += len(line) + 1
+    try:
+        with open_plain(path) as file:
+            whole = os.fstat(file.fileno()).st_size
+            # A line at a time, none longer than any that is written: a hole may be terabytes.
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
+                record = _record(line[:-1])
+                if record is None and size + len(line) < whole:
+                    raise Refused(f"{path} is damaged in line {len(records) + 1}")
+                if record is None:
+                    break
+                records.append(record)
+                size += len(line)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({one_line(error)})") from None
+    if len(line) == LONGEST_LINE:
+        raise Refused(f"{path} is damaged in line {len(records) + 1}")
     return records, size
 
 

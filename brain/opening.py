@@ -20,6 +20,9 @@ from brain.paths import given_path
 from brain.settings import settings_of
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
+MOST_THREADS = 1024
+"""More than any machine gains from; of a billion, the process would die in starting them."""
+
 
 def open(model: str = "smollm2", **overrides: Any) -> Brain:
     """Opens a brain. ``overrides`` are Hydra overrides, as on the command line: ``capacity=512``,
@@ -66,8 +69,8 @@ def open_brain(conf: Conf) -> Brain:
     """Opens the brain that a configuration describes."""
     settings = settings_of(conf)
     if conf.threads is not None:
-        if conf.threads < 1:
-            raise Refused(f"threads must be at least 1, not {conf.threads}")
+        if not 1 <= conf.threads <= MOST_THREADS:
+            raise Refused(f"threads must be 1 to {MOST_THREADS}, not {conf.threads}")
         torch.set_num_threads(conf.threads)
     checkpoint = open_checkpoint(
         conf.model,

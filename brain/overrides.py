@@ -35,9 +35,20 @@ FOLDER_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 MULTIRUN = ("-m", "--multirun")
 
 
+def literal(value: Any) -> Any:
+    """A value, or anything plain that holds some, without interpolations: ``${`` is text in it."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return value
+
+
 def quoted(text: str) -> str:
     """The text as a quoted value: quotes, what precedes them, and interpolations escaped."""
-    return _in_quotes(re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text))
+    return _in_quotes(literal(text))
 
 
 def _in_quotes(text: str) -> str:

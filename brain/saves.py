@@ -25,17 +25,28 @@ from torch import Tensor
 
 from brain.brain import Brain
 from brain.checkpoints.digest import file_sha256
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
+from brain.mirror import SOURCES
 from brain.opening import open_brain, typed
+from brain.overrides import literal
 from brain.paths import given_path
-from compiled.state import NOWHERE, Cursor
+from brain.reading import RECORD_BYTES, open_plain, read_json
+from compiled.state import NOWHERE, Cursor, state_bytes
 from conf.schema import Conf, register
 
 FORMAT = 3
 TENSORS, DESCRIPTION = "state.safetensors", "brain.json"
+MOST_TICKS = 1 << 52
+"""No run comes so far, and numbers below it are exact everywhere."""
+UNREADABLE = (OSError, MemoryError, RuntimeError, SafetensorError)
+"""What becomes of a file that is no safetensors file, or cannot be mapped."""
+UNLIKE = (ValueError, TypeError, ArithmeticError, RecursionError)
+"""What comes of settings of another shape than ours."""
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8."""
 MOST_SLOTS = 1 << 40
+MOST_BESIDES = 1 << 20
+"""Bytes of a save beside its rows: header and cursor."""
 _ROW_AXIS = {"keys": 2, "values": 2}
 
 
@@ -126,6 +137,7 @@ def restore(brain: Brain, folder: Path) -> Any:
 def _restore(brain: Brain, folder: Path, description: dict[str, Any]) -> None:
     if description.get("model_sha256") != brain.checkpoint.sha256:
         raise OtherWeights(f"{folder} was saved with other weights of {brain.checkpoint.name}")
+    _check_sizes(folder / TENSORS, brain)
     _check_sum(folder / TENSORS, description.get("sha256"))
     rows, cursor = _tensors(folder, brain)
     slot, high_water = rows["slot"], description.get("high_water")
@@ -133,7 +145,7 @@ def _restore(brain: Brain, folder: Path, description: dict[str, Any]) -> None:
     if len(slot) > brain.capacity:
         raise Refused(f"{folder} holds {len(slot)} rows but capacity is {brain.capacity}")
     if type(high_water) is not int or high_water < occupied:
-        raise Refused(f"{folder}: high_water {high_water!r} is below {occupied}")
+        raise Refused(f"{folder}: high_water {shown(high_water)} is below {occupied}")
     if max(high_water, occupied) > brain.capacity:  # of a larger memory
         rows["slot"], high_water = torch.arange(len(slot)), len(slot)
     try:
@@ -143,6 +155,24 @@ def _restore(brain: Brain, folder: Path, description: dict[str, Any]) -> None:
     if len(unfinished) > LONGEST_CHARACTER:
         raise Refused(f"{folder}: unfinished is longer than any character")
     brain.restore(rows, cursor, high_water, unfinished)
+
+
+def _check_sizes(path: Path, brain: Brain) -> None:
+    """Refuses a file that holds more than the memory would, before it is read."""
+    try:
+        with open_plain(path), safe_open(path, "pt") as file:
+            rows = file.get_slice("slot").get_shape()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({one_line(error)})") from None
+    except UNREADABLE as error:
+        raise Refused(f"{path} is damaged ({one_line(error)})") from None
+    if len(rows) != 1:
+        raise Refused(f"{path}: tensor slot is missing or malformed")
+    if rows[0] > brain.capacity:
+        raise Refused(f"{path.parent} holds {rows[0]} rows but capacity is {brain.capacity}")
+    most = state_bytes(brain.checkpoint.config, rows[0], brain.state.keys.dtype)
+    if path.stat().st_size > most + 8 * rows[0] + MOST_BESIDES:
+        raise Refused(f"{path} is larger than {rows[0]} rows can be")
 
 
 def _check_sum(path: Path, expected: Any) -> None:
@@ -167,12 +197,16 @@ def to_disk(path: Path) -> None:
 
 def _description(folder: Path) -> dict[str, Any]:
     try:
-        description = json.loads((folder / DESCRIPTION).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        description = read_json(folder / DESCRIPTION, RECORD_BYTES)
+    except (OSError, ValueError) as error:
         raise Refused(f"{folder} is not a save ({one_line(error)})") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise Refused(f"{folder} is not a save of format {FORMAT}")
-    if sealed(description) != description:
+    try:
+        seal = sealed(description)["seal"]
+    except (ValueError, RecursionError):
+        seal = None
+    if seal is None or seal != description.get("seal"):
         raise Refused(f"{folder / DESCRIPTION} is damaged: its seal is not that of its content")
     return description
 
@@ -187,10 +221,20 @@ def sealed(description: dict[str, Any]) -> dict[str, Any]:
 def _conf(saved: Any, folder: Path) -> Conf:
     register()
     try:
-        task = saved.pop("task", None) if isinstance(saved, dict) else None
-        conf = OmegaConf.merge(OmegaConf.structured(Conf), saved, {"task": task})
+        if not isinstance(saved, dict):
+            raise TypeError("it is none")
+        # Text is text: what looks like an interpolation would be given the environment to read.
+        told = {str(key): literal(value) for key, value in saved.items()}
+        task = told.pop("task", None)
+        conf = OmegaConf.merge(OmegaConf.structured(Conf), told, {"task": task})
         return typed(conf)  # type: ignore[arg-type]
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except (
+        OmegaConfBaseException,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise Refused(f"{folder}: its configuration is damaged ({one_line(error)})") from None
 
 
@@ -200,7 +244,7 @@ def _tensors(folder: Path, brain: Brain) -> tuple[dict[str, Tensor], Cursor]:
     try:
         with safe_open(where, "pt") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise Refused(f"{where} is damaged ({one_line(error)})") from None
     slot = saved.pop("slot", None)
     if slot is None or slot.dtype != torch.int64 or slot.dim() != 1:
@@ -232,7 +276,31 @@ def _tensors(folder: Path, brain: Brain) -> tuple[dict[str, Tensor], Cursor]:
         raise Refused(f"{where}: positions are negative or not unique")
     if cursor.position[0] < NOWHERE or (len(slot) and cursor.position[0] == NOWHERE):
         raise Refused(f"{where}: cursor.position is damaged")
+    _check_columns(rows, cursor, where)
     return rows, cursor
+
+
+def _check_columns(rows: dict[str, Tensor], cursor: Cursor, where: Path) -> None:
+    """Refuses numbers that no run could have come to: counting on from them would overflow."""
+    tick = int(cursor.tick)
+    if not 0 <= tick < MOST_TICKS:
+        raise Refused(f"{where}: cursor.tick is damaged")
+    if int(cursor.uncommitted) not in (0, 1):
+        raise Refused(f"{where}: cursor.uncommitted is damaged")
+    positions, last = rows["position"], int(cursor.position[0])
+    if last >= MOST_TICKS or (positions > last).any():
+        raise Refused(f"{where}: positions are past the cursor's")
+    for name in ("born", "lit"):
+        if ((rows[name] < 0) | (rows[name] > tick)).any():
+            raise Refused(f"{where}: {name} is no tick that has been")
+    for name, sources in (("source", rows["source"]), ("cursor.source", cursor.source)):
+        if (sources >= len(SOURCES)).any():
+            raise Refused(f"{where}: {name} is of no known source")
+    floats = {name: rows[name] for name in ("brightness", "surprise", "novelty")}
+    floats |= {"cursor.surprise": cursor.surprise, "cursor.novelty": cursor.novelty}
+    for name, numbers in floats.items():
+        if numbers.isnan().any():
+            raise Refused(f"{where}: {name} holds what is no number")
 
 
 def _checked(tensor: Tensor | None, shape: Any, dtype: torch.dtype, what: str) -> Tensor:

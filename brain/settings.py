@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from brain.errors import Refused
+from brain.errors import Refused, shown
 from brain.mirror import SOURCES
 from brain.policies import policy
 from brain.repair import RepairSettings
+from brain.room import free_bytes
 from compiled.choose import Conduct
 from compiled.llama import LlamaConfig
 from compiled.lookup import Lookup
@@ -18,6 +19,7 @@ from compiled.score import MOST_CULLED, Brightness, Forgetting, Novelty
 from compiled.state import state_bytes
 from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf
 
+MOST_ROWS = 1 << 62
 FEWEST_ROWS_TO_CULL = 8
 """Below this target, sinks, recent rows and victims do not all fit."""
 
@@ -61,7 +63,7 @@ class Settings:
                 f"{self.capacity}"
             )
         needed = state_bytes(config, self.capacity, self.dtype)
-        free = _free_bytes(self.device)
+        free = free_bytes(self.device)
         if free is not None and needed > free:
             raise Refused(
                 f"capacity={self.capacity} needs {needed / 1e9:.1f} GB of memory but "
@@ -71,8 +73,8 @@ class Settings:
 
 def settings_of(conf: Conf) -> Settings:
     """Checks the configuration. Raises Refused, naming the key."""
-    if conf.capacity < 1:
-        raise Refused(f"capacity must be at least 1, not {conf.capacity}")
+    if not 1 <= conf.capacity <= MOST_ROWS:
+        raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")
     if not -(2**63) <= conf.seed < 2**64:
         raise Refused(f"seed must fit in 64 bits, not {conf.seed}")
     widths = conf.engine.widths
@@ -162,6 +164,14 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
     unknown = set(brightness.seeds) - set(SOURCES)
     if unknown:
         raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
+    for name in ("gain", "maximum"):
+        if math.isnan(getattr(brightness, name)):
+            raise Refused(f"cull.brightness.{name} must be a number, not nan")
+    if not 0 <= brightness.decay <= 1:
+        raise Refused(f"cull.brightness.decay must be between 0 and 1, not {brightness.decay}")
+    for name, seed in brightness.seeds.items():
+        if not isinstance(seed, int | float) or not math.isfinite(seed):
+            raise Refused(f"cull.brightness.seeds: {name} is {shown(seed)}, not a finite number")
     if not 0 <= cull.novelty.decay < 1:
         raise Refused(f"cull.novelty.decay must be in 0 to below 1, not {cull.novelty.decay}")
     if not 0 <= cull.novelty.share <= 1:
@@ -242,16 +252,3 @@ def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
     recent = min(max(cull.recent, int(cull.recent_share * target)), target // 2)
     assert sinks + recent + MOST_CULLED <= target
     return Forgetting(target, sinks, recent, cull.at_once)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None  # not a system that says

@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from brain.errors import Refused, one_line
+from brain.own_files import require_own
 
 LOCK = ".lock"
 
@@ -17,6 +18,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
     The lock is the operating system's: it ends with the process, however that ends.
     """
+    require_own([folder / LOCK])
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -5,16 +5,16 @@ Tokenizing adds nothing and drops nothing. The one place where a BOS token is ev
 """
 
 import codecs
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
+from brain.reading import TOKENIZER_BYTES, read_bytes, read_json, read_text
 from brain.tokenizers.sentencepiece_model import read_sentencepiece
 from brain.tokenizers.tokenizer_json import read_tokenizer_json
-from brain.tokenizers.vocabulary import Vocabulary
+from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +152,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     added = _added_tokens(folder, tokenizer_config)
     try:
         if sentencepiece.exists():
-            vocabulary = read_sentencepiece(sentencepiece.read_bytes(), str(sentencepiece), added)
+            vocabulary = read_sentencepiece(
+                read_bytes(sentencepiece, TOKENIZER_BYTES), str(sentencepiece), added
+            )
         elif library.exists():
-            vocabulary = read_tokenizer_json(library.read_text("utf-8"), str(library))
+            vocabulary = read_tokenizer_json(read_text(library, TOKENIZER_BYTES), str(library))
         else:
             raise Refused(f"{folder}: no tokenizer; put tokenizer.model or tokenizer.json there")
     except (OSError, UnicodeDecodeError) as error:
@@ -198,8 +200,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        settings = read_json(path, TOKENIZER_BYTES)
+    except (OSError, ValueError) as error:
         raise Refused(f"{path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(settings, dict):
         raise Refused(f"{path}: expected a JSON object, found {type(settings).__name__}")
@@ -219,10 +221,18 @@ def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, s
 
 
 def _added_token(index: object, text: object, where: Path) -> dict[int, str]:
-    digits = str(index)
-    if not (digits.isdecimal() and len(digits) < 8 and isinstance(text, str) and text):
-        raise Refused(f"{where}: added token {text!r} has id {index!r}; use a text and a number")
-    return {int(digits): text}
+    digits = str(index) if isinstance(index, str | int) else ""
+    number = int(digits) if digits.isdecimal() and len(digits) < 8 else MOST_TOKENS
+    # Half a surrogate pair, which JSON can spell, is no text.
+    whole = isinstance(text, str) and text.encode("utf-8", "ignore") == text.encode(
+        "utf-8", "surrogatepass"
+    )
+    if number >= MOST_TOKENS or not isinstance(text, str) or not text or not whole:
+        raise Refused(
+            f"{where}: added token {shown(text)} has id {shown(index)}; use a text and a number "
+            f"below {MOST_TOKENS}"
+        )
+    return {number: text}
 
 
 def _token_text(token: object) -> str | None:

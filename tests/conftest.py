@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from fuzzing.specimens import Specimens
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
@@ -306,3 +307,19 @@ def open_parrot(parrot_folder: Path, open_tiny: OpenTiny) -> OpenTiny:
         return open_tiny(**{"model.path": str(parrot_folder), **overrides})
 
     return open_
+
+
+# Hostile input ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def specimens(tmp_path_factory: pytest.TempPathFactory) -> Specimens:
+    """Valid files of every kind, which tests damage."""
+    torch.set_num_threads(1)
+    return Specimens(tmp_path_factory.mktemp("specimens"))
+
+
+@pytest.fixture
+def toy_model(specimens: Specimens, tmp_path: Path) -> Path:
+    """A model folder to damage: config.json, tokenizer.json, model.safetensors."""
+    return specimens.copy(specimens.single, tmp_path / "model")

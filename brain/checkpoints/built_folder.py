@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from brain.checkpoints.digest import file_sha256
 from brain.errors import Refused, one_line
+from brain.reading import read_json
 
 MANIFEST = "manifest.json"
 SMALL = 16 << 20
@@ -57,7 +58,7 @@ def is_intact(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file, as recorded when the folder was built."""
-    files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+    files: dict[str, dict[str, Any]] = read_json(folder / MANIFEST)["files"]
     return files
 
 

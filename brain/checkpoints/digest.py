@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from brain.reading import open_plain
+
 CHUNK = 1 << 22
 
 
@@ -20,7 +22,7 @@ def file_sha256(path: Path, *, progress: bool = False) -> str:
         leave=False,
         disable=not progress,
     )
-    with path.open("rb") as file, bar:
+    with open_plain(path) as file, bar:
         while block := file.read(CHUNK):
             digest.update(block)
             bar.update(len(block))

@@ -1,6 +1,6 @@
 """Models in a local Hugging Face folder: config.json, safetensors shards and a tokenizer."""
 
-import json
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +10,8 @@ from brain.checkpoints.digest import files_sha256
 from brain.checkpoints.hf_config import read_config
 from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import TensorFile
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
+from brain.reading import TOKENIZER_BYTES, read_json
 from brain.tokens import load_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,16 +59,18 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / SINGLE]
         raise Refused(f"{folder}: no weights; put {SINGLE} or {INDEX} with its shards there")
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        names = set(read_json(index, TOKENIZER_BYTES)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{index}: not a safetensors index ({one_line(error)}); expected a weight_map"
         ) from None
     for name in names:
         plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
         if not plain or not name.endswith(".safetensors"):
-            raise Refused(f"{index}: shard name {name!r} is not a plain *.safetensors file name")
-        if not (folder / name).exists():
+            raise Refused(
+                f"{index}: shard name {shown(name)} is not a plain *.safetensors file name"
+            )
+        if not os.path.exists(folder / name):  # false as well for what cannot be a file's name
             raise Refused(f"{index}: shard {name} is missing from {folder}; fetch it")
     if not names:
         raise Refused(f"{index}: weight_map is empty; fetch the index again")

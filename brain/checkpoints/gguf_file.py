@@ -4,21 +4,22 @@ Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor
+from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 from tqdm import tqdm
 
+from brain.checkpoints.gguf_header import GgufFile, StoredTensor
 from brain.checkpoints.hf_config import parse_config
-from brain.checkpoints.llama_names import EMBEDDING, HEAD, packed_parts
+from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.safetensors_file import write_safetensors
-from brain.errors import Refused, one_line
+from brain.errors import Refused, shown
 from brain.tokenizers.gguf_vocabulary import tokenizer_files
 from compiled.llama import LlamaConfig
 
@@ -38,6 +39,15 @@ RENAMED_IN_LAYER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+READABLE = frozenset(
+    GGMLQuantizationType[name]
+    for name in (
+        *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    )
+)
+"""Number formats that the gguf package can turn into float32."""
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -48,30 +58,23 @@ def convert_gguf(path: Path, folder: Path) -> None:
     to standard error. Raises Refused where the file is not a Llama model that can be converted,
     OSError where the folder cannot be written.
     """
-    try:
-        reader = GGUFReader(path)
-        fields: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
-        raise Refused(f"{path}: not a GGUF file ({one_line(error)}); fetch it again") from None
-    settings = _hf_settings(fields, tensors, str(path))
+    file = GgufFile(path)
+    settings = _hf_settings(file.fields, file.tensors, str(path))
     config = parse_config(settings, str(path))
-    files = tokenizer_files(fields, str(path))
+    files = tokenizer_files(file.fields, str(path))
+    parts = [part for field in packed_parts(config).values() for part in field]
+    _check_tensors(file, parts, path)
     files["config.json"] = _json(settings)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     files["generation_config.json"] = _json({key: settings[key] for key in ids if key in settings})
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
-    parts = [part for field in packed_parts(config).values() for part in field]
-    unexpected = set(tensors) - {gguf_name(name) for name, _ in parts}
-    if unexpected:
-        raise Refused(f"{path}: unexpected tensor {min(unexpected)}: it cannot be converted")
     with tqdm(total=len(parts), desc=f"converting {path.stem}", unit="tensor") as bar:
 
         def maker(name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
             def make() -> Tensor:
-                tensor = _read(tensors, name, shape, config, path)
+                tensor = _read(file, name, shape, config)
                 bar.update()
                 return tensor
 
@@ -84,13 +87,35 @@ def convert_gguf(path: Path, folder: Path) -> None:
         )
 
 
+def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
+    """Refuses, before anything is written, tensors that are not exactly the model's."""
+    unexpected = set(file.tensors) - {gguf_name(name) for name, _ in parts}
+    if unexpected:
+        raise Refused(f"{path}: unexpected tensor {min(unexpected)}: it cannot be converted")
+    for name, shape in parts:
+        stored = file.tensors.get(gguf_name(name))
+        if stored is None:
+            raise Refused(f"{path}: tensor {gguf_name(name)} is missing; expected {list(shape)}")
+        if stored.shape != shape:
+            raise Refused(
+                f"{path}: tensor {gguf_name(name)} has shape {list(stored.shape)}, expected "
+                f"{list(shape)}"
+            )
+        if stored.kind not in READABLE:
+            raise Refused(
+                f"{path}: tensor {gguf_name(name)} has unsupported type {stored.kind.name}"
+            )
+
+
 def _hf_settings(
-    fields: dict[str, Any], tensors: dict[str, ReaderTensor], where: str
+    fields: dict[str, Any], tensors: dict[str, StoredTensor], where: str
 ) -> dict[str, Any]:
     """The model's config.json."""
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise Refused(f"{where}: GGUF architecture {architecture!r} is not supported; use llama")
+        raise Refused(
+            f"{where}: GGUF architecture {shown(architecture)} is not supported; use llama"
+        )
     scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
         raise Refused(f"{where}: GGUF with RoPE scaling is not supported; use a safetensors folder")
@@ -99,19 +124,31 @@ def _hf_settings(
 
     def required(key: str) -> Any:
         value = fields.get(f"llama.{key}")
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise Refused(f"{where}: GGUF metadata llama.{key} is missing or is not one number")
         return value
 
-    hidden, heads = required("embedding_length"), required("attention.head_count")
-    head_dim = fields.get("llama.attention.key_length") or hidden // max(heads, 1)
+    def whole(key: str) -> int:
+        value = required(key)
+        if not isinstance(value, int) or value < 1:
+            raise Refused(f"{where}: GGUF metadata llama.{key} is {value}; use a whole number")
+        return value
+
+    hidden, heads = whole("embedding_length"), whole("attention.head_count")
+    head_dim = fields.get("llama.attention.key_length") or hidden // heads
     rotated = fields.get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
-        raise Refused(f"{where}: {rotated} of {head_dim} head dimensions rotated; use all of them")
+        raise Refused(
+            f"{where}: {shown(rotated)} of {shown(head_dim)} head dimensions rotated; "
+            "use all of them"
+        )
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.tokens is missing or is not a list")
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(fields.get("tokenizer.ggml.tokens", [])),
+        "vocab_size": len(tokens),
         "hidden_size": hidden,
         "intermediate_size": required("feed_forward_length"),
         "num_hidden_layers": required("block_count"),
@@ -121,7 +158,9 @@ def _hf_settings(
         "hidden_act": "silu",
         "max_position_embeddings": required("context_length"),
         "rms_norm_eps": _shortest(required("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0)),
+        "rope_theta": _shortest(
+            required("rope.freq_base") if "llama.rope.freq_base" in fields else 10000.0
+        ),
         "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
@@ -137,7 +176,8 @@ def _hf_settings(
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same float32: 1e-05 rather than 9.999999747e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with the settings
+        return float(str(np.float32(value)))
 
 
 def gguf_name(name: str) -> str:
@@ -148,27 +188,10 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.weight"
 
 
-def _read(
-    tensors: dict[str, ReaderTensor],
-    name: str,
-    shape: tuple[int, ...],
-    config: LlamaConfig,
-    path: Path,
-) -> Tensor:
+def _read(file: GgufFile, name: str, shape: tuple[int, ...], config: LlamaConfig) -> Tensor:
     """One tensor, float32, in Hugging Face's layout."""
-    stored = tensors.get(gguf_name(name))
-    if stored is None:
-        raise Refused(f"{path}: tensor {gguf_name(name)} is missing; expected {list(shape)}")
-    found = tuple(int(size) for size in reversed(stored.shape))
-    if found != shape:
-        raise Refused(
-            f"{path}: tensor {stored.name} has shape {list(found)}, expected {list(shape)}"
-        )
-    try:
-        values = dequantize(stored.data, stored.tensor_type)
-    except NotImplementedError:
-        kind = stored.tensor_type.name
-        raise Refused(f"{path}: tensor {stored.name} has unsupported type {kind}") from None
+    tensor_of = file.tensors[gguf_name(name)]
+    values = dequantize(file.stored(tensor_of), tensor_of.kind)
     tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
     for projection, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
         if f".{projection}." in name:

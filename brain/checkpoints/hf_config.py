@@ -3,14 +3,14 @@
 Defaults for absent keys are those of transformers' ``LlamaConfig`` and ``MistralConfig``.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
+from brain.reading import read_json
 from compiled.llama import LlamaConfig
 from compiled.rope import RopeScaling
 
@@ -21,12 +21,12 @@ MAX_SIZE, MAX_LAYERS = 1 << 24, 4096
 def read_config(path: Path) -> LlamaConfig:
     """The model's dimensions. Raises Refused naming the key that cannot be used, and why."""
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = read_json(path)
     except FileNotFoundError:
         raise Refused(
             f"{path}: no such file; a model folder holds config.json, safetensors and a tokenizer"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise Refused(f"{path}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(settings, dict):
         raise Refused(f"{path}: expected a JSON object, found {type(settings).__name__}")
@@ -81,9 +81,8 @@ class _Settings:
     prefix: str = ""
 
     def refuse(self, key: str, remedy: str) -> Refused:
-        value = repr(self.values.get(key))
-        shown = value if len(value) <= 80 else value[:77] + "..."
-        return Refused(f"{self.where}: {self.prefix}{key} {shown} is not supported; {remedy}")
+        value = shown(self.values.get(key))
+        return Refused(f"{self.where}: {self.prefix}{key} {value} is not supported; {remedy}")
 
     def size(self, key: str, default: int | None = None, *, limit: int = MAX_SIZE) -> int:
         value = self.values.get(key)

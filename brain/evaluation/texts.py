@@ -8,6 +8,10 @@ from torch import Tensor
 
 from brain.errors import Refused, one_line
 from brain.paths import given_path
+from brain.reading import read_bytes
+
+MOST_BYTES = 1 << 30
+"""Of a file to measure on."""
 
 
 def read_text(path: Path) -> str:
@@ -30,7 +34,7 @@ def read_text(path: Path) -> str:
 
 def _read_file(file: Path) -> str:
     try:
-        raw = file.read_bytes()
+        raw = read_bytes(file, MOST_BYTES)
         text = raw.decode()
     except OSError as error:
         raise Refused(f"{file} cannot be read ({one_line(error)})") from None

@@ -1,6 +1,7 @@
 """The golden file: NAME.safetensors with the numbers, NAME.json with what they are of."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
 from brain.golden.judge import Distance, Expected
 from brain.golden.script import Script, from_json, to_json
+from brain.reading import RECORD_BYTES, open_plain, read_json
 
 FORMAT = 1
+MOST_BYTES = 1 << 30
+MOST_ROWS = 1 << 32
 _DTYPES = {"top_ids": torch.int32, "full_rows": torch.int32}
 
 
@@ -76,10 +81,12 @@ def load_golden(folder: Path, name: str) -> Golden:
     """Reads both files. Raises Refused where they are missing, malformed or do not fit."""
     path = folder / f"{name}.json"
     try:
-        described = json.loads(path.read_text("utf-8"))
-        tensors = load_file(folder / f"{name}.safetensors")
+        described = read_json(path, RECORD_BYTES)
         if described["format"] != FORMAT:
-            raise Refused(f"{path}: format {described['format']!r}, this program reads {FORMAT}")
+            raise Refused(
+                f"{path}: format {shown(described['format'])}, this program reads {FORMAT}"
+            )
+        tensors = _tensors(folder / f"{name}.safetensors")
         memory = described["memory"]
         golden = Golden(
             name=name,
@@ -88,23 +95,53 @@ def load_golden(folder: Path, name: str) -> Golden:
             model_sha256=str(described["model"]["sha256"]),
             script=from_json(described["script"], str(path)),
             memory=MemoryShape(
-                int(memory["capacity"]),
-                int(memory["smallest_bucket"]),
-                tuple(tuple(map(int, widths)) for widths in memory["widths"]),
+                _count(memory["capacity"]),
+                _count(memory["smallest_bucket"]),
+                tuple(tuple(map(_count, widths)) for widths in memory["widths"]),
             ),
             expected=Expected(**tensors),
-            noise={key: Distance(**noise) for key, noise in described["noise"].items()},
+            noise={key: _distance(noise) for key, noise in described["noise"].items()},
             provenance=dict(described["made"]),
         )
     except Refused:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError),
+        *(MemoryError, RuntimeError, SafetensorError),
+    ) as error:
         raise Refused(f"{path}: not a golden file ({one_line(error)}); write it again") from None
     _check_shapes(golden.expected, path)
     return golden
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """What the file with the numbers holds. Raises OSError for one that is too large."""
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_BYTES:
+            raise OSError(f"{path.name} has {size} bytes, more than {MOST_BYTES}")
+        return load_file(path)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= MOST_ROWS:
+        raise ValueError(f"memory: {shown(value)} is no number of rows")
+    return value
+
+
+def _distance(told: Any) -> Distance:
+    if not all(type(number) in (int, float) for number in told.values()):
+        raise TypeError("noise holds what is no number")
+    return Distance(**told)
+
+
 def _check_shapes(expected: Expected, path: Path) -> None:
+    for name, tensor in expected._asdict().items():
+        if tensor.dim() != (2 if name in ("top_ids", "top_logits", "full_logits") else 1):
+            raise Refused(
+                f"{path.with_suffix('.safetensors')}: {name} has {tensor.dim()} axes; "
+                "write it again"
+            )
     rows, full = len(expected.top_ids), len(expected.full_rows)
     shapes = {
         "top_ids": (rows, expected.top_ids.shape[-1]),
@@ -121,6 +158,13 @@ def _check_shapes(expected: Expected, path: Path) -> None:
                 f"{path.with_suffix('.safetensors')}: {name} is {tensor.dtype} "
                 f"{list(tensor.shape)}, expected {wanted} {list(shapes[name])}; write it again"
             )
+    indices = (
+        ("top_ids", expected.top_ids, expected.full_logits.shape[-1]),
+        ("full_rows", expected.full_rows, rows),
+    )
+    for name, numbers, end in indices:
+        if ((numbers < 0) | (numbers >= end)).any():
+            raise Refused(f"{path.with_suffix('.safetensors')}: {name} names what is not there")
 
 
 def _readable(described: dict[str, Any]) -> str:

@@ -29,6 +29,9 @@ from conf.schema import Conf, EvalTask
 MENDING_TICKS = 32
 """Ticks before a pair is looked at: what brightness needs to tell rows apart."""
 
+MOST = 1 << 24
+"""Of anything that is counted: larger numbers are mistakes that would take hours to show."""
+
 MEASURES = ("fluency", "retrieval", "repair", "endurance")
 
 
@@ -96,8 +99,10 @@ def _check(task: EvalTask, conf: Conf) -> None:
     if not task.policies or not task.budgets:
         raise Refused("task.policies and task.budgets must not be empty")
     for name in ("streams", "tokens", "facts", "bucket", "pairs", "horizon"):
-        if getattr(task, name) < 1:
-            raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
+        if not 1 <= getattr(task, name) <= MOST:
+            raise Refused(f"task.{name} must be 1 to {MOST}, not {getattr(task, name)}")
+    if task.streams * max(task.budgets) > MOST:
+        raise Refused(f"task.streams times task.budgets must be at most {MOST} rows")
     if min(task.budgets) < FEWEST_ROWS_TO_CULL:
         raise Refused(f"task.budgets must be {FEWEST_ROWS_TO_CULL} rows or more")
     if not task.distances or not all(0 < d < math.inf for d in task.distances):

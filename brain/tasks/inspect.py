@@ -1,6 +1,5 @@
 """``task=inspect``: print what a run remembers, and a captured tick of it, legibly."""
 
-import json
 import os
 import shutil
 import sys
@@ -9,11 +8,15 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, printable
 from brain.heatmap import FILE, in_terminal, page, read_rows, rows_of
 from brain.paths import given_path
+from brain.reading import RECORD_BYTES, open_plain, read_json
 from brain.terminal import note
 from conf.schema import Conf, InspectTask
+
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+"""What a description of another shape than ours leads to."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
@@ -32,24 +35,36 @@ def run(conf: Conf, run_dir: Path) -> None:
     else:
         path = _capture(folder, task.tick)
         try:
-            described = json.loads(path.read_text("utf-8"))
-            print(legible(described, _shapes(path.with_suffix(".safetensors")), task.top))
+            described = read_json(path, RECORD_BYTES)
+            shapes = _shapes(path.with_suffix(".safetensors"))
+            told = legible(described, shapes, task.top)
             rows = rows_of(described["remembered"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (*DAMAGED, OSError, MemoryError, SafetensorError) as error:
             raise Refused(f"{path} is damaged ({one_line(error)})") from None
+        print("\n".join(printable(line) for line in told.split("\n")))
         what = f"what {folder} remembers before the patch of tick {described['tick']}"
+    what = printable(what)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"\n{what}: {len(rows)} rows\n")
     print(in_terminal(rows, colour=colour, width=max(20, shutil.get_terminal_size().columns - 1)))
     picture = run_dir / "memory.html"
-    picture.write_text(page(rows, what), "utf-8")
+    # Half a surrogate pair is no character: it is shown as a question mark.
+    picture.write_text(page(rows, what), "utf-8", "replace")
     note(f"heat map: {picture}")
 
 
 def _captures(folder: Path) -> list[Path]:
     if (folder / "captures").is_dir():
         folder = folder / "captures"
-    return sorted(folder.glob("tick_*.json")) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.glob("tick_*.json") if _number(path) is not None)
+
+
+def _number(path: Path) -> int | None:
+    """The tick of a capture, by its name."""
+    digits = path.stem.removeprefix("tick_")
+    return int(digits) if digits.isdecimal() and len(digits) < 19 else None
 
 
 def _capture(folder: Path, tick: int | None) -> Path:
@@ -60,7 +75,7 @@ def _capture(folder: Path, tick: int | None) -> Path:
         return found[-1]
     path = found[0].with_name(f"tick_{tick:06d}.json")
     if path not in found:
-        numbers = [int(p.stem.removeprefix("tick_")) for p in found]
+        numbers = [_number(p) for p in found]
         raise Refused(
             f"task.tick={tick} was not captured: {folder} has ticks {numbers[0]} to {numbers[-1]}"
         )
@@ -68,7 +83,7 @@ def _capture(folder: Path, tick: int | None) -> Path:
 
 
 def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
-    with safe_open(path, "pt") as file:
+    with open_plain(path), safe_open(path, "pt") as file:
         return {
             name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape())
             for name in file.keys()  # noqa: SIM118

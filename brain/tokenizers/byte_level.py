@@ -1,4 +1,6 @@
-"""The alphabet of byte-level BPE: one printable character per byte (Radford et al. 2019, GPT-2)."""
+"""Bytes as tokens: the alphabet of byte-level BPE, one printable character per byte (Radford et al.
+2019, GPT-2), and the ``<0xAB>`` of byte fallback.
+"""
 
 
 def byte_of_character() -> dict[str, int]:
@@ -12,3 +14,10 @@ def byte_of_character() -> dict[str, int]:
     table = {chr(byte): byte for byte in printable}
     table.update({chr(0x100 + rank): byte for rank, byte in enumerate(others)})
     return table
+
+
+def is_byte_token(text: str) -> bool:
+    """Whether a token is one raw byte, written ``<0xAB>``."""
+    digits = text[3:5]
+    shape = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+    return shape and all(digit in "0123456789ABCDEFabcdef" for digit in digits)

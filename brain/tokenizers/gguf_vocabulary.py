@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from brain.errors import Refused
+from brain.errors import Refused, shown
 from brain.tokenizers.sentencepiece_model import write_sentencepiece
+from brain.tokenizers.vocabulary import MOST_TOKENS
 
 # GGUF token types (those of SentencePiece)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe")
 """GGUF's names of the ways of cutting text into words that are known here."""
+
+LARGEST_SCORE = 1e30
+"""Of a SentencePiece piece, in either direction; real ones are above -1e6."""
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,6 +37,8 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     model = fields.get("tokenizer.ggml.model")
     tokens = _strings(fields, "tokenizer.ggml.tokens", where)
     types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if not isinstance(types, list) or any(type(kind) is not int or kind < 0 for kind in types):
+        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.token_type is no list of numbers")
     if len(types) != len(tokens):
         raise Refused(f"{where}: {len(tokens)} tokens but {len(types)} token types")
     if model == "gpt2":
@@ -40,7 +46,9 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     elif model == "llama":
         files = {"tokenizer.model": _sentencepiece(fields, tokens, types, where)}
     else:
-        raise Refused(f"{where}: GGUF vocabulary {model!r} is not supported; use gpt2 or llama")
+        raise Refused(
+            f"{where}: GGUF vocabulary {shown(model)} is not supported; use gpt2 or llama"
+        )
     files["tokenizer_config.json"] = _tokenizer_config(fields, tokens, model == "llama")
     return files
 
@@ -155,7 +163,7 @@ def _pre_tokenizer(pre: str, byte_level: dict[str, Any], where: str) -> dict[str
         without = byte_level | {"use_regex": False}
         return {"type": "Sequence", "pretokenizers": [split, without]}
     raise Refused(
-        f"{where}: GGUF pre-tokenizer {pre!r} is not supported; use smollm, gpt-2 or llama-bpe"
+        f"{where}: GGUF pre-tokenizer {shown(pre)} is not supported; use smollm, gpt-2 or llama-bpe"
     )
 
 
@@ -165,14 +173,24 @@ def _sentencepiece(
     scores = fields.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise Refused(f"{where}: GGUF metadata tokenizer.ggml.scores is missing or misshapen")
+    if not all(isinstance(score, int | float) and abs(score) < LARGEST_SCORE for score in scores):
+        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.scores holds what is no score")
     return write_sentencepiece(
         tokens,
         scores,
         types,
-        bos=int(fields.get("tokenizer.ggml.bos_token_id", 1)),
-        eos=int(fields.get("tokenizer.ggml.eos_token_id", 2)),
+        bos=_id(fields, "bos", 1, where),
+        eos=_id(fields, "eos", 2, where),
         dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
     )
+
+
+def _id(fields: Mapping[str, Any], role: str, default: int, where: str) -> int:
+    key = f"tokenizer.ggml.{role}_token_id"
+    index = fields.get(key, default)
+    if type(index) is not int or not 0 <= index < MOST_TOKENS:
+        raise Refused(f"{where}: GGUF metadata {key} is {shown(index)}; use a token id")
+    return index
 
 
 def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str], sentencepiece: bool) -> bytes:

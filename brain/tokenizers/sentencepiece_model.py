@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from sentencepiece import SentencePieceProcessor
 
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
+from brain.tokenizers.byte_level import is_byte_token
 from brain.tokenizers.protobuf import bytes_field, float_field, integer_field
 from brain.tokenizers.vocabulary import Vocabulary
 
@@ -45,16 +46,21 @@ def read_sentencepiece(
         processor.LoadFromSerializedProto(model)
         bare.LoadFromSerializedProto(bare_model)
         size = processor.get_piece_size()
-    except (RuntimeError, TypeError) as error:
+        pieces = [processor.id_to_piece(index) for index in range(size)]
+    except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
         raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
     if size == 0:
         raise Refused(f"{where}: not a SentencePiece model: it has no pieces")
+    bos, eos = processor.bos_id(), processor.eos_id()
+    if max(bos, eos) >= size:
+        raise Refused(f"{where}: BOS {bos} or EOS {eos} is not among its {size} pieces")
 
-    pieces = [processor.id_to_piece(index) for index in range(size)]
     spelling: list[bytes | None] = [None] * max([size, *(index + 1 for index in added)])
     special: dict[str, int] = {}
     for index, piece in enumerate(pieces):
         if processor.is_byte(index):
+            if not is_byte_token(piece):
+                raise Refused(f"{where}: piece {index} is no byte: {shown(piece)}")
             spelling[index] = bytes([int(piece[3:5], 16)])
         elif processor.is_control(index) or processor.is_unknown(index):
             spelling[index] = piece.encode()
@@ -65,7 +71,6 @@ def read_sentencepiece(
         spelling[index] = text.encode()
         special[text] = index
 
-    bos = processor.bos_id()
     longest_first = sorted((text for text in special if text), key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
@@ -97,7 +102,6 @@ def read_sentencepiece(
         return ids
 
     probe = b"".join(spelling[index] or b"" for index in split_plain("x"))
-    eos = processor.eos_id()
     return Vocabulary(
         split=split,
         split_plain=split_plain,

@@ -7,15 +7,22 @@ characters with ``▁`` for space and byte fallback.
 import functools
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import Tokenizer as Library
 
-from brain.errors import Refused, one_line
-from brain.tokenizers.byte_level import byte_of_character
-from brain.tokenizers.vocabulary import Vocabulary
+from brain.errors import Refused, one_line, shown
+from brain.reading import parse_json
+from brain.tokenizers.byte_level import byte_of_character, is_byte_token
+from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 
 SPACE = "▁"
+MOST_GROWTH = 64
+"""Of a text before it is split; SmolLM's doubles at most, Llama's is four times as long."""
+DEEPEST = 8
+"""Sequences within sequences of steps."""
 
 
 def read_tokenizer_json(content: str, where: str) -> Vocabulary:
@@ -25,8 +32,8 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
     Raises Refused for anything but the two supported kinds.
     """
     try:
-        spec = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        spec = parse_json(content)
+    except ValueError as error:
         raise Refused(
             f"{where}: not valid JSON ({one_line(error)}); fetch the file again"
         ) from None
@@ -34,29 +41,35 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
         raise Refused(f"{where}: not a tokenizer.json: it has no 'model' object")
     kind = spec["model"].get("type")
     if kind != "BPE":
-        raise Refused(f"{where}: tokenizer model {kind!r} is not supported; use a BPE tokenizer")
+        raise Refused(
+            f"{where}: tokenizer model {shown(kind)} is not supported; use a BPE tokenizer"
+        )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if spec["model"].get(key) not in (None, ""):
+            raise Refused(f"{where}: {key} {shown(spec['model'][key])} is not supported; use none")
     spec["model"]["dropout"] = None
     spec["truncation"] = spec["padding"] = None
     byte_level = _is_byte_level(spec, where)
+    _check_growth(spec, where)
+    _check_templates(spec, where)
     byte_fallback = bool(spec["model"].get("byte_fallback"))
     text = json.dumps(spec)
     del spec  # large, and the library makes its own of it
-    try:
+    with _refusing(f"{where}: tokenizer cannot be loaded"):
         library = Library.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise Refused(f"{where}: tokenizer cannot be loaded: {one_line(error)}") from None
     one_at_a_time = threading.Lock()
 
     def encoded(words: str, *, special: bool) -> list[int]:
         # Which of the two is a setting of the library, not of the call.
-        with one_at_a_time:
+        with one_at_a_time, _refusing(f"{where}: tokenizer cannot split a text"):
             library.encode_special_tokens = not special
             return list(library.encode(words, add_special_tokens=False).ids)
 
     split = functools.partial(encoded, special=True)
     split_plain = functools.partial(encoded, special=False)
-    spelling = _spellings(library, byte_level=byte_level, byte_fallback=byte_fallback)
-    bare, full = split("x"), list(library.encode("x", add_special_tokens=True).ids)
+    spelling = _spellings(library, where, byte_level=byte_level, byte_fallback=byte_fallback)
+    with _refusing(f"{where}: tokenizer cannot split a text"):
+        bare, full = split("x"), list(library.encode("x", add_special_tokens=True).ids)
     first = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
     probe = b"".join(spelling[i] or b"" for i in bare)
     return Vocabulary(
@@ -70,17 +83,30 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
     )
 
 
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Makes a refusal of whatever the library raises: bare Exception, and of a panic not even
+    that.
+    """
+    try:
+        yield
+    except (Refused, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise Refused(f"{what}: {one_line(error)}") from None
+
+
 def _is_byte_level(spec: dict[str, Any], where: str) -> bool:
     """Whether the file is of the byte-level kind; Refused where it is neither that nor Llama's."""
-    decoders = _steps(spec.get("decoder"), "decoders")
-    names = [str(step.get("type")) for step in decoders]
+    decoders = _steps(spec.get("decoder"), "decoders", where)
+    names = [_name(step) for step in decoders]
     if names == ["ByteLevel"]:
-        normalizers = [str(n.get("type")) for n in _steps(spec.get("normalizer"), "normalizers")]
+        normalizers = [_name(n) for n in _steps(spec.get("normalizer"), "normalizers", where)]
         if normalizers:
             raise Refused(
                 f"{where}: byte-level BPE with normalizer {', '.join(normalizers)} is not supported"
             )
-        for step in _steps(spec.get("pre_tokenizer"), "pretokenizers"):
+        for step in _steps(spec.get("pre_tokenizer"), "pretokenizers", where):
             if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
                 raise Refused(f"{where}: byte-level BPE with add_prefix_space is not supported")
         return True
@@ -93,23 +119,63 @@ def _is_byte_level(spec: dict[str, Any], where: str) -> bool:
     )
 
 
-def _steps(part: Any, key: str) -> list[dict[str, Any]]:
+def _steps(part: Any, key: str, where: str, depth: int = 0) -> list[dict[str, Any]]:
     """A tokenizer.json component as a flat list of its steps."""
     if not isinstance(part, dict):
         return []
     if part.get("type") != "Sequence":
         return [part]
-    return [step for inner in part.get(key, []) for step in _steps(inner, key)]
+    within = part.get(key, [])
+    if not isinstance(within, list) or depth == DEEPEST:
+        raise Refused(f"{where}: {key} is not a list of steps, or nested more than {DEEPEST} deep")
+    return [step for inner in within for step in _steps(inner, key, where, depth + 1)]
+
+
+def _check_growth(spec: dict[str, Any], where: str) -> None:
+    """Refuses steps of which each makes a text longer: together they would do so exponentially."""
+    growth = 1
+    for part, key in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        for step in _steps(spec.get(part), key, where):
+            growth *= 2 if step.get("type") == "ByteLevel" else 1
+            for added in (step.get("content"), step.get("prepend")):
+                growth *= 1 + len(added) if isinstance(added, str) else 1
+            if growth > MOST_GROWTH:
+                raise Refused(
+                    f"{where}: its {key} may make a text more than {MOST_GROWTH} times as long"
+                )
+
+
+def _check_templates(spec: dict[str, Any], where: str) -> None:
+    """Refuses a template of tokens that it does not define: the library would panic aloud."""
+    for step in _steps(spec.get("post_processor"), "processors", where):
+        defined = step.get("special_tokens")
+        known = set(defined) if isinstance(defined, dict) else set()
+        for key in ("single", "pair"):
+            pieces = step.get(key)
+            for piece in pieces if isinstance(pieces, list) else []:
+                token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+                name = token.get("id") if isinstance(token, dict) else None
+                if token is not None and not (isinstance(name, str) and name in known):
+                    raise Refused(f"{where}: its template names {shown(name)}, which it lacks")
+
+
+def _name(step: dict[str, Any]) -> str:
+    """What kind of step it is."""
+    kind = step.get("type")
+    return kind if isinstance(kind, str) else shown(kind)
 
 
 def _spellings(
-    library: Library, *, byte_level: bool, byte_fallback: bool
+    library: Library, where: str, *, byte_level: bool, byte_fallback: bool
 ) -> tuple[bytes | None, ...]:
     """What each id stands for, as bytes; added tokens stand for their own text."""
     vocab: dict[str, int] = library.get_vocab(with_added_tokens=True)
+    highest = max(vocab.values(), default=-1)
+    if highest >= MOST_TOKENS:
+        raise Refused(f"{where}: token id {highest} is too high; use ids below {MOST_TOKENS}")
     added = set(library.get_added_tokens_decoder())
     alphabet = byte_of_character()
-    table: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
+    table: list[bytes | None] = [None] * (highest + 1)
     for text, index in vocab.items():
         if index in added:
             table[index] = text.encode()
@@ -120,10 +186,3 @@ def _spellings(
         else:
             table[index] = text.encode() if byte_level else text.replace(SPACE, " ").encode()
     return tuple(table)
-
-
-def is_byte_token(text: str) -> bool:
-    """Whether a token is one raw byte, written ``<0xAB>``."""
-    digits = text[3:5]
-    shape = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-    return shape and all(digit in "0123456789ABCDEFabcdef" for digit in digits)

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+MOST_TOKENS = 1 << 22
+"""An id from here on is a mistake: a table of them would take gigabytes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:

