@@ -309,16 +309,17 @@ class Brain:
         for ids, source in fed:
             self.feed(ids, source)
 
-    def warm_up(self) -> Iterator[str]:
-        """Captures every graph, yielding each one's name before it is compiled.
+    def warm_up(self, *, edits: bool = True) -> Iterator[str]:
+        """Captures every graph, or without ``edits`` those of ticks alone, yielding each one's name
+        before it is compiled.
 
         Changes nothing that is remembered. Does nothing in eager mode.
         """
         if self.graphs.naming is None:
-            yield from self.graphs.warm_up()
+            yield from self.graphs.warm_up(edits=edits)
             return
         with self.graphs.naming(WARM_UP):
-            yield from self.graphs.warm_up()
+            yield from self.graphs.warm_up(edits=edits)
 
     def save(self, folder: str | Path) -> None:
         """Writes the whole brain to a folder; ``brain.load`` goes on with the same token."""

@@ -13,14 +13,16 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def capture_graphs(brain: Brain) -> None:
-    """Captures every graph of a brain, showing which one is being compiled. Does nothing in eager
-    mode.
+def capture_graphs(brain: Brain, *, edits: bool = True) -> None:
+    """Captures every graph of a brain, or without ``edits`` those of ticks, showing which one is
+    being compiled. Does nothing in eager mode.
     """
     if not brain.graphs.compiled:
         return
-    names: Iterator[str] = brain.warm_up()
-    with tqdm(total=len(brain.graphs.expected()), desc="capturing graphs", unit="graph") as bar:
+    names: Iterator[str] = brain.warm_up(edits=edits)
+    with tqdm(
+        total=len(brain.graphs.expected(edits=edits)), desc="capturing graphs", unit="graph"
+    ) as bar:
         started = False
         for name in names:
             bar.update(int(started))

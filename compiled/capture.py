@@ -257,8 +257,10 @@ class Graphs:
         arguments = (self.state, self.cursor, self.weights.inverse_frequencies, flag)
         self._graph(REBASE, rebase)(*arguments)
 
-    def expected(self) -> tuple[str, ...]:
-        """Names of all graphs that this brain can ever need, in order of warm-up."""
+    def expected(self, *, edits: bool = True) -> tuple[str, ...]:
+        """Names of all graphs that this brain can ever need, in order of warm-up; or those of ticks
+        alone.
+        """
         lookup = self.behaviour.lookup
         search = () if lookup is None else (PROPOSE,)
         names: list[str] = []
@@ -267,13 +269,14 @@ class Graphs:
         if lookup is not None:
             for bucket in self.buckets:
                 names += _ahead_names(1 + lookup.width, bucket)
-        for width in self.edit_widths:
+        for width in self.edit_widths if edits else ():
             for bucket in self.buckets:
                 names += [_read_name(width, bucket), *_names_after_read(width, EDIT)]
         return tuple(dict.fromkeys([*names, *([REBASE] if self.behaviour.rebases else [])]))
 
-    def warm_up(self) -> Iterator[str]:
-        """Captures every graph, yielding each one's name before it is compiled.
+    def warm_up(self, *, edits: bool = True) -> Iterator[str]:
+        """Captures every graph, yielding each one's name before it is compiled. Without ``edits``
+        those of ticks alone: any other is captured when it is first needed.
 
         Rehearses every sequence of graphs that a tick or an edit runs, because CUDA graphs are
         recorded by sequence. Leaves every byte of the state and the cursor as it was: reads write
@@ -287,7 +290,7 @@ class Graphs:
                 yield from self._rehearse_tick(bucket)
         if self.behaviour.lookup is not None:
             yield from self._rehearse_lookup(self.behaviour.lookup.width, runs)
-        for width in self.edit_widths:
+        for width in self.edit_widths if edits else ():
             for bucket in self.buckets:
                 for _ in range(runs):
                     yield from self._rehearse_edit(width, bucket)

@@ -45,11 +45,20 @@ def run(conf: Conf, run_dir: Path) -> None:
         _run(conf, run_dir)
 
 
+def _edits_soon(brain: Brain, conf: Conf) -> bool:
+    """Whether to capture the graphs of edits before the first token, too. On a GPU, where they are
+    recorded together with the others; on a CPU, where that is seconds, if an edit is to be
+    expected: a repair, or a prompt so short that it is one.
+    """
+    short = len(brain.encode(conf.prompt)) < brain.graphs.widths[-1]
+    return brain.graphs.device.type == "cuda" or conf.repair.every > 0 or short
+
+
 def _run(conf: Conf, run_dir: Path) -> None:
     note(f"loading {conf.model.name} …")
     started = time.perf_counter()
     brain = open_brain(conf)
-    capture_graphs(brain)
+    capture_graphs(brain, edits=_edits_soon(brain, conf))
     chronicle = Chronicle(run_dir, brain, conf)
     went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source))
     if conf.capture:

@@ -134,6 +134,16 @@ def test_an_eager_brain_has_no_graphs_and_pads_nothing() -> None:
     assert graphs.edit_width_for(1) == 1
 
 
+def test_ticks_can_be_captured_alone() -> None:
+    graphs = graphs_of(16, compiled=True, widths=(1, 4))
+    names = list(graphs.warm_up(edits=False))
+    assert tuple(names) == graphs.expected(edits=False) == tuple(graphs.captures)
+    assert not any("T=4" in name or "edit" in name for name in names)
+    rest = list(graphs.warm_up())
+    assert tuple(names + rest) == graphs.expected()
+    assert all(capture.compilations == 1 for capture in graphs.captures.values())
+
+
 def test_an_empty_edit_changes_nothing_it_is_filled_with() -> None:
     graphs = graphs_of(48, compiled=False)
     plan = graphs.empty_edit(3)
