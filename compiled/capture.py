@@ -414,7 +414,12 @@ def _bound_choose_ahead(behaviour: Behaviour, *tensors: Any) -> Said:
 def _capture(
     function: Callable[..., Any], capture: Capture, device: torch.device
 ) -> Callable[..., Any]:
-    """Compiles on first call; every compilation is recorded, and a second one is an error."""
+    """Compiles on first call; every compilation is recorded, and there is no second one.
+
+    Later calls enter the graph at once, without Dynamo's guards, which cost more than a patch: the
+    tensors that a graph is bound to never change, and its name fixes the shape of the others. The
+    graph itself asserts the sizes of all of them.
+    """
     import torch._inductor.test_operators
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
