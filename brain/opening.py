@@ -1,5 +1,6 @@
 """From a configuration to a brain."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
 from brain.checkpoints.hub import hub_folder
 from brain.checkpoints.wheel import converted_wheel
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
 from brain.overrides import override
 from brain.paths import given_path
 from brain.settings import settings_of
@@ -51,8 +52,13 @@ def compose_conf(overrides: list[str]) -> Conf:
 
 
 def typed(conf: DictConfig) -> Conf:
-    """The dataclasses behind a composed configuration."""
-    return cast(Conf, OmegaConf.to_object(conf))
+    """The dataclasses behind a composed configuration. Raises Refused for a group that is none."""
+    told = cast(Conf, OmegaConf.to_object(conf))
+    for field in dataclasses.fields(Conf):
+        value = getattr(told, field.name)
+        if dataclasses.is_dataclass(field.type) and not isinstance(value, field.type):  # type: ignore[arg-type]
+            raise Refused(f"{field.name} is a group of keys, not {shown(value)}")
+    return told
 
 
 def configuration_error(error: BaseException) -> str:

@@ -213,9 +213,10 @@ def save(case: Case) -> None:
     folder = case.copy(case.specimens.save)
     _damage_save(case, folder)
     if rng.random() < 0.3:
-        mind = load(folder)
-        if mind.settings.compiled:
+        description = folder / "brain.json"
+        if description.is_file() and b'"compiled": true' in description.read_bytes():
             return  # it would compile, as it was told to
+        mind = load(folder)
     else:
         mind = case.specimens.brain
         restore(mind, folder)
@@ -240,6 +241,8 @@ def _damage_save(case: Case, folder: Path) -> None:
         content = tensors.read_bytes()
         if rng.random() < 0.5:
             (length,) = struct.unpack("<Q", content[:8])
+            if 8 + length >= len(content):  # damaged before
+                return
             at = rng.randrange(8 + length, len(content))
             wrong = rng.choice((b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f", rng.randbytes(8)))
             header = json.loads(content[8 : 8 + length])
@@ -265,19 +268,9 @@ def record(case: Case) -> None:
     folder = case.copy(case.specimens.record)
     for _ in range(rng.choice((1, 1, 2))):
         files = [path for path in sorted(folder.rglob("*")) if not path.is_symlink()]
-        path = rng.choice(files)
-        if rng.random() < 0.2:
-            something_else(path, case.outside, rng)
-        elif path.suffix == ".journal":
-            path.write_bytes(resealed_journal(path.read_bytes(), rng))
-        elif path.name == "brain.json":
-            _damage_save(case, path.parent)
-        elif path.suffix == ".json":
-            path.write_bytes(damaged_json(path.read_bytes(), rng))
-        elif path.name in ("commands.jsonl", "answers.jsonl"):
-            path.write_bytes(path.read_bytes() + damaged_line(rng) + b"\n")
-        elif path.is_file() and path.stat().st_size < HUGE:
-            path.write_bytes(damaged(path.read_bytes(), rng))
+        # A file that is damaged already may be no file any more, or none that can be damaged so.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, MemoryError):
+            _damage_record(case, rng.choice(files))
     chronicle = Chronicle(folder, mind, mind.conf)
     try:
         chronicle.begin(lambda: mind.prime(TEXT))
@@ -289,6 +282,24 @@ def record(case: Case) -> None:
         chronicle.close()
     left = [p for p in folder.rglob("*") if p.name.endswith(".rewritten") or p.name[0] == "."]
     assert not left, f"left behind: {left}"
+
+
+def _damage_record(case: Case, path: Path) -> None:
+    rng = case.rng
+    if path.is_file() and path.stat().st_size >= HUGE:
+        return
+    if rng.random() < 0.2:
+        something_else(path, case.outside, rng)
+    elif path.suffix == ".journal":
+        path.write_bytes(resealed_journal(path.read_bytes(), rng))
+    elif path.name == "brain.json":
+        _damage_save(case, path.parent)
+    elif path.suffix == ".json":
+        path.write_bytes(damaged_json(path.read_bytes(), rng))
+    elif path.name in ("commands.jsonl", "answers.jsonl"):
+        path.write_bytes(path.read_bytes() + damaged_line(rng) + b"\n")
+    elif path.is_file():
+        path.write_bytes(damaged(path.read_bytes(), rng))
 
 
 def journal(case: Case) -> None:

@@ -68,6 +68,19 @@ def test_numbers_that_no_run_comes_to_are_refused(
         restore(specimens.brain, folder)
 
 
+@pytest.mark.parametrize("group", ["sampler", "engine", "cull", "model"])
+def test_a_group_of_settings_that_is_none_is_refused(
+    specimens: Specimens, tmp_path: Path, group: str
+) -> None:
+    """OmegaConf takes three question marks, its sign for what is missing, in place of a group."""
+    folder = specimens.copy(specimens.save, tmp_path / "save")
+    told = json.loads((folder / DESCRIPTION).read_text("utf-8"))
+    told["conf"][group] = "???"
+    (folder / DESCRIPTION).write_text(json.dumps(sealed(told)), "utf-8")
+    with pytest.raises(Refused, match=f"{group} is a group of keys"):
+        load(folder)
+
+
 def test_a_save_larger_than_its_rows_is_not_read(specimens: Specimens, tmp_path: Path) -> None:
     folder = specimens.copy(specimens.save, tmp_path / "save")
     with (folder / TENSORS).open("ab") as file:
