@@ -72,10 +72,10 @@ def test_numbers_that_no_run_comes_to_are_refused(
 def test_a_group_of_settings_that_is_none_is_refused(
     specimens: Specimens, tmp_path: Path, group: str
 ) -> None:
-    """OmegaConf takes three question marks, its sign for what is missing, in place of a group."""
+    """OmegaConf takes what looks like an interpolation, escaped or not, in place of a group."""
     folder = specimens.copy(specimens.save, tmp_path / "save")
     told = json.loads((folder / DESCRIPTION).read_text("utf-8"))
-    told["conf"][group] = "???"
+    told["conf"][group] = "${seed}"
     (folder / DESCRIPTION).write_text(json.dumps(sealed(told)), "utf-8")
     with pytest.raises(Refused, match=f"{group} is a group of keys"):
         load(folder)
