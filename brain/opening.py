@@ -1,6 +1,5 @@
 """From a configuration to a brain."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
 from brain.checkpoints.hub import hub_folder
 from brain.checkpoints.wheel import converted_wheel
-from brain.errors import Refused, one_line, shown
+from brain.conf_types import check_types
+from brain.errors import Refused, one_line
 from brain.overrides import override
 from brain.paths import given_path
 from brain.settings import settings_of
@@ -52,12 +52,11 @@ def compose_conf(overrides: list[str]) -> Conf:
 
 
 def typed(conf: DictConfig) -> Conf:
-    """The dataclasses behind a composed configuration. Raises Refused for a group that is none."""
+    """The dataclasses behind a composed configuration. Raises Refused for a value of another type
+    than the schema's, which can come in behind an escaped interpolation.
+    """
     told = cast(Conf, OmegaConf.to_object(conf))
-    for field in dataclasses.fields(Conf):
-        value = getattr(told, field.name)
-        if dataclasses.is_dataclass(field.type) and not isinstance(value, field.type):  # type: ignore[arg-type]
-            raise Refused(f"{field.name} is a group of keys, not {shown(value)}")
+    check_types(told, Conf)
     return told
 
 

@@ -67,7 +67,8 @@ def _takes_packed(x: Tensor) -> bool:
     numbers for one row, as fast for 16; in float32 it is slower).
     """
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: Inductor takes it for weights that never change
+        and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and x.shape[0] <= FEW_ROWS
         and not torch._C._functorch.is_batchedtensor(x)

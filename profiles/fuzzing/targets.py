@@ -214,8 +214,10 @@ def save(case: Case) -> None:
     _damage_save(case, folder)
     if rng.random() < 0.3:
         description = folder / "brain.json"
-        if description.is_file() and b'"compiled": true' in description.read_bytes():
-            return  # it would compile, as it was told to
+        with contextlib.suppress(OSError):
+            small = description.is_file() and description.stat().st_size < HUGE
+            if small and b'"compiled": true' in description.read_bytes():
+                return  # it would compile, as it was told to
         mind = load(folder)
     else:
         mind = case.specimens.brain

@@ -77,7 +77,19 @@ def test_a_group_of_settings_that_is_none_is_refused(
     told = json.loads((folder / DESCRIPTION).read_text("utf-8"))
     told["conf"][group] = "${seed}"
     (folder / DESCRIPTION).write_text(json.dumps(sealed(told)), "utf-8")
-    with pytest.raises(Refused, match=f"{group} is a group of keys"):
+    with pytest.raises(Refused, match=f"{group} must be a group of keys"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", ["${seed}", [1, "${seed}"], [1, [16]], {"a": 1}])
+def test_widths_that_are_none_are_refused(
+    specimens: Specimens, tmp_path: Path, value: object
+) -> None:
+    folder = specimens.copy(specimens.save, tmp_path / "save")
+    told = json.loads((folder / DESCRIPTION).read_text("utf-8"))
+    told["conf"]["engine"]["widths"] = value
+    (folder / DESCRIPTION).write_text(json.dumps(sealed(told)), "utf-8")
+    with pytest.raises(Refused, match="widths"):
         load(folder)
 
 
