@@ -36,7 +36,7 @@ from brain.saves import OtherWeights, plain, restore, save, to_disk
 from brain.terminal import note
 from brain.tick import Tick
 from brain.tokens import StreamDecoder
-from conf.schema import Conf
+from conf.schema import Conf, LookupConf, WeightFormat
 
 FORMAT = 1
 TRANSCRIPT, TOKENS, REPAIRS = "transcript.txt", "tokens.txt", "repairs.jsonl"
@@ -181,7 +181,8 @@ class Chronicle:
             raise Refused(f"{path} is not of format {FORMAT}: choose another folder")
         before, now = asked.get("conf"), _lasting(self._conf)
         for key, value in now.items():
-            was = before.get(key) if isinstance(before, dict) else None
+            # A record from before there was such a setting was made without it.
+            was = before.get(key, _UNSAID.get(key)) if isinstance(before, dict) else None
             if was != value:
                 told = key if isinstance(value, dict) else f"{key}={shown(was)}, not {value!r}"
                 raise Refused(
@@ -403,6 +404,13 @@ class Chronicle:
         if self._journal is not None:
             self._journal.close()
         self._journal = Journal(self._saves.journal(number))
+
+
+_UNSAID = {
+    "lookup": dataclasses.asdict(LookupConf()),
+    "weights": WeightFormat.model.value,
+}
+"""What was not yet a setting when older records were begun."""
 
 
 def _lasting(conf: Conf) -> dict[str, Any]:

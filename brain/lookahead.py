@@ -8,6 +8,7 @@ The search runs right behind the patch, and only the number of tokens that it pr
 the host: text that does not repeat costs nothing else.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,20 +70,27 @@ class Lookahead:
         return 1 + (self._lookup.width if self._lookup else 0)
 
     def look(self) -> None:
-        """Begins to look up, if the memory as it is now allows several tokens in one pass."""
+        """Begins to look up, if the memory as it is now allows several tokens in one pass. What
+        goes wrong here is not heard: the ticks are done, and the next pass looks up again.
+        """
         if self._is_possible():
-            proposal = self._memory.graphs.propose()
-            self._search = _Search(self._memory.account, proposal, HostCopy(proposal.length))
+            with contextlib.suppress(RuntimeError, MemoryError):
+                self._begin()
+
+    def _begin(self) -> _Search:
+        proposal = self._memory.graphs.propose()
+        search = _Search(self._memory.account, proposal, HostCopy(proposal.length))
+        self._search = search
+        return search
 
     def proposal(self, most: int | None) -> Proposal | None:
         """What may be said beside the next token, ``most`` tokens in all; None for nothing."""
         if not self._is_possible() or (most is not None and most < 2):
             return None
-        if self._search is None or self._search.account is not self._memory.account:
-            self._memory.graphs.begin_step()
-            self.look()
         search = self._search
-        assert search is not None
+        if search is None or search.account is not self._memory.account:
+            self._memory.graphs.begin_step()
+            search = self._begin()
         length = int(search.length.wait())
         if length == 0:
             return None

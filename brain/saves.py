@@ -40,8 +40,6 @@ MOST_TICKS = 1 << 52
 """No run comes so far, and numbers below it are exact everywhere."""
 UNREADABLE = (OSError, MemoryError, RuntimeError, SafetensorError)
 """What becomes of a file that is no safetensors file, or cannot be mapped."""
-UNLIKE = (ValueError, TypeError, ArithmeticError, RecursionError)
-"""What comes of settings of another shape than ours."""
 LONGEST_CHARACTER = 4
 """Bytes of UTF-8."""
 MOST_SLOTS = 1 << 40

@@ -16,7 +16,9 @@ from brain.tokens import StreamDecoder
 from compiled.state import NOWHERE
 
 MOST_UNSPOKEN = 8
-"""Ticks whose text may be waiting to be asked for. Bounds what an endless loop keeps."""
+"""Ticks whose text may be waiting to be asked for when a pass begins. Bounds what an endless loop
+keeps.
+"""
 
 
 class HostCopy:

@@ -2,7 +2,7 @@
 
 The weights of all layers are stacked along a leading ``layers`` axis, and the projections that
 read the same input are packed (query, key, value; gate, up). A whole model is therefore ten
-tensors, whatever its depth: ten graph inputs to guard, ten addresses to keep.
+tensors, whatever its depth (sixteen in eight bits): as many graph inputs, as many addresses.
 
 Reference implementation for every formula here: Hugging Face transformers, ``modeling_llama.py``.
 Architecture: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm),

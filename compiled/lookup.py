@@ -63,8 +63,8 @@ def propose(state: State, cursor: Cursor, lookup: Lookup) -> Proposal:
     """What followed the latest of the longest matches of the last tokens.
 
     Tokens match where they stand at consecutive positions: nothing is found across a row that was
-    forgotten. What is found may reach up to the cursor's token; then it goes round, as text of that
-    period would.
+    forgotten, until re-basing closes the gap. What is found may reach up to the cursor's token;
+    then it goes round, as text of that period would.
     """
     text, position, count = _in_order(state, cursor)
     found, after = _matches(text, position, count, lookup)

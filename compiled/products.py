@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled.int8 import Int8, Matrix
+from compiled.int8 import Int8, Matrix, dequantize
 
 FEW_ROWS = 16
 """Rows up to which a product is bound by reading the weights."""
@@ -33,8 +33,8 @@ def _names_onednn(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()  # first: a compiler cannot follow what comes after it
         and x.device.type == "cpu"
-        and (x.dtype == torch.float32 or _is_native_bfloat16(x.dtype))
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and (x.dtype == torch.float32 or _is_native_bfloat16(x.dtype))
         and not torch._C._functorch.is_batchedtensor(x)
     )
 
@@ -61,16 +61,22 @@ def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
     return product if addend is None else product + addend
 
 
-def _takes_packed(x: Tensor) -> bool:
+def _takes_packed(x: Tensor, weight: Int8) -> bool:
     """Whether a product with eight-bit weights goes to PyTorch's own kernel for few rows, which
     reads them as they lie. It is for bfloat16 (measured: 10 times as fast as making a matrix of
-    numbers for one row, as fast for 16; in float32 it is slower).
+    numbers for one row, as fast for 16; in float32 it is slower). It reads whole vectors, so sizes
+    must be multiples of them.
     """
+    rows, columns = weight.values.shape
     return (
         not torch.compiler.is_compiling()  # first: Inductor takes it for weights that never change
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and x.shape[0] <= FEW_ROWS
+        and columns % 64 == 0
+        and rows % 4 == 0
+        and x.is_contiguous()
+        and weight.values.is_contiguous()
         and not torch._C._functorch.is_batchedtensor(x)
     )
 
@@ -91,7 +97,9 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
         if streams_rows(x, x.shape[0]):
             row = stored(x.float())
             return ((row * weight.values.float()).sum(-1) * weight.scale).to(x.dtype)[None]
-        if _takes_packed(x):
+        if x.dtype == torch.float16:  # a sum of unscaled numbers may be more than it can hold
+            return _product(x, dequantize(weight).to(x.dtype))
+        if _takes_packed(x, weight):
             ones = torch.ones_like(weight.scale, dtype=x.dtype)  # a scale in bfloat16 is too coarse
             sums = torch._weight_int8pack_mm(x, weight.values, ones)
         else:

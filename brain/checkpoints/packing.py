@@ -18,6 +18,8 @@ from compiled.rope import inverse_frequencies
 
 IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer of old checkpoints, computed here
 CACHE_LINE = 64
+ROWS_AT_ONCE = 1024
+"""Rows that are rounded at a time: in float32, several times over, they must not weigh much."""
 
 
 def load_weights(
@@ -148,11 +150,14 @@ def _quantized(parts: list[_Stored], shape: tuple[int, ...], device: torch.devic
     scale = torch.empty(shape[:-1], dtype=torch.float32, device=device)
     offset = 0
     for part in parts:
-        rows = quantize(part.file.tensor(part.name))
-        after = offset + len(rows.scale)
-        values.view(-1, shape[-1])[offset:after].copy_(rows.values)
-        scale.view(-1)[offset:after].copy_(rows.scale)
-        offset = after
+        tensor = part.file.tensor(part.name)
+        for first in range(0, len(tensor), ROWS_AT_ONCE):
+            stored = tensor[first : first + ROWS_AT_ONCE]
+            rows = quantize(stored)
+            after = offset + len(stored)
+            values.view(-1, shape[-1])[offset:after].copy_(rows.values)
+            scale.view(-1)[offset:after].copy_(rows.scale)
+            offset = after
         part.file.release(part.name)
     return Int8(values, scale)
 

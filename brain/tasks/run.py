@@ -48,10 +48,11 @@ def run(conf: Conf, run_dir: Path) -> None:
 def _edits_soon(brain: Brain, conf: Conf) -> bool:
     """Whether to capture the graphs of edits before the first token, too. On a GPU, where they are
     recorded together with the others; on a CPU, where that is seconds, if an edit is to be
-    expected: a repair, or a prompt so short that it is one.
+    expected: a repair, or a prompt that is one, being short or longer than a chunk.
     """
-    short = len(brain.encode(conf.prompt)) < brain.graphs.widths[-1]
-    return brain.graphs.device.type == "cuda" or conf.repair.every > 0 or short
+    graphs, length = brain.graphs, len(brain.encode(conf.prompt)) + 1  # perhaps with a BOS
+    edit = length <= graphs.widths[-1] or length > graphs.chunk
+    return graphs.device.type == "cuda" or conf.repair.every > 0 or edit
 
 
 def _run(conf: Conf, run_dir: Path) -> None:

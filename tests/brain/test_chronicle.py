@@ -173,6 +173,23 @@ def test_the_record_of_another_run_is_not_touched(
     assert after == before
 
 
+@pytest.mark.parametrize(("key", "value"), [("lookup", "ngram"), ("weights", "int8")])
+def test_a_record_from_before_a_setting_was_made_without_it(
+    key: str, value: str, open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    chronicle = go(open_tiny(), tmp_path, 4)
+    chronicle.finish("")
+    chronicle.close()
+    path = tmp_path / "saves" / "run.json"
+    record = json.loads(path.read_text("utf-8"))
+    del record["conf"][key]
+    path.write_text(json.dumps(record), "utf-8")
+    with pytest.raises(Refused, match=f"another {key}"):
+        go(open_tiny(**{key: value}), tmp_path, 6)
+    go(open_tiny(), tmp_path, 6).close()
+    assert len((tmp_path / "tokens.txt").read_text("utf-8").splitlines()) == 6
+
+
 def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
     open_: Callable[[], Brain], tmp_path: Path
 ) -> None:

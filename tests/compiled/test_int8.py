@@ -66,19 +66,29 @@ def test_a_matrix_of_its_own_numbers_is_kept_exactly() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_product_is_that_of_the_numbers_told(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("shape", [(40, 64), (40, 20), (39, 64), (7, 24)])
+def test_a_product_is_that_of_the_numbers_told(
+    shape: tuple[int, int], rows: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    matrix = quantize(torch.randn(40, 64, generator=generator))
-    x = torch.randn(rows, 64, generator=generator).to(dtype)
+    matrix = quantize(torch.randn(shape, generator=generator))
+    x = torch.randn(rows, shape[1], generator=generator).to(dtype)
     product = linear(x, matrix)
     assert product.dtype == dtype
     exact = x.double() @ dequantize(matrix).double().T
-    # 64 terms of size 1 at 2^-24 each; in bfloat16 the sum and the scaled sum, 2^-9 each.
+    # Up to 64 terms of size 1 at 2^-24 each; in bfloat16 the sum and the scaled sum, 2^-9 each.
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=tolerance)
-    tokens = torch.tensor([3, 0, 39])
+    tokens = torch.tensor([3, 0, shape[0] - 1])
     assert torch.equal(look_up(tokens, matrix), dequantize(matrix)[tokens])
+
+
+def test_sums_that_float16_cannot_hold_are_scaled_first() -> None:
+    matrix = quantize(torch.full((8, 64), 0.01))
+    product = linear(torch.full((3, 64), 600.0, dtype=torch.float16), matrix)
+    assert product.dtype == torch.float16
+    torch.testing.assert_close(product.float(), torch.full((3, 8), 384.0), rtol=2**-9, atol=0)
 
 
 def test_parts_are_views_and_layers_are_flat() -> None:
