@@ -18,6 +18,7 @@ from torch import Tensor
 
 from brain import Brain
 from brain.golden.judge import CLEAR_GAP, LOGIT_TOLERANCE
+from brain.saves import restore
 from brain.steps import Step
 from compiled.state import State, addresses
 
@@ -142,6 +143,31 @@ def test_862_rows_stay_862_until_the_patch(
     assert addresses(brain.state) == places
     captures = brain.graphs.captures.values()
     assert {graph.compilations for graph in captures} == ({1} if engine == "compiled" else set())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["seeded-toy", "smollm2"])
+def test_all_of_it_holds_after_a_load(
+    model: str, dtype: str, roomy_brain: Callable[[str, str, str], Brain], tmp_path: Path
+) -> None:
+    brain = roomy_brain(model, dtype, "eager")
+    prompt = prompt_for(model, brain)
+    brain.prime(prompt)
+    expected = brain.read()
+    token = brain.tick().token
+    brain.save(tmp_path / "save")
+    following = [brain.tick().token for _ in range(3)]
+    brain.prime(prompt[:5])  # another memory altogether
+    restore(brain, tmp_path / "save")
+    assert len(brain) == PROMPT
+    assert brain.mirror.token_id.tolist() == prompt
+    assert torch.equal(brain.read([prompt[-1]], [PROMPT - 1]).logits, expected.logits)
+    before, places = digests(brain.state), addresses(brain.state)
+    brain.read()
+    assert digests(brain.state) == before
+    assert addresses(brain.state) == places
+    assert token == int(expected.logits[0].argmax())
+    assert [brain.tick().token for _ in range(3)] == following
 
 
 @pytest.mark.slow
