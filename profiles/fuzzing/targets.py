@@ -16,6 +16,8 @@ from unittest import mock
 
 import torch
 
+from brain import saves
+from brain.brain import Brain
 from brain.checkpoints import open_folder, wheel
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.chronicle import Chronicle
@@ -26,10 +28,11 @@ from brain.golden.check import check
 from brain.golden.files import golden_names
 from brain.heatmap import in_terminal, remembered
 from brain.journal import read_journal
+from brain.opening import open_brain
 from brain.saves import load, restore, sealed
 from brain.tasks import inspect
 from brain.tokens import StreamDecoder, load_tokenizer
-from conf.schema import InspectTask
+from conf.schema import Conf, InspectTask
 from fuzzing.blind import damaged
 from fuzzing.files import HUGE, something_else
 from fuzzing.formats import (
@@ -207,18 +210,29 @@ def archive(case: Case) -> None:
             assert not left, f"left behind: {left}"
 
 
+class _WouldCompileError(Exception):
+    """A save that asks for a compiler, in whatever way a yes can be written: that would be obeyed,
+    and take its time.
+    """
+
+
+def _open_uncompiled(conf: Conf) -> Brain:
+    if conf.engine.compiled:
+        raise _WouldCompileError
+    return open_brain(conf)
+
+
 def save(case: Case) -> None:
     """A save, sealed again after it was damaged; where it is taken, the brain goes on."""
     rng = case.rng
     folder = case.copy(case.specimens.save)
     _damage_save(case, folder)
     if rng.random() < 0.3:
-        description = folder / "brain.json"
-        with contextlib.suppress(OSError):
-            small = description.is_file() and description.stat().st_size < HUGE
-            if small and b'"compiled": true' in description.read_bytes():
-                return  # it would compile, as it was told to
-        mind = load(folder)
+        try:
+            with mock.patch.object(saves, "open_brain", _open_uncompiled):
+                mind = load(folder)
+        except _WouldCompileError:
+            return
     else:
         mind = case.specimens.brain
         restore(mind, folder)
