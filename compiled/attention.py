@@ -150,8 +150,9 @@ def _attend(
 
     ``cached`` [K, bucket, head_dim], ``new`` [K, seen, head_dim]: keys and values. ``hidden``
     [T, bucket]: slots that are hidden from a query; ``barrier`` [group * T, seen]: minus infinity
-    where a new token is, else 0. Only a slot can hold bytes whose score is no number, so only there
-    the score must be replaced; to new tokens' the barrier is added, which costs next to nothing.
+    where a new token is hidden, else 0. Only a slot can hold bytes whose score is no number, so
+    only there the score must be replaced; to new tokens' the barrier is added, which costs next to
+    nothing.
 
     Returns the attended values [K, group, T, head_dim] float32, and the shares
     [K, group, T, bucket + seen] in ``dtype``.

@@ -50,9 +50,11 @@ def _edits_soon(brain: Brain, conf: Conf) -> bool:
     recorded together with the others; on a CPU, where that is seconds, if an edit is to be
     expected: a repair, or a prompt that is one, being short or longer than a chunk.
     """
-    graphs, length = brain.graphs, len(brain.encode(conf.prompt)) + 1  # perhaps with a BOS
-    edit = length <= graphs.widths[-1] or length > graphs.chunk
-    return graphs.device.type == "cuda" or conf.repair.every > 0 or edit
+    graphs = brain.graphs
+    if not graphs.compiled or graphs.device.type == "cuda" or conf.repair.every > 0:
+        return True
+    length = len(brain.encode(conf.prompt)) + 1  # perhaps with a BOS
+    return graphs.is_captured(length) or length > graphs.chunk
 
 
 def _run(conf: Conf, run_dir: Path) -> None:
