@@ -79,6 +79,13 @@ def _application(composed: DictConfig) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _leave(f"refused: {_told(error)}", REFUSED)
+    except RuntimeError as error:
+        from brain.room import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        reason = one_line(error).split(". ")[0]
+        _leave(f"refused: {reason}; use a smaller capacity, model or dtype", REFUSED)
 
 
 def _write_utf8() -> None:

@@ -19,7 +19,7 @@ from brain.errors import Refused
 from brain.memory import Memory
 from brain.naming import CHOOSE, READ
 from brain.settings import Settings
-from brain.tick import HostCopy, Speech, Tick, Uttered
+from brain.tick import HostCopy, Speech, Tick, Uttered, host_copies
 from compiled.choose import Forced
 from compiled.lookup import Proposal
 from compiled.patch import Plan
@@ -79,7 +79,8 @@ class Lookahead:
 
     def _begin(self) -> _Search:
         proposal = self._memory.graphs.propose()
-        search = _Search(self._memory.account, proposal, HostCopy(proposal.length))
+        (length,) = host_copies(proposal.length)
+        search = _Search(self._memory.account, proposal, length)
         self._search = search
         return search
 
@@ -124,7 +125,7 @@ class Lookahead:
         high_water = memory.high_water
         reading = graphs.named(READ, partial(graphs.read_ahead, high_water=high_water), proposal)
         said = graphs.named(CHOOSE, graphs.choose_ahead, proposal, reading, forced)
-        copies = [HostCopy(tensor) for tensor in (said.tokens, said.surprise, said.number)]
+        copies = host_copies(said.tokens, said.surprise, said.number)
         tokens, surprise, number = (copy.wait() for copy in copies)
         nothing = torch.zeros(0, dtype=torch.int64)
         ticks = tuple(

@@ -6,7 +6,9 @@ import torch
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that can still be had on a device; None on a system that does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # PyTorch keeps what was given back to it, and gives it out again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         with open("/proc/meminfo", encoding="ascii") as meminfo:
             for line in meminfo:
@@ -15,3 +17,8 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         pass
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left for what was tried."""
+    return isinstance(error, torch.OutOfMemoryError)

@@ -22,17 +22,10 @@ keeps.
 
 
 class HostCopy:
-    """A small tensor on its way to the host."""
+    """A small tensor on its way to the host; it is there once ``arrival`` has happened."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._arrival: torch.cuda.Event | None = None
-        if tensor.device.type == "cuda":
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrival.record()
-        else:
-            self._tensor = tensor
+    def __init__(self, tensor: Tensor, arrival: torch.cuda.Event | None = None) -> None:
+        self._tensor, self._arrival = tensor, arrival
 
     def wait(self) -> Tensor:
         """The tensor on the host, once it has arrived."""
@@ -40,6 +33,19 @@ class HostCopy:
             self._arrival.synchronize()
             self._arrival = None
         return self._tensor
+
+
+def host_copies(*tensors: Tensor) -> tuple[HostCopy, ...]:
+    """Small tensors of one device, sent to the host together: nobody waits here."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return tuple(map(HostCopy, tensors))
+    sent = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+    for copied, tensor in zip(sent, tensors, strict=True):
+        copied.copy_(tensor, non_blocking=True)
+    arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrival.record(torch.cuda.current_stream(device))
+    return tuple(HostCopy(copied, arrival) for copied in sent)
 
 
 class Speech:
@@ -142,9 +148,8 @@ class Tick:
         self.rebased = rebased
         self.repairs = repairs
         self.width = width
-        self._token = HostCopy(outcome.token)
-        self._surprise = HostCopy(outcome.surprise)
-        self._culled = HostCopy(outcome.culled)
+        copies = host_copies(outcome.token, outcome.surprise, outcome.culled)
+        self._token, self._surprise, self._culled = copies
         self._text: str | None = None
         self._speech = speech
 

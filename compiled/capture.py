@@ -27,10 +27,10 @@ from torch.fx import GraphModule
 
 from compiled.choose import Choice, Conduct, Forced, choose
 from compiled.choose_ahead import Said, choose_ahead
-from compiled.empty_plans import emptied, empty_edit
+from compiled.empty_plans import empty_edit
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
-from compiled.patch import Plan, patch, rebase
+from compiled.patch import Plan, make_empty, patch, rebase
 from compiled.read import AheadReading, Reading, Study, read, read_ahead, study
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.state import Cursor, State
@@ -175,15 +175,17 @@ class Graphs:
         self, tokens: Tensor, positions: Tensor, length: Tensor, *, high_water: int
     ) -> Reading:
         """``read`` over the smallest bucket that holds every row below ``high_water``."""
-        arguments = (self.weights, self.state, tokens, positions, length)
+        asked = (tokens, positions, length)
         if not self.is_captured(tokens.shape[0]):
-            return read(self.behaviour.config, *arguments, bucket=high_water)
+            return read(self.behaviour.config, self.weights, self.state, *asked, bucket=high_water)
         bucket = smallest_at_least(self.buckets, max(1, high_water))
-        graph = self._graph(
-            _read_name(tokens.shape[0], bucket),
-            functools.partial(_bound_read, self.behaviour.config, bucket),
-        )
-        reading: Reading = graph(*arguments)
+        name = _read_name(tokens.shape[0], bucket)
+        if name not in self.captures:
+            # In a graph whose first call is a tick's, the cursor would be where tokens always are:
+            # on CUDA, those of any other place would have it recorded again.
+            asked = (tokens + 0, positions + 0, length + 0)
+        graph = self._graph(name, functools.partial(_bound_read, self.behaviour.config, bucket))
+        reading: Reading = graph(self.weights, self.state, *asked)
         return reading
 
     def choose(self, reading: Reading, forced: Forced) -> Choice:
@@ -255,7 +257,15 @@ class Graphs:
         """``rebase``: renumbers positions densely and turns the keys."""
         flag = torch.full((), wanted, dtype=torch.bool, device=self.device)
         arguments = (self.state, self.cursor, self.weights.inverse_frequencies, flag)
-        self._graph(REBASE, rebase)(*arguments)
+        if self.device.type == "cuda":
+            # Captured, it would keep room for a second cache of keys; as it is, for one layer.
+            self.named(REBASE, rebase, *arguments)
+        else:
+            self._graph(REBASE, rebase)(*arguments)
+
+    @property
+    def _captures_rebase(self) -> bool:
+        return self.behaviour.rebases and self.device.type != "cuda"
 
     def expected(self, *, edits: bool = True) -> tuple[str, ...]:
         """Names of all graphs that this brain can ever need, in order of warm-up; or those of ticks
@@ -272,7 +282,7 @@ class Graphs:
         for width in self.edit_widths if edits else ():
             for bucket in self.buckets:
                 names += [_read_name(width, bucket), *_names_after_read(width, EDIT)]
-        return tuple(dict.fromkeys([*names, *([REBASE] if self.behaviour.rebases else [])]))
+        return tuple(dict.fromkeys([*names, *([REBASE] if self._captures_rebase else [])]))
 
     def warm_up(self, *, edits: bool = True) -> Iterator[str]:
         """Captures every graph, yielding each one's name before it is compiled. Without ``edits``
@@ -297,7 +307,7 @@ class Graphs:
             for _ in range(runs):  # an edit that only forgets reads nothing first
                 self.begin_step()
                 self.patch(self.empty_edit(width))
-        for _ in range(runs if self.behaviour.rebases else 0):
+        for _ in range(runs if self._captures_rebase else 0):
             yield from self._new(REBASE)
             self.begin_step()
             self.rebase(wanted=False)
@@ -315,7 +325,7 @@ class Graphs:
         yield from self._new(choose_name)
         choice = self.choose(reading, self._nothing_forced())
         yield from self._new(patch_name)
-        self.patch(emptied(choice.plan(reading), self.state, self.cursor))
+        self._rehearse_patch(choice.plan(reading))
         if self.behaviour.lookup is not None:
             yield from self._new(PROPOSE)
             self.propose()
@@ -334,11 +344,16 @@ class Graphs:
                 yield from self._new(choose_name)
                 said = self.choose_ahead(proposal, reading, forced)
                 yield from self._new(patch_name)
-                self.patch(emptied(said.plan(reading), self.state, self.cursor))
+                self._rehearse_patch(said.plan(reading))
                 self.propose()
         for _ in range(runs):
             self.begin_step()
             self.propose()
+
+    def _rehearse_patch(self, plan: Plan) -> None:
+        """A tick's patch, of a plan that is made to change nothing."""
+        make_empty(self.state, self.cursor, plan)
+        self.patch(plan)
 
     def _rehearse_edit(self, width: int, bucket: int) -> Iterator[str]:
         """An edit that changes nothing."""

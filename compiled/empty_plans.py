@@ -1,4 +1,4 @@
-"""Plans that change nothing: to be filled, or to rehearse a patch with."""
+"""Plans that change nothing: to be filled."""
 
 import functools
 
@@ -47,16 +47,4 @@ def empty_edit(
         cursor=Cursor(*(tensor.add(0) for tensor in cursor)),
         pinned=state.pinned.logical_or(state.pinned),
         erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=device),
-    )
-
-
-def emptied(plan: Plan, state: State, cursor: Cursor) -> Plan:
-    """A tick's plan, made to change nothing."""
-    return plan._replace(
-        rows=plan.rows._replace(length=torch.zeros_like(plan.rows.length)),
-        cull=torch.zeros_like(plan.cull),
-        brightness=state.brightness.add(0),
-        lit=state.lit.add(0),
-        novelty=state.novelty.add(0),
-        cursor=Cursor(*(tensor.add(0) for tensor in cursor)),
     )

@@ -1,7 +1,7 @@
 """Weights in eight bits: a quarter of float32's bytes, and a token costs what its bytes cost.
 
 Symmetric, one scale for every row of a matrix, which is one output channel: the product of a row is
-made with its integers and scaled once. Where one token is read on a CPU, in a captured graph or in
+made with its integers and scaled once. Where one token is read in a captured graph, or on a CPU in
 bfloat16, no matrix of numbers is ever made of them; elsewhere one is, for the moment. Activations,
 norms and the cache keep their dtype.
 """

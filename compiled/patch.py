@@ -93,6 +93,20 @@ def lowest_free_slots(valid: Tensor, width: int) -> Tensor:
     return torch.topk(order, width, largest=False, sorted=True).values % capacity
 
 
+def make_empty(state: State, cursor: Cursor, plan: Plan) -> None:
+    """Makes a tick's plan change nothing, in its own tensors: to rehearse a patch with.
+
+    A CUDA graph remembers which of its inputs are another graph's memory and copies all others to
+    where it wants them, so a rehearsal must give it the very tensors that a tick will.
+    """
+    for asked in (plan.rows.length, plan.cull):
+        asked.zero_()
+    for name in ("brightness", "lit", "novelty"):
+        getattr(plan, name).copy_(getattr(state, name))
+    for following, held in zip(plan.cursor, cursor, strict=True):
+        following.copy_(held)
+
+
 class _Write(NamedTuple):
     """One write, ready to be made: the whole of a tensor, or some slots of it."""
 

@@ -26,6 +26,15 @@ def streams_rows(x: Tensor, num_tokens: int) -> bool:
     return num_tokens == 1 and x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
+def _streams_eight_bits(x: Tensor) -> bool:
+    """Whether a product with eight-bit weights is compiled as a streaming loop: that of one row, on
+    a GPU too. Its libraries have no such product, and their call would want a matrix of numbers:
+    five bytes moved in place of each.
+    """
+    alone = x.shape[0] == 1 and x.device.type == "cuda" and torch.compiler.is_compiling()
+    return alone or streams_rows(x, x.shape[0])
+
+
 def _names_onednn(x: Tensor) -> bool:
     """Whether a product with these rows may call oneDNN by name. A compiler chooses for itself, and
     ``vmap`` would run it row by row.
@@ -94,7 +103,7 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
     """``x @ weight.T``: [T, in] × [out, in] → [T, out], in x's dtype."""
     if isinstance(weight, Int8):
         # Eight bits are exact in every floating dtype; the scale comes after the sum.
-        if streams_rows(x, x.shape[0]):
+        if _streams_eight_bits(x):
             row = stored(x.float())
             return ((row * weight.values.float()).sum(-1) * weight.scale).to(x.dtype)[None]
         if x.dtype == torch.float16:  # a sum of unscaled numbers may be more than it can hold

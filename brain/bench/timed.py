@@ -61,9 +61,15 @@ def _time(job: Job) -> dict[str, Any]:
         "capture_seconds": captured,
         "weight_bytes": engine.weight_bytes,
         "row_bytes": engine.row_bytes,
-        "peak_mb": _resident_mb("VmHWM"),
-        "before_mb": before,
+        **_taken(job, before),
     }
+
+
+def _taken(job: Job, before: float) -> dict[str, float]:
+    """The peak of the memory that the model is in, and what was taken of it before."""
+    if torch.device(job.device).type == "cuda":
+        return {"peak_mb": torch.cuda.max_memory_allocated(job.device) / 1e6, "before_mb": 0.0}
+    return {"peak_mb": _resident_mb("VmHWM"), "before_mb": before}
 
 
 def _opener(job: Job) -> Callable[[], Engine]:
