@@ -21,6 +21,7 @@ from compiled.int8 import Int8, Matrix
 from compiled.llama import LlamaConfig, Weights
 from compiled.state import State
 
+_NAMESPACE = "positronic_brain"
 SOURCE = Path(__file__).with_name("decode.cpp")
 
 _REALS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
@@ -99,22 +100,27 @@ def _values(matrix: Matrix) -> Tensor:
 @functools.cache
 def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The operator as PyTorch knows it. Its name holds the library's, which says what was built
-    and how, so that no compiler's cache takes one for another.
+    and how, so that no compiler's cache takes one for another; of two copies of it, one will do.
     """
     loaded = ctypes.CDLL(str(library))
     loaded.workspace_size.restype = ctypes.c_int64
-    name = f"positronic_brain::decode_{library.stem.replace('-', '_')}"
+    name = library.stem.replace("-", "_")
+    if hasattr(getattr(torch.ops, _NAMESPACE), name):
+        return _named(name)
     torch.library.define(
-        name,
+        f"{_NAMESPACE}::{name}",
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
         "Tensor[] visible, float eps, bool each) -> (Tensor, Tensor, Tensor, Tensor)",
     )
-    torch.library.register_fake(name, _allocated)
-    torch.library.impl(name, "cpu", functools.partial(_run, loaded))
-    qualified: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = getattr(
-        torch.ops.positronic_brain, name.split("::")[1]
-    ).default
-    return qualified
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", _allocated)
+    torch.library.impl(f"{_NAMESPACE}::{name}", "cpu", functools.partial(_run, loaded))
+    return _named(name)
+
+
+def _named(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    found: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    found = getattr(getattr(torch.ops, _NAMESPACE), name).default
+    return found
 
 
 Tensors = Sequence[Tensor]
