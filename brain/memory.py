@@ -6,6 +6,7 @@ because it knows every patch. Text, policy and people are not this module's busi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ from brain.commit import (
     with_saved_rows,
 )
 from brain.mirror import Mirror
+from brain.native_decoder import native_decoder
 from brain.settings import Settings
 from brain.stopping import Uninterrupted
 from compiled.capture import Behaviour, Graphs
+from compiled.llama import Weights
+from compiled.native import formats
 from compiled.patch import Plan
 from compiled.philox import key_of
 from compiled.read import Reading, Study
@@ -91,6 +95,7 @@ class Memory:
             settings.chunk,
             settings.rebases,
             settings.lookup and replace(settings.lookup, ends=tuple(sorted(ends))),
+            _native(checkpoint.weights, settings),
         )
         self.graphs = Graphs(
             behaviour,
@@ -364,6 +369,12 @@ class Memory:
 
     def _tensor(self, values: int | Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _native(weights: Weights, settings: Settings) -> Path | None:
+    """The library with the decode operator, where there is one for these weights."""
+    wanted = formats(weights) if settings.native else None
+    return None if wanted is None else native_decoder(wanted, settings.cache)
 
 
 def _sampling(settings: Settings, device: torch.device) -> Sampling:

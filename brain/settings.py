@@ -8,6 +8,7 @@ import torch
 
 from brain.errors import Refused, shown
 from brain.mirror import SOURCES
+from brain.paths import given_path
 from brain.policies import policy
 from brain.repair import RepairSettings
 from brain.room import free_bytes
@@ -38,6 +39,8 @@ class Settings:
     device: torch.device
     seed: int
     compiled: bool
+    native: bool
+    cache: Path | None
     widths: tuple[int, ...]
     smallest_bucket: int
     chunk: int | None
@@ -96,6 +99,8 @@ def settings_of(conf: Conf) -> Settings:
         device=device,
         seed=conf.seed,
         compiled=conf.engine.compiled,
+        native=conf.engine.compiled and conf.engine.native,
+        cache=None if conf.cache_dir is None else given_path(conf.cache_dir),
         widths=tuple(widths),
         smallest_bucket=conf.engine.smallest_bucket,
         chunk=conf.engine.chunk,

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from compiled.choose_ahead import Said, choose_ahead
 from compiled.empty_plans import empty_edit
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
+from compiled.native import Decode, operator
 from compiled.patch import Plan, make_empty, patch, rebase
 from compiled.read import AheadReading, Reading, Study, read, read_ahead, study
 from compiled.sample import Sampling, SamplingMethod, surprises
@@ -59,6 +61,7 @@ class Behaviour:
     chunk: int | None = None  # most tokens that are read to be committed; None: the widest width
     rebases: bool = False  # whether positions are ever renumbered
     lookup: Lookup | None = None  # how to look up what may come next; None: never
+    native: Path | None = None  # library with a CPU's decode operator; None: as the compiler does
 
     def __post_init__(self) -> None:
         """Raises ValueError for widths or a bucket that cannot form a set."""
@@ -132,6 +135,8 @@ class Graphs:
         self.device = state.valid.device
         self.captures: dict[str, Capture] = {}
         self.naming: Naming | None = None
+        native = behaviour.native if compiled else None
+        self._decode = None if native is None else operator(native)
         self._callables: dict[str, Callable[..., Any]] = {}
         if compiled:
             # Without the mark, replays would copy these into graph memory, cache included.
@@ -184,7 +189,8 @@ class Graphs:
             # In a graph whose first call is a tick's, the cursor would be where tokens always are:
             # on CUDA, those of any other place would have it recorded again.
             asked = (tokens + 0, positions + 0, length + 0)
-        graph = self._graph(name, functools.partial(_bound_read, self.behaviour.config, bucket))
+        bound = functools.partial(_bound_read, self.behaviour.config, bucket, self._decode)
+        graph = self._graph(name, bound)
         reading: Reading = graph(self.weights, self.state, *asked)
         return reading
 
@@ -208,7 +214,7 @@ class Graphs:
             bucket = smallest_at_least(self.buckets, max(1, high_water))
         graph = self._graph(
             _ahead_names(1 + len(proposal.tokens), bucket)[0],
-            functools.partial(_bound_read_ahead, self.behaviour.config, bucket),
+            functools.partial(_bound_read_ahead, self.behaviour.config, bucket, self._decode),
         )
         reading: AheadReading = graph(self.weights, self.state, self.cursor, *proposal)
         return reading
@@ -406,8 +412,8 @@ def _ahead_names(width: int, bucket: int) -> tuple[str, str, str]:
     return f"read ahead T={width} bucket={bucket}", f"{CHOOSE} T={width}", patch_name
 
 
-def _bound_read(config: LlamaConfig, bucket: int, *tensors: Any) -> Reading:
-    return read(config, *tensors, bucket=bucket)
+def _bound_read(config: LlamaConfig, bucket: int, decode: Decode | None, *tensors: Any) -> Reading:
+    return read(config, *tensors, bucket=bucket, decode=decode)
 
 
 def _bound_choose(behaviour: Behaviour, *tensors: Any) -> Choice:
@@ -418,8 +424,10 @@ def _bound_propose(lookup: Lookup, state: State, cursor: Cursor) -> Proposal:
     return propose(state, cursor, lookup)
 
 
-def _bound_read_ahead(config: LlamaConfig, bucket: int, *tensors: Any) -> AheadReading:
-    return read_ahead(config, *tensors, bucket=bucket)
+def _bound_read_ahead(
+    config: LlamaConfig, bucket: int, decode: Decode | None, *tensors: Any
+) -> AheadReading:
+    return read_ahead(config, *tensors, bucket=bucket, decode=decode)
 
 
 def _bound_choose_ahead(behaviour: Behaviour, *tensors: Any) -> Said:

@@ -29,6 +29,7 @@ from compiled.llama import (
     layer_weights,
     rms_norm,
 )
+from compiled.native import Decode, Decoded
 from compiled.products import linear, look_up
 from compiled.rope import rotation
 from compiled.sample import head_surprises
@@ -138,6 +139,34 @@ def _pass(
     return _Pass(final, new_keys, new_values, mass)
 
 
+def _decoded(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    bucket: int,
+    decode: Decode | None,
+    *,
+    each: bool = False,
+) -> Decoded:
+    """From token ids to logits, by the layers or by the operator that does the same; the mass is a
+    mean over layers and heads.
+    """
+    if decode is None:
+        inputs = (state, tokens, positions, length)
+        final, new_keys, new_values, mass = _pass(config, weights, *inputs, bucket, each=each)
+        assert mass is not None
+        decoded = Decoded(linear(final, weights.head).float(), new_keys, new_values, mass)
+    else:
+        turns = rotation(positions, weights.inverse_frequencies)
+        visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
+        hidden = look_up(tokens, weights.embedding)
+        decoded = decode(config, weights, state, hidden, *turns, visible, each)
+    return decoded._replace(mass=decoded.mass / (config.num_layers * config.num_heads))
+
+
 def read(
     config: LlamaConfig,
     weights: Weights,
@@ -147,23 +176,22 @@ def read(
     length: Tensor,
     *,
     bucket: int,
+    decode: Decode | None = None,
 ) -> Reading:
     """Reads T tokens at T positions against the first ``bucket`` slots.
 
     ``tokens``, ``positions`` [T] int64; ``length`` [] int64, how many of them are asked for (the
     rest is padding, whose outputs mean nothing). ``bucket`` must reach past the highest occupied
-    slot and is at most the capacity.
+    slot and is at most the capacity. ``decode`` is the operator that stands for the layers, if any.
     """
     inputs = (state, tokens, positions, length)
-    final, new_keys, new_values, mass = _pass(config, weights, *inputs, bucket)
-    assert mass is not None
-    mass = mass / (config.num_layers * config.num_heads)
+    logits, new_keys, new_values, mass = _decoded(config, weights, *inputs, bucket, decode)
     return Reading(
-        logits=linear(final, weights.head).float(),
+        logits=logits,
         new_keys=new_keys,
         new_values=new_values,
         mass=F.pad(mass[:bucket], (0, state.capacity - bucket)),
-        own_mass=mass[bucket:],
+        own_mass=mass[bucket:] + 0,
     )
 
 
@@ -197,6 +225,7 @@ def read_ahead(
     length: Tensor,
     *,
     bucket: int,
+    decode: Decode | None = None,
 ) -> AheadReading:
     """Reads the cursor's token and behind it ``proposed`` [T - 1] int64, of which ``length`` []
     int64 are asked for: what each of them is read against is what it will be read against if the
@@ -205,11 +234,10 @@ def read_ahead(
     tokens = torch.cat([cursor.token, proposed])
     positions = cursor.position + torch.arange(len(tokens), device=tokens.device)
     inputs = (state, tokens, positions, length + 1)
-    final, new_keys, new_values, mass = _pass(config, weights, *inputs, bucket, each=True)
-    assert mass is not None
-    mass = mass / (config.num_layers * config.num_heads)
+    decoded = _decoded(config, weights, *inputs, bucket, decode, each=True)
+    logits, new_keys, new_values, mass = decoded
     return AheadReading(
-        logits=linear(final, weights.head).float(),
+        logits=logits,
         new_keys=new_keys,
         new_values=new_values,
         mass=F.pad(mass[:, :bucket], (0, state.capacity - bucket)),

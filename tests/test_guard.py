@@ -99,9 +99,12 @@ class Watched:
         return found
 
 
-def watched(config: LlamaConfig, *, capacity: int = 1024, dtype: str = "float32") -> Watched:
+def watched(
+    config: LlamaConfig, *, capacity: int = 1024, dtype: str = "float32", native: bool = True
+) -> Watched:
     """A captured brain of random weights that has begun to tick in a full memory."""
     overrides = ["engine=compiled", "device=cpu", f"dtype={dtype}", f"capacity={capacity}"]
+    overrides.append(f"engine.native={native}")
     conf = compose_conf([*overrides, f"engine.smallest_bucket={capacity}"])
     settings = settings_of(conf)
     model = SeededModel("guarded", config, seed=3)
@@ -127,10 +130,17 @@ def smollm2(two_threads: None) -> Watched:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def guarded(request: pytest.FixtureRequest, two_threads: None) -> Watched:
+    """With the operator, as a CPU ticks."""
     if request.param == "bfloat16":
         return watched(SMOLLM2, dtype="bfloat16")
     shared: Watched = request.getfixturevalue("smollm2")
     return shared
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def layered(request: pytest.FixtureRequest, two_threads: None) -> Watched:
+    """With the layers as Inductor makes them."""
+    return watched(SMOLLM2, dtype=request.param, native=False)
 
 
 @pytest.fixture(params=["smollm2", "toy"])
@@ -156,21 +166,29 @@ def ticking(request: pytest.FixtureRequest) -> Iterator[Brain]:
 # Kernels and parallel regions ---------------------------------------------------------------------
 
 
-def test_a_layer_is_one_kernel_and_one_parallel_region(guarded: Watched) -> None:
+def test_a_read_is_the_operator_and_three_kernels(guarded: Watched) -> None:
+    """Before it one for embedding, angles and mask; after it the mass, divided and filled up."""
+    told = guarded.of("read")
+    assert list(told) == ["call"]
+    assert told["call"].kernels <= 4
+    assert told["call"].regions <= 3  # the operator's own is one
+
+
+def test_a_layer_is_one_kernel_and_one_parallel_region(layered: Watched) -> None:
     """At a hundred microseconds a layer, every further wake-up of the threads is felt: thirty
     layers make thirty of it.
     """
-    told = guarded.of("read")
+    told = layered.of("read")
     (layer,) = [s for name, s in told.items() if name != "call"]  # one function for all layers
     assert layer.kernels == 1
     assert layer.regions <= 1
 
 
-def test_a_read_is_its_layers_and_four_kernels(guarded: Watched) -> None:
+def test_a_read_is_its_layers_and_four_kernels(layered: Watched) -> None:
     """Before the layers one for embedding, angles and mask; after them one for the head; between
     two of them one, of one thread, that puts the new row beside those of the layers before.
     """
-    told, layers = guarded.of("read"), guarded.brain.checkpoint.config.num_layers
+    told, layers = layered.of("read"), layered.brain.checkpoint.config.num_layers
     (layer,) = [s for name, s in told.items() if name != "call"]
     around = Structure(
         told["call"].kernels - layers * layer.kernels, told["call"].regions - layers * layer.regions

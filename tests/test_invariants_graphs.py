@@ -31,6 +31,26 @@ SOURCES = sorted(Path(inspect.getfile(compiled)).parent.glob("*.py"))
 WIDTHS, BUCKETS = (1, 4, 16), (32, 48)
 
 
+@pytest.fixture(scope="module")
+def layered_brain(open_tiny: OpenTiny) -> Brain:
+    """The tiny brain with its reads captured layer by layer, as on a GPU, without the operator."""
+    b = open_tiny(engine="compiled", **{"engine.native": False})
+    for width in WIDTHS:
+        zeros = torch.zeros(width, dtype=torch.int64)
+        for bucket in BUCKETS:
+            b.graphs.read(zeros, zeros + 0, torch.tensor(0), high_water=bucket)
+    return b
+
+
+@pytest.fixture(params=["operator", "layers"])
+def reading_brain(request: pytest.FixtureRequest) -> Brain:
+    """Captured reads of both kinds."""
+    chosen: Brain = request.getfixturevalue(
+        "warm_brain" if request.param == "operator" else "layered_brain"
+    )
+    return chosen
+
+
 # I2: only the patch writes -----------------------------------------------------------------------
 
 
@@ -86,17 +106,26 @@ def captured(b: Brain, prefix: str) -> Iterator[Capture]:
     yield from found
 
 
-@pytest.mark.parametrize("prefix", ["read", "choose", "surprise"])
+def assert_writes_nothing(capture: Capture) -> None:
+    for module in capture.modules:
+        assert mutated_inputs(module) == set(), capture.name
+        assert aliased_inputs(module) == 0, capture.name
+
+
+def test_I2_no_captured_read_can_write(reading_brain: Brain) -> None:
+    for capture in captured(reading_brain, "read"):
+        assert_writes_nothing(capture)
+
+
+@pytest.mark.parametrize("prefix", ["choose", "surprise"])
 def test_I2_no_captured_graph_but_the_patch_can_write(prefix: str, warm_brain: Brain) -> None:
     for capture in captured(warm_brain, prefix):
-        for module in capture.modules:
-            assert mutated_inputs(module) == set(), capture.name
-            assert aliased_inputs(module) == 0, capture.name
+        assert_writes_nothing(capture)
 
 
-def test_I2_captured_reads_take_every_input_that_matters(warm_brain: Brain) -> None:
+def test_I2_captured_reads_take_every_input_that_matters(reading_brain: Brain) -> None:
     """What the checks above look at is the read itself: weights, cache, mirror and tokens."""
-    for capture in captured(warm_brain, "read"):
+    for capture in captured(reading_brain, "read"):
         names = [str(n.target) for n in capture.modules[0].graph.find_nodes(op="placeholder")]
         for field in ("keys", "values", "valid", "position", "embedding", "qkv", "down"):
             assert any(name.endswith(field) for name in names), (capture.name, field)
@@ -111,9 +140,9 @@ def test_I2_the_patch_writes_what_it_should(kind: str, warm_brain: Brain) -> Non
         assert mutated_inputs(capture.modules[0]) == everything, capture.name
 
 
-def test_I2_captured_reads_write_no_byte_of_any_input(warm_brain: Brain) -> None:
+def test_I2_captured_reads_write_no_byte_of_any_input(reading_brain: Brain) -> None:
     """The machine code, not the graph it was made of."""
-    b = warm_brain
+    b = reading_brain
     b.prime(IDS[:30])
     held = (*b.state, *b.cursor, *b.checkpoint.weights.tensors(), *b.graphs.sampling)
     before = digest(*held)
@@ -265,9 +294,9 @@ def test_I9_warming_up_again_compiles_nothing_and_changes_nothing(warm_brain: Br
     assert digest(*b.state, *b.cursor) == state
 
 
-def test_I9_layers_are_compiled_once(warm_brain: Brain) -> None:
+def test_I9_layers_are_compiled_once(layered_brain: Brain) -> None:
     """Two layers, one nested graph: the second is stamped out from the first."""
-    for capture in captured(warm_brain, "read"):
+    for capture in captured(layered_brain, "read"):
         module = capture.modules[0]
         nested = [m for m in module.modules() if isinstance(m, GraphModule) and m is not module]
         calls = [
@@ -276,8 +305,14 @@ def test_I9_layers_are_compiled_once(warm_brain: Brain) -> None:
             if node.target is torch.ops.higher_order.invoke_subgraph
         ]
         assert len(nested) == 1, capture.name
-        assert len(calls) == warm_brain.checkpoint.config.num_layers == 2, capture.name
+        assert len(calls) == layered_brain.checkpoint.config.num_layers == 2, capture.name
         assert {call.args[1] for call in calls} == {calls[0].args[1]}, capture.name
+
+
+def test_I9_a_captured_read_on_a_cpu_is_one_call_of_the_operator(warm_brain: Brain) -> None:
+    for capture in captured(warm_brain, "read"):
+        targets = [str(node.target) for node in capture.modules[0].graph.nodes]
+        assert sum(target.startswith("positronic_brain.decode") for target in targets) == 1
 
 
 SYNCING = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "masked_select", "equal")

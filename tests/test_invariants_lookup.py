@@ -7,6 +7,7 @@ import torch
 from torch.fx import GraphModule
 
 from brain import Brain
+from compiled.lookup import Proposal
 from conftest import OpenTiny
 from test_invariants_graphs import (
     SYNCING,
@@ -76,10 +77,19 @@ def test_I9_none_of_them_asks_the_host(name: str, b: Brain) -> None:
     assert not used & set(SYNCING)
 
 
-def test_I9_layers_that_are_read_ahead_are_compiled_once(b: Brain) -> None:
-    module = b.graphs.captures["read ahead T=4 bucket=96"].modules[0]
+def test_I9_layers_that_are_read_ahead_are_compiled_once(open_parrot: OpenTiny) -> None:
+    """Without the operator, as on a GPU."""
+    b = open_parrot(engine="compiled", **OPTIONS, **{"engine.native": False})
+    b.prime(TEXT)
+    proposal = Proposal(torch.tensor([13, 14, 10]), torch.tensor(2))
+    reading = b.graphs.read_ahead(proposal, high_water=96)
+    assert reading.logits.shape[0] == 4
+    capture = b.graphs.captures["read ahead T=4 bucket=96"]
+    module = capture.modules[0]
     nested = [m for m in module.modules() if isinstance(m, GraphModule) and m is not module]
     assert len(nested) == 1
+    assert mutated_inputs(module) == set()
+    assert aliased_inputs(module) == 0
 
 
 def test_I1_looking_up_and_reading_ahead_write_no_byte(b: Brain) -> None:

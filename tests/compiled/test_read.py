@@ -2,44 +2,66 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Protocol
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brain.native_decoder import native_decoder
 from compiled.int8 import dequantize
 from compiled.llama import LlamaConfig, Weights
+from compiled.native import Formats, operator
 from compiled.read import Reading, read, study, trimmed
 from compiled.sample import surprises
 from compiled.state import State
 from plain import PlainReading, plain_read
 from toys import digest, raw_bytes, toy_config, toy_state, toy_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CAPACITY = 10
 ROWS = {0: 0, 1: 1, 2: 2, 3: 3, 5: 9, 6: 4, 8: 7}  # slot → position: holes, and out of order
 
 
-def run(
-    config: LlamaConfig,
-    weights: Weights,
-    state: State,
-    tokens: list[int],
-    positions: list[int],
-    length: int,
-    bucket: int = CAPACITY,
-) -> Reading:
-    return read(
-        config,
-        weights,
-        state,
-        torch.tensor(tokens),
-        torch.tensor(positions),
-        torch.tensor(length),
-        bucket=bucket,
-    )
+class Run(Protocol):
+    """A read of lists."""
+
+    def __call__(
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        state: State,
+        tokens: list[int],
+        positions: list[int],
+        length: int,
+        bucket: int = CAPACITY,
+    ) -> Reading: ...
+
+
+@pytest.fixture(scope="module", params=["layers", "operator", "operator on 3 threads"])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """The layers in PyTorch, and the operator that stands for them."""
+    decode = None
+    if request.param != "layers":
+        decode = operator(native_decoder(Formats("float", "float")))
+
+    def run_(
+        config: LlamaConfig,
+        weights: Weights,
+        state: State,
+        tokens: list[int],
+        positions: list[int],
+        length: int,
+        bucket: int = CAPACITY,
+    ) -> Reading:
+        placed = torch.tensor(tokens), torch.tensor(positions), torch.tensor(length)
+        return read(config, weights, state, *placed, bucket=bucket, decode=decode)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 if request.param.endswith("threads") else 1)
+    yield run_
+    torch.set_num_threads(before)
 
 
 def assert_agrees(reading: Reading, expected: PlainReading, length: int) -> None:
@@ -73,7 +95,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
-def test_read_is_that_of_plain_loops(case: str, heads: int, kv_heads: int) -> None:
+def test_read_is_that_of_plain_loops(run: Run, case: str, heads: int, kv_heads: int) -> None:
     tokens, positions, length = CASES[case]
     config = toy_config(heads, kv_heads)
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
@@ -81,7 +103,7 @@ def test_read_is_that_of_plain_loops(case: str, heads: int, kv_heads: int) -> No
     assert_agrees(reading, plain_read(config, weights, state, tokens, positions, length), length)
 
 
-def test_an_empty_memory_is_read_like_any_other() -> None:
+def test_an_empty_memory_is_read_like_any_other(run: Run) -> None:
     config = toy_config()
     weights, state = toy_weights(config), toy_state(config, CAPACITY, {})
     tokens, positions = [1, 2, 3], [0, 1, 2]
@@ -94,7 +116,7 @@ def test_an_empty_memory_is_read_like_any_other() -> None:
 
 @settings(max_examples=40)
 @given(st.data())
-def test_read_is_that_of_plain_loops_anywhere(data: st.DataObject) -> None:
+def test_read_is_that_of_plain_loops_anywhere(run: Run, data: st.DataObject) -> None:
     config = toy_config(4, 2)
     slots = data.draw(st.lists(st.integers(0, CAPACITY - 1), unique=True), "slots")
     where = st.integers(0, 20)
@@ -112,7 +134,7 @@ def test_read_is_that_of_plain_loops_anywhere(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_I8_mass_is_conserved_by_the_read(case: str) -> None:
+def test_I8_mass_is_conserved_by_the_read(run: Run, case: str) -> None:
     tokens, positions, length = CASES[case]
     config = toy_config(3, 1)
     state = toy_state(config, CAPACITY, ROWS)
@@ -125,7 +147,7 @@ def test_I8_mass_is_conserved_by_the_read(case: str) -> None:
     assert (reading.mass[~state.valid] == 0).all()
 
 
-def test_I1_a_read_writes_no_byte() -> None:
+def test_I1_a_read_writes_no_byte(run: Run) -> None:
     config = toy_config()
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
     inputs = (*weights.tensors(), *state)
@@ -137,7 +159,7 @@ def test_I1_a_read_writes_no_byte() -> None:
     assert (digest(*inputs), [tensor._version for tensor in inputs]) == before
 
 
-def test_I5_hidden_rows_leave_no_bit_in_the_read() -> None:
+def test_I5_hidden_rows_leave_no_bit_in_the_read(run: Run) -> None:
     config = toy_config()
     weights = toy_weights(config)
     for tokens, positions, length in CASES.values():
@@ -156,7 +178,7 @@ def test_I5_hidden_rows_leave_no_bit_in_the_read() -> None:
         assert results[0] == results[1]
 
 
-def test_the_bucket_changes_rounding_only() -> None:
+def test_the_bucket_changes_rounding_only(run: Run) -> None:
     config = toy_config()
     weights = toy_weights(config)
     state = toy_state(config, 40, {slot: slot for slot in range(9)})
@@ -172,7 +194,7 @@ def test_the_bucket_changes_rounding_only() -> None:
             )
 
 
-def test_padding_changes_rounding_only() -> None:
+def test_padding_changes_rounding_only(run: Run) -> None:
     config = toy_config()
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
     exact = run(config, weights, state, [3, 4], [10, 11], 2)
@@ -182,7 +204,7 @@ def test_padding_changes_rounding_only() -> None:
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_trimmed_drops_padding_and_nothing_else() -> None:
+def test_trimmed_drops_padding_and_nothing_else(run: Run) -> None:
     config = toy_config()
     state = toy_state(config, CAPACITY, ROWS)
     reading = run(config, toy_weights(config), state, [1, 2, 3], [10, 11, 0], 2)
@@ -194,7 +216,7 @@ def test_trimmed_drops_padding_and_nothing_else() -> None:
     assert torch.equal(kept.new_keys, reading.new_keys[:, :, :2])
 
 
-def test_rounding_of_the_reference_is_not_what_is_compared() -> None:
+def test_rounding_of_the_reference_is_not_what_is_compared(run: Run) -> None:
     """The comparisons above can fail: a wrong scale, theta or epsilon is far out of tolerance."""
     config = toy_config()
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)

@@ -1,0 +1,78 @@
+"""The CPU's decode operator, built for this machine once and kept in the cache folder."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from brain.checkpoints.built_folder import ensure_built
+from brain.errors import Refused
+from compiled.native import SOURCE, Formats
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
+
+
+def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
+    """The shared library of ``decode.cpp``, compiled first where it is absent or damaged.
+
+    It is named for all that it depends on: source, flags, compiler and processor. ``cache_dir``
+    defaults to the user's cache folder. Raises Refused where there is no compiler, or it fails.
+    """
+    compiler = _compiler()
+    flags = (*FLAGS, f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
+    name = f"decode-{_identity(compiler, flags)}"
+    root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
+
+    def build(folder: Path) -> None:
+        library = folder / f"{name}.so"
+        command = [compiler, *flags, str(SOURCE), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), "?")
+            raise Refused(
+                f"{compiler} cannot build {SOURCE.name} ({reason.strip()[:200]}): "
+                "set CXX to another C++17 compiler with OpenMP, or use engine.native=false"
+            )
+
+    return ensure_built(root / name, build) / f"{name}.so"
+
+
+def _compiler() -> str:
+    """The C++ compiler that PyTorch uses, too."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise Refused("no C++ compiler is installed (g++ or clang++): install one, or use engine=eager")
+
+
+def _identity(compiler: str, flags: tuple[str, ...]) -> str:
+    """Sixteen hexadecimal digits for everything that the library depends on."""
+    resolved = Path(compiler).resolve()
+    status = resolved.stat()
+    built_by = (flags, str(resolved), status.st_size, status.st_mtime_ns, platform.platform())
+    told = repr((SOURCE.read_text("utf-8"), built_by, _processor()))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` sees: homes are shared by machines of different kinds."""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").split("\n\n")[0]
+        wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+        return "\n".join(line for line in lines.splitlines() if line.startswith(wanted))
+    return platform.processor()

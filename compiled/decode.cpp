@@ -1,0 +1,621 @@
+// A few tokens through every layer of a Llama decoder, against a cache that is only read.
+//
+// One parallel region for the whole model: a token costs what its weights cost to read, and what
+// lies between two products (norms, rotation, softmax) is done by every thread for itself, because
+// that takes less time than waiting for another to do it. Threads wait for each other five times a
+// layer. The twin in PyTorch, and the meaning of every step, is `decoder_layer` in llama.py;
+// `native.py` builds and calls this.
+//
+// Numbers are float32 wherever they are not stored: a matrix, the cache and what the twin rounds
+// are in the model's dtype. Vectors are the compiler's own (GCC, Clang), so that one source serves
+// every processor.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+inline Floats widen(const float* from) { return load<Floats>(from); }
+
+inline Floats widen(const BFloat16* from) {
+#ifdef __AVX512F__  // GCC 12 takes such vectors apart
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#else
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
+#endif
+}
+
+inline Floats widen(const int8_t* from) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+#endif
+}
+
+inline float number(float x) { return x; }
+inline float number(int8_t x) { return x; }
+inline float number(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+
+// To the nearest, ties to even; what is no number stays none.
+inline void narrow(float x, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// As the model's dtype would hold it.
+template <class Real>
+inline float rounded(float x) {
+  Real held;
+  narrow(x, &held);
+  return number(held);
+}
+
+inline float sum(Floats vector) {
+  typedef float Half __attribute__((vector_size(LANES * 2)));
+  typedef float Quarter __attribute__((vector_size(LANES)));
+  Half halves[2];
+  std::memcpy(halves, &vector, sizeof vector);
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof half);
+  const Quarter q = quarters[0] + quarters[1];
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// e^x for x <= 0, to some 2 units in the last place; 0 where float32 has no normal number for it.
+inline float exponential(float x) {
+  const float clamped = std::max(x, -87.0f);
+  const float turns = std::nearbyint(clamped * 1.44269504f);
+  const float rest = (clamped - turns * 0.693145752f) - turns * 1.42860677e-6f;
+  float series = 1.0f / 5040;
+  series = series * rest + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = series * rest + 0.5f;
+  series = series * rest + 1.0f;
+  series = series * rest + 1.0f;
+  const int32_t bits = (int32_t(turns) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? 0.0f : series * power;
+}
+
+// Bytes from what is being read to what is asked for: memory answers late, and a row is too short
+// for the processor to guess the next.
+constexpr int64_t AHEAD = 16384;
+
+// R rows of a matrix times T vectors of float32: sums[r][t].
+template <int R, int T, class Weight>
+inline void products(const Weight* const* rows, const float* x, int64_t x_stride, int64_t size,
+                     float (&sums)[R][T]) {
+  Floats parts[R][T] = {};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) {
+    Floats column[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) column[t] = load<Floats>(x + t * x_stride + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + i) + AHEAD);
+      const Floats row = widen(rows[r] + i);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) parts[r][t] += row * column[t];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) {
+      float rest = 0;
+      for (int64_t j = i; j < size; ++j) rest += number(rows[r][j]) * x[t * x_stride + j];
+      sums[r][t] = sum(parts[r][t]) + rest;
+    }
+}
+
+// The same for any number of vectors: take(r, t, sum).
+template <int R, class Weight, class Take>
+inline void products(const Weight* const* rows, const float* x, int64_t x_stride, int64_t size,
+                     int64_t vectors, Take take) {
+  int64_t t = 0;
+  auto some = [&](auto& sums, int count) {
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < count; ++i) take(r, t + i, sums[r][i]);
+    t += count;
+  };
+  while (vectors - t >= 4) {
+    float sums[R][4];
+    products<R, 4>(rows, x + t * x_stride, x_stride, size, sums);
+    some(sums, 4);
+  }
+  if (vectors - t == 3) {
+    float sums[R][3];
+    products<R, 3>(rows, x + t * x_stride, x_stride, size, sums);
+    some(sums, 3);
+  } else if (vectors - t == 2) {
+    float sums[R][2];
+    products<R, 2>(rows, x + t * x_stride, x_stride, size, sums);
+    some(sums, 2);
+  } else if (vectors - t == 1) {
+    float sums[R][1];
+    products<R, 1>(rows, x + t * x_stride, x_stride, size, sums);
+    some(sums, 1);
+  }
+}
+
+constexpr int ROWS = 4;  // of a matrix at a time
+
+// Rows first to last of a matrix times T vectors: take(row, t, product).
+template <class Weight, class Take>
+inline void multiply(const Weight* matrix, const float* scale, const float* x, int64_t x_stride,
+                     int64_t size, int64_t vectors, int64_t first, int64_t last, Take take) {
+  const Weight* rows[ROWS];
+  int64_t row = first;
+  auto scaled = [&](int r, int64_t t, float sum) {
+    take(row + r, t, scale ? sum * scale[row + r] : sum);
+  };
+  for (; row + ROWS <= last; row += ROWS) {
+    for (int r = 0; r < ROWS; ++r) rows[r] = matrix + (row + r) * size;
+    products<ROWS>(rows, x, x_stride, size, vectors, scaled);
+  }
+  for (; row < last; ++row) {
+    rows[0] = matrix + row * size;
+    products<1>(rows, x, x_stride, size, vectors, scaled);
+  }
+}
+
+}  // namespace
+
+// Filled in by native.py: the order and width of the fields are a contract between the two.
+struct Matrix {
+  const void* values;
+  const float* scale;  // of every row, where the values are bytes; otherwise null
+};
+
+struct Decode {
+  int64_t layers, hidden_size, intermediate, heads, kv_heads, head_dim, vocab;
+  int64_t tokens, capacity, bucket;
+  int64_t each;  // whether every token's attention mass is wanted apart
+  double eps;
+  const void* attention_norm;  // [layers, hidden]
+  const void* mlp_norm;        // [layers, hidden]
+  const void* final_norm;      // [hidden]
+  Matrix qkv, attention_out, gate_up, down, head;
+  const void* keys;    // [layers, kv_heads, capacity, head_dim]
+  const void* values;  // [layers, kv_heads, capacity, head_dim]
+  float* hidden;       // [T, hidden], written over
+  const float* cos;    // [T, head_dim / 2]
+  const float* sin;
+  const uint8_t* cached;  // [T, bucket]
+  const uint8_t* fresh;   // [T, T]: who of the new tokens sees whom
+  const float* live;      // [T]
+  float* logits;          // [T, vocab]
+  void* new_keys;         // [layers, kv_heads, T, head_dim]
+  void* new_values;       // [layers, kv_heads, T, head_dim]
+  float* mass;            // [each ? T : 1, bucket + T], zeros before
+  float* workspace;       // see native.py
+  int64_t threads;        // at most
+};
+
+namespace {
+
+// What one thread, or all of them, work with: slices of the workspace.
+struct Slices {
+  float* next;
+  float* take(int64_t size) {
+    float* slice = next;
+    next += (size + LANES - 1) / LANES * LANES;
+    return slice;
+  }
+};
+
+struct Shared {
+  int32_t* seen;       // slots that any token sees
+  int64_t num_seen;
+  float* projected;    // [T, qkv rows]
+  float* activated;    // [T, intermediate]
+  float* most;         // [threads, heads * T]: of the scores
+  float* total;        // [threads, heads * T]: of their exponentials
+  float* mixed;        // [threads, heads * T, head_dim]
+  float* scores;       // [heads * T, slots of the first thread], then of the next
+  float* mass;         // the same, [each ? T : 1, slots]
+};
+
+template <class Real, class Weight>
+struct Worker {
+  const Decode& d;
+  const Shared& shared;
+  int64_t thread, threads;
+  int64_t first, last;  // of the slots that are seen
+  float *x, *query, *key, *value, *scores, *mass, *own;
+
+  int64_t queries() const { return d.heads * d.tokens; }
+  int64_t qkv_rows() const { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
+  int64_t begin(int64_t size) const { return size * thread / threads; }
+  int64_t end(int64_t size) const { return size * (thread + 1) / threads; }
+
+  Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads, Slices own_space)
+      : d(d), shared(shared), thread(thread), threads(threads) {
+    first = begin(shared.num_seen);
+    last = end(shared.num_seen);
+    x = own_space.take(d.tokens * std::max({d.hidden_size, d.heads * d.head_dim, int64_t(1)}));
+    query = own_space.take(queries() * d.head_dim);
+    key = own_space.take(d.kv_heads * d.tokens * d.head_dim);
+    value = own_space.take(d.kv_heads * d.tokens * d.head_dim);
+    own = own_space.take(queries() * d.tokens);
+    const int64_t masses = d.each ? d.tokens : 1;
+    scores = shared.scores + queries() * first;
+    mass = shared.mass + masses * first;
+    std::memset(mass, 0, sizeof(float) * masses * (last - first));
+  }
+
+  const Weight* matrix(const Matrix& m, int64_t layer, int64_t rows, int64_t columns) const {
+    return static_cast<const Weight*>(m.values) + layer * rows * columns;
+  }
+  const float* scale(const Matrix& m, int64_t layer, int64_t rows) const {
+    return m.scale ? m.scale + layer * rows : nullptr;
+  }
+
+  // Root-mean-square norm of the hidden state into x.
+  void norm(const void* gains, int64_t layer) {
+    const Real* gain = static_cast<const Real*>(gains) + layer * d.hidden_size;
+    for (int64_t t = 0; t < d.tokens; ++t) {
+      const float* hidden = d.hidden + t * d.hidden_size;
+      float squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < d.hidden_size; ++i) squares += hidden[i] * hidden[i];
+      const float factor = 1.0f / std::sqrt(squares / d.hidden_size + float(d.eps));
+      float* out = x + t * d.hidden_size;
+#pragma omp simd
+      for (int64_t i = 0; i < d.hidden_size; ++i)
+        out[i] = rounded<Real>(rounded<Real>(hidden[i] * factor) * number(gain[i]));
+    }
+  }
+
+  void project(int64_t layer) {
+    const int64_t rows = qkv_rows();
+    multiply(matrix(d.qkv, layer, rows, d.hidden_size), scale(d.qkv, layer, rows), x,
+             d.hidden_size, d.hidden_size, d.tokens, begin(rows), end(rows),
+             [&](int64_t row, int64_t t, float product) {
+               shared.projected[t * rows + row] = rounded<Real>(product);
+             });
+  }
+
+  // One head's vector, rotated by its position's angles.
+  void rotate(const float* from, int64_t t, float* to) const {
+    const int64_t half = d.head_dim / 2;
+    const float *cos = d.cos + t * half, *sin = d.sin + t * half;
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      to[i] = rounded<Real>(from[i] * cos[i] - from[i + half] * sin[i]);
+      to[i + half] = rounded<Real>(from[i + half] * cos[i] + from[i] * sin[i]);
+    }
+  }
+
+  // Queries [heads, T, head_dim], scaled; keys and values [kv_heads, T, head_dim].
+  void split(int64_t layer) {
+    const float divisor = 1.0f / std::sqrt(float(d.head_dim));
+    for (int64_t t = 0; t < d.tokens; ++t) {
+      const float* from = shared.projected + t * qkv_rows();
+      for (int64_t h = 0; h < d.heads; ++h, from += d.head_dim) {
+        float* to = query + (h * d.tokens + t) * d.head_dim;
+        rotate(from, t, to);
+        for (int64_t i = 0; i < d.head_dim; ++i) to[i] *= divisor;
+      }
+      for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
+        rotate(from, t, key + (h * d.tokens + t) * d.head_dim);
+      for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
+        std::memcpy(value + (h * d.tokens + t) * d.head_dim, from, sizeof(float) * d.head_dim);
+    }
+    if (thread == 0) {
+      const int64_t size = d.kv_heads * d.tokens * d.head_dim;
+      Real* keys = static_cast<Real*>(d.new_keys) + layer * size;
+      Real* values = static_cast<Real*>(d.new_values) + layer * size;
+      for (int64_t i = 0; i < size; ++i) {
+        narrow(key[i], keys + i);
+        narrow(value[i], values + i);
+      }
+    }
+  }
+
+  // Scores of this thread's slots, and their sum of exponentials and mixed values so far.
+  void attend(int64_t layer) {
+    const int64_t length = last - first, group = d.heads / d.kv_heads * d.tokens;
+    const int64_t plane = d.capacity * d.head_dim;
+    for (int64_t h = 0; h < d.kv_heads; ++h) {
+      const Real* keys = static_cast<const Real*>(d.keys) + (layer * d.kv_heads + h) * plane;
+      const Real* values = static_cast<const Real*>(d.values) + (layer * d.kv_heads + h) * plane;
+      float* block = scores + h * group * length;
+      score(keys, query + h * group * d.head_dim, block, group);
+      for (int64_t q = 0; q < group; ++q) soften(block + q * length, h * group + q);
+      mix(values, block, shared.mixed + (thread * queries() + h * group) * d.head_dim, group);
+    }
+  }
+
+  void score(const Real* keys, const float* queries, float* block, int64_t group) const {
+    const int64_t length = last - first;
+    const int32_t* slots = shared.seen + first;
+    const Real* rows[ROWS];
+    int64_t i = 0;
+    auto put = [&](int r, int64_t q, float product) { block[q * length + i + r] = product; };
+    for (; i + ROWS <= length; i += ROWS) {
+      for (int r = 0; r < ROWS; ++r) rows[r] = keys + slots[i + r] * d.head_dim;
+      products<ROWS>(rows, queries, d.head_dim, d.head_dim, group, put);
+    }
+    for (; i < length; ++i) {
+      rows[0] = keys + slots[i] * d.head_dim;
+      products<1>(rows, queries, d.head_dim, d.head_dim, group, put);
+    }
+    if (d.tokens == 1) return;  // one token sees all that any token sees
+    for (int64_t q = 0; q < group; ++q) {
+      const uint8_t* visible = d.cached + q % d.tokens * d.bucket;
+      for (int64_t j = 0; j < length; ++j)
+        if (!visible[slots[j]]) block[q * length + j] = -INFINITY;
+    }
+  }
+
+  // Scores to exponentials.
+  void soften(float* row, int64_t q) const {
+    const int64_t length = last - first;
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < length; ++i) most = std::max(most, row[i]);
+    const float base = most == -INFINITY ? 0.0f : most;
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < length; ++i) {
+      row[i] = exponential(row[i] - base);
+      total += row[i];
+    }
+    shared.most[thread * queries() + q] = most;
+    shared.total[thread * queries() + q] = total;
+  }
+
+  // The values of this thread's slots, each by its weight: several queries and vectors at a time,
+  // so that a value that is loaded once serves them all.
+  void mix(const Real* values, const float* weights, float* mixed, int64_t group) const {
+    int64_t q = 0;
+    for (; q + 3 <= group; q += 3) mix_some<3>(values, weights, mixed, q);
+    for (; q < group; ++q) mix_some<1>(values, weights, mixed, q);
+  }
+
+  template <int Q>
+  void mix_some(const Real* values, const float* weights, float* mixed, int64_t q) const {
+    constexpr int WIDE = 4;
+    int64_t column = 0;
+    for (; column + WIDE * LANES <= d.head_dim; column += WIDE * LANES)
+      mix_columns<Q, WIDE>(values, weights, mixed, q, column);
+    for (; column + LANES <= d.head_dim; column += LANES)
+      mix_columns<Q, 1>(values, weights, mixed, q, column);
+    const int64_t length = last - first;
+    for (; column < d.head_dim; ++column)
+      for (int i = 0; i < Q; ++i) {
+        float sum = 0;
+        for (int64_t j = 0; j < length; ++j)
+          sum += weights[(q + i) * length + j] *
+                 number(values[shared.seen[first + j] * d.head_dim + column]);
+        mixed[(q + i) * d.head_dim + column] = sum;
+      }
+  }
+
+  template <int Q, int WIDE>
+  void mix_columns(const Real* values, const float* weights, float* mixed, int64_t q,
+                   int64_t column) const {
+    const int64_t length = last - first;
+    const int32_t* slots = shared.seen + first;
+    Floats sums[Q][WIDE] = {};
+    for (int64_t j = 0; j < length; ++j) {
+      const Real* row = values + slots[j] * d.head_dim + column;
+#pragma GCC unroll 8
+      for (int w = 0; w < WIDE; ++w) {
+        const Floats part = widen(row + w * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; ++i) sums[i][w] += part * weights[(q + i) * length + j];
+      }
+    }
+    for (int i = 0; i < Q; ++i)
+      for (int w = 0; w < WIDE; ++w)
+        store(mixed + (q + i) * d.head_dim + column + w * LANES, sums[i][w]);
+  }
+
+  // What all threads found, and the new tokens among themselves: one softmax over both. Attended
+  // values into x [T, heads * head_dim]; this thread's slots receive their mass.
+  void combine() {
+    const int64_t length = last - first, group = d.heads / d.kv_heads, width = d.head_dim;
+    for (int64_t h = 0; h < d.heads; ++h)
+      for (int64_t t = 0; t < d.tokens; ++t) {
+        const int64_t q = h * d.tokens + t;
+        const float* keys = key + h / group * d.tokens * width;
+        const float* values = value + h / group * d.tokens * width;
+        const uint8_t* visible = d.fresh + t * d.tokens;
+        float* share = own + q * d.tokens;
+        float most = -INFINITY;
+        for (int64_t i = 0; i < threads; ++i)
+          most = std::max(most, shared.most[i * queries() + q]);
+        for (int64_t j = 0; j < d.tokens; ++j) {
+          if (!visible[j]) continue;
+          const float* row = keys + j * width;
+          float sums[1][1];
+          products<1, 1>(&row, query + q * width, width, width, sums);
+          share[j] = sums[0][0];
+          most = std::max(most, share[j]);
+        }
+        float total = 0;
+        for (int64_t i = 0; i < threads; ++i)
+          total += shared.total[i * queries() + q] * factor(i, q, most);
+        for (int64_t j = 0; j < d.tokens; ++j) {
+          share[j] = visible[j] ? exponential(share[j] - most) : 0.0f;
+          total += share[j];
+        }
+        float* out = x + (t * d.heads + h) * width;
+        for (int64_t i = 0; i < width; ++i) out[i] = 0;
+        for (int64_t i = 0; i < threads; ++i)
+          add(out, shared.mixed + (i * queries() + q) * width, factor(i, q, most) / total, width);
+        for (int64_t j = 0; j < d.tokens; ++j)
+          if (visible[j]) add(out, values + j * width, share[j] / total, width);
+        for (int64_t i = 0; i < width; ++i) out[i] = rounded<Real>(out[i]);
+
+        const float counts = d.each ? 1.0f : d.live[t];
+        add(mass + (d.each ? t * length : 0), scores + q * length,
+            counts * factor(thread, q, most) / total, length);
+        if (thread == 0)
+          add(d.mass + (d.each ? t * (d.bucket + d.tokens) : 0) + d.bucket, share, counts / total,
+              d.tokens);
+      }
+  }
+
+  float factor(int64_t of_thread, int64_t q, float most) const {
+    return exponential(shared.most[of_thread * queries() + q] - most);
+  }
+
+  static void add(float* to, const float* from, float factor, int64_t size) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) to[i] += from[i] * factor;
+  }
+
+  // Rows of the hidden state receive a product.
+  void receive(const Matrix& m, int64_t layer, const float* from, int64_t columns) {
+    const int64_t rows = d.hidden_size;
+    multiply(matrix(m, layer, rows, columns), scale(m, layer, rows), from, columns, columns,
+             d.tokens, begin(rows), end(rows), [&](int64_t row, int64_t t, float product) {
+               d.hidden[t * rows + row] += rounded<Real>(product);
+             });
+  }
+
+  // SwiGLU: a gate's row and the row above it, side by side.
+  void activate(int64_t layer) {
+    const int64_t size = d.intermediate, width = d.hidden_size;
+    const Weight* gates = matrix(d.gate_up, layer, 2 * size, width);
+    const float* scales = scale(d.gate_up, layer, 2 * size);
+    auto taken = [&](bool up) {
+      return [this, up, size](int64_t row, int64_t t, float product) {
+        float* place = shared.activated + t * size + row;
+        const float held = rounded<Real>(product);
+        *place = up ? rounded<Real>(*place / (1.0f + std::exp(-*place)) * held) : held;
+      };
+    };
+    for (int64_t row = begin(size); row < end(size);) {
+      const int64_t stop = std::min(row + 16, end(size));
+      multiply(gates, scales, x, width, width, d.tokens, row, stop, taken(false));
+      multiply(gates + size * width, scales ? scales + size : nullptr, x, width, width, d.tokens,
+               row, stop, taken(true));
+      row = stop;
+    }
+  }
+
+  void work() {
+    for (int64_t layer = 0; layer < d.layers; ++layer) {
+      norm(d.attention_norm, layer);
+      project(layer);
+#pragma omp barrier
+      split(layer);
+      attend(layer);
+#pragma omp barrier
+      combine();
+      receive(d.attention_out, layer, x, d.heads * d.head_dim);
+#pragma omp barrier
+      norm(d.mlp_norm, layer);
+      activate(layer);
+#pragma omp barrier
+      receive(d.down, layer, shared.activated, d.intermediate);
+#pragma omp barrier
+    }
+    norm(d.final_norm, 0);
+    multiply(matrix(d.head, 0, d.vocab, d.hidden_size), scale(d.head, 0, d.vocab), x,
+             d.hidden_size, d.hidden_size, d.tokens, begin(d.vocab), end(d.vocab),
+             [&](int64_t row, int64_t t, float product) {
+               d.logits[t * d.vocab + row] = rounded<Real>(product);
+             });
+    for (int64_t t = 0; t < (d.each ? d.tokens : 1); ++t)
+      for (int64_t i = first; i < last; ++i)
+        d.mass[t * (d.bucket + d.tokens) + shared.seen[i]] = mass[t * (last - first) + i - first];
+  }
+};
+
+int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+}  // namespace
+
+// Floats that the workspace must hold for this many threads.
+extern "C" int64_t workspace_size(const Decode* d) {
+  const int64_t queries = d->heads * d->tokens, masses = d->each ? d->tokens : 1;
+  const int64_t rows = (d->heads + 2 * d->kv_heads) * d->head_dim;
+  const int64_t common = padded(d->bucket) + padded(d->tokens * rows) +
+                         padded(d->tokens * d->intermediate) + 2 * padded(d->threads * queries) +
+                         padded(d->threads * queries * d->head_dim) + padded(queries * d->bucket) +
+                         padded(masses * d->bucket);
+  const int64_t own = padded(d->tokens * std::max(d->hidden_size, d->heads * d->head_dim)) +
+                      padded(queries * d->head_dim) +
+                      2 * padded(d->kv_heads * d->tokens * d->head_dim) +
+                      padded(queries * d->tokens);
+  return common + d->threads * own;
+}
+
+namespace {
+
+template <class Real, class Weight>
+void decode(const Decode& d) {
+  Slices slices{d.workspace};
+  Shared shared;
+  shared.seen = reinterpret_cast<int32_t*>(slices.take(d.bucket));
+  int64_t seen = 0;
+  for (int64_t slot = 0; slot < d.bucket; ++slot) {
+    bool any = false;
+    for (int64_t t = 0; t < d.tokens; ++t) any |= d.cached[t * d.bucket + slot] != 0;
+    if (any) shared.seen[seen++] = int32_t(slot);
+  }
+  shared.num_seen = seen;
+  shared.projected = slices.take(d.tokens * (d.heads + 2 * d.kv_heads) * d.head_dim);
+  shared.activated = slices.take(d.tokens * d.intermediate);
+  shared.most = slices.take(d.threads * d.heads * d.tokens);
+  shared.total = slices.take(d.threads * d.heads * d.tokens);
+  shared.mixed = slices.take(d.threads * d.heads * d.tokens * d.head_dim);
+  shared.scores = slices.take(d.heads * d.tokens * d.bucket);
+  shared.mass = slices.take((d.each ? d.tokens : 1) * d.bucket);
+  const int64_t used = slices.next - d.workspace;
+  const int64_t each = (workspace_size(&d) - used) / d.threads;
+#pragma omp parallel num_threads(d.threads)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    Worker<Real, Weight>(d, shared, thread, threads, Slices{slices.next + thread * each}).work();
+  }
+}
+
+}  // namespace
+
+// For one pair of number formats, named when this is built: there are as many libraries as pairs.
+extern "C" void decode(const Decode* d) { decode<REAL, WEIGHT>(*d); }

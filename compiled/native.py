@@ -1,0 +1,219 @@
+"""The operator that takes a few tokens through all layers on a CPU, built from ``decode.cpp``.
+
+Inductor makes one loop after another of the layers in PyTorch and enters each of them from Python;
+the operator is one loop over the model's bytes. It is opaque to the compiler and has no other
+meaning than its twin, the layers of ``read.py``: the same arguments, the same results up to
+rounding, nothing written but what it returns. On a GPU, in other number formats and where it is
+switched off, the twin is what is captured.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled.attention import Visibility
+from compiled.int8 import Int8, Matrix
+from compiled.llama import LlamaConfig, Weights
+from compiled.state import State
+
+_NAMESPACE = "positronic_brain"
+SOURCE = Path(__file__).with_name("decode.cpp")
+
+_REALS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
+"""Model dtypes that the operator knows, and what it calls them."""
+
+
+class Decoded(NamedTuple):
+    """What comes out of the last layer and the head."""
+
+    logits: Tensor  # [T, vocab] float32
+    new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
+    new_values: Tensor  # [layers, kv_heads, T, head_dim]
+    mass: Tensor  # [bucket + T] float32, summed over layers, heads and live tokens; each: [T, …]
+
+
+Decode = Callable[..., Decoded]
+"""The operator bound to one library; see :func:`operator`."""
+
+
+class Formats(NamedTuple):
+    """What ``decode.cpp`` is built for: C++ types of activations and cache, and of matrices."""
+
+    real: str
+    weight: str
+
+
+def formats(weights: Weights) -> Formats | None:
+    """Those of a model; None where the operator does not know its device or number format."""
+    real = _REALS.get(weights.dtype)
+    if weights.device.type != "cpu" or real is None:
+        return None
+    return Formats(real, "int8_t" if isinstance(weights.head, Int8) else real)
+
+
+def operator(library: Path) -> Decode:
+    """The function ``decode(config, weights, state, hidden, cos, sin, visible, each)``.
+
+    ``library`` is ``decode.cpp`` as built for this processor and the model's ``formats``.
+    ``hidden`` [T, hidden] float32, the embedded tokens; ``cos``, ``sin`` [T, head_dim / 2] float32;
+    ``visible`` over T tokens and a bucket; ``each``: every token's attention mass apart. May be
+    traced by a compiler. Raises OSError for a library that cannot be loaded.
+    """
+    call = _registered(library)
+
+    def decode(
+        config: LlamaConfig,
+        weights: Weights,
+        state: State,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        visible: Visibility,
+        each: bool,
+    ) -> Decoded:
+        matrices = [weights.qkv, weights.attention_out, weights.gate_up, weights.down, weights.head]
+        return Decoded(
+            *call(
+                [weights.attention_norm, weights.mlp_norm, weights.final_norm],
+                [_values(matrix) for matrix in matrices],
+                [matrix.scale for matrix in matrices if isinstance(matrix, Int8)],
+                [state.keys, state.values],
+                [hidden, cos, sin],
+                list(visible),
+                config.rms_norm_eps,
+                each,
+            )
+        )
+
+    return decode
+
+
+def _values(matrix: Matrix) -> Tensor:
+    return matrix.values if isinstance(matrix, Int8) else matrix
+
+
+@functools.cache
+def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The operator as PyTorch knows it. Its name holds the library's, which says what was built
+    and how, so that no compiler's cache takes one for another; of two copies of it, one will do.
+    """
+    loaded = ctypes.CDLL(str(library))
+    loaded.workspace_size.restype = ctypes.c_int64
+    name = library.stem.replace("-", "_")
+    if hasattr(getattr(torch.ops, _NAMESPACE), name):
+        return _named(name)
+    torch.library.define(
+        f"{_NAMESPACE}::{name}",
+        "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
+        "Tensor[] visible, float eps, bool each) -> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", _allocated)
+    torch.library.impl(f"{_NAMESPACE}::{name}", "cpu", functools.partial(_run, loaded))
+    return _named(name)
+
+
+def _named(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    found: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    found = getattr(getattr(torch.ops, _NAMESPACE), name).default
+    return found
+
+
+Tensors = Sequence[Tensor]
+
+
+def _allocated(
+    norms: Tensors,
+    matrices: Tensors,
+    scales: Tensors,
+    cache: Tensors,
+    inputs: Tensors,
+    visible: Tensors,
+    eps: float,
+    each: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the results, the mass zero."""
+    num_tokens, bucket = visible[0].shape
+    layers, kv_heads, _, head_dim = cache[0].shape
+    vocab = matrices[4].shape[0]
+    width = bucket + num_tokens
+    new_rows = (layers, kv_heads, num_tokens, head_dim)
+    return (
+        inputs[0].new_empty((num_tokens, vocab)),
+        cache[0].new_empty(new_rows),
+        cache[0].new_empty(new_rows),
+        inputs[0].new_zeros((num_tokens, width) if each else (width,)),
+    )
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("values", ctypes.c_void_p), ("scale", ctypes.c_void_p))
+
+
+class _Decode(ctypes.Structure):
+    """``Decode`` of ``decode.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "hidden_size", "intermediate")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "vocab")),
+        *((name, ctypes.c_int64) for name in ("tokens", "capacity", "bucket", "each")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "final_norm")),
+        *((name, _Matrix) for name in ("qkv", "attention_out", "gate_up", "down", "head")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "hidden", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("cached", "fresh", "live")),
+        *((name, ctypes.c_void_p) for name in ("logits", "new_keys", "new_values", "mass")),
+        ("workspace", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def _run(
+    library: ctypes.CDLL,
+    norms: Tensors,
+    matrices: Tensors,
+    scales: Tensors,
+    cache: Tensors,
+    inputs: Tensors,
+    visible: Tensors,
+    eps: float,
+    each: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _allocated(norms, matrices, scales, cache, inputs, visible, eps, each)
+    # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
+    hidden = inputs[0].clone(memory_format=torch.contiguous_format)
+    passed = [hidden, *(tensor.contiguous() for tensor in (*inputs[1:], *visible))]
+    for tensor in (*norms, *matrices, *scales, *cache):
+        assert tensor.is_contiguous()
+    num_tokens, bucket = visible[0].shape
+    layers, kv_heads, capacity, head_dim = cache[0].shape
+    scaled: list[int | None] = [scale.data_ptr() for scale in scales]
+    scaled = scaled or [None] * len(matrices)
+    told = _Decode(
+        layers,
+        norms[0].shape[1],
+        matrices[3].shape[2],
+        matrices[1].shape[2] // head_dim,
+        kv_heads,
+        head_dim,
+        matrices[4].shape[0],
+        num_tokens,
+        capacity,
+        bucket,
+        each,
+        eps,
+        *(norm.data_ptr() for norm in norms),
+        *(_Matrix(m.data_ptr(), scale) for m, scale in zip(matrices, scaled, strict=True)),
+        *(tensor.data_ptr() for tensor in (*cache, *passed, *results)),
+        None,
+        torch.get_num_threads(),
+    )
+    reference = ctypes.byref(told)
+    workspace = hidden.new_empty(library.workspace_size(reference))
+    told.workspace = workspace.data_ptr()
+    library.decode(reference)
+    return results

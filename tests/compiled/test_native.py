@@ -1,0 +1,233 @@
+"""The operator for the layers on a CPU, beside its twin in PyTorch.
+
+``test_read.py`` holds both against plain loops at toy sizes; here are the sizes of real models,
+where whole vectors are read, in every number format.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brain.native_decoder import native_decoder
+from compiled.int8 import quantize
+from compiled.llama import LlamaConfig, Weights
+from compiled.native import SOURCE, Decode, Formats, _Decode, formats, operator
+from compiled.read import read, read_ahead
+from compiled.state import State, allocate_state
+from toys import CPU, digest, toy_config, toy_cursor, toy_weights
+
+CAPACITY = 70
+MATRICES = ("embedding", "qkv", "attention_out", "gate_up", "down", "head")
+
+Precision = tuple[torch.dtype, bool]
+PRECISIONS: list[Precision] = [
+    (torch.float32, False),
+    (torch.bfloat16, False),
+    (torch.float32, True),
+    (torch.bfloat16, True),
+]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def model(config: LlamaConfig, precision: Precision) -> Weights:
+    dtype, int8 = precision
+    # Products of some sixty terms: a spread that keeps activations of order 1.
+    scaled = {
+        name: (1.0 + tensor.float() if name.endswith("norm") else 0.3 * tensor).to(dtype)
+        for name, tensor in toy_weights(config)._asdict().items()
+        if name != "inverse_frequencies"
+    }
+    scaled["inverse_frequencies"] = toy_weights(config).inverse_frequencies
+    matrices = {name: quantize(scaled[name]) if int8 else scaled[name] for name in MATRICES}
+    return Weights(**{**scaled, **matrices})
+
+
+def memory(config: LlamaConfig, dtype: torch.dtype, valid: torch.Tensor) -> State:
+    state = allocate_state(config, CAPACITY, dtype, CPU)
+    generator = torch.Generator().manual_seed(5)
+    state.keys.copy_(torch.randn(state.keys.shape, generator=generator))
+    state.values.copy_(torch.randn(state.values.shape, generator=generator))
+    state.position.copy_(torch.randperm(CAPACITY, generator=generator))
+    state.valid.copy_(valid)
+    return state
+
+
+def agrees(ours: Any, expected: Any, truth: Any, dtype: torch.dtype) -> None:
+    """Within rounding of the twin; ``truth`` is the twin's reading in float32 of the same numbers.
+
+    Float32: sums of up to 100 terms of order 1 in another order, through two layers. Bfloat16
+    rounds activations to 8 bits, each sum in another order perhaps to the other side: the operator
+    must not be much further from the truth than the twin is.
+    """
+    for name in expected._fields:
+        a, b, true = getattr(ours, name), getattr(expected, name), getattr(truth, name)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        if dtype == torch.float32:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
+        else:
+            noise = float((b.float() - true).abs().amax())
+            scale = float(true.abs().amax())
+            assert float((a.float() - true).abs().amax()) <= 2 * noise + scale / 128, name
+
+
+def widened(weights: Weights, state: State) -> tuple[Weights, State]:
+    """The same numbers in float32."""
+    wide = {
+        name: field.float()
+        for name, field in weights._asdict().items()
+        if isinstance(field, torch.Tensor) and name != "inverse_frequencies"
+    }
+    cache = {"keys": state.keys.float(), "values": state.values.float()}
+    return weights._replace(**wide), state._replace(**cache)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2 heads": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 64},
+    "tinyllama heads": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 64},
+    "wide heads": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128},
+    "odd heads": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 20},
+    "tails everywhere": {"hidden_size": 71, "intermediate_size": 37, "vocab_size": 101},
+    "one of each": {"hidden_size": 16, "num_heads": 1, "num_kv_heads": 1, "intermediate_size": 1},
+}
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_operator_is_its_twin(data: st.DataObject) -> None:
+    precision = data.draw(st.sampled_from(PRECISIONS), "precision")
+    shape = data.draw(st.sampled_from(sorted(SHAPES)), "shape")
+    torch.set_num_threads(data.draw(st.integers(1, 5), "threads"))
+    config = replace(toy_config(), **{"hidden_size": 48, **SHAPES[shape]})
+    kept = data.draw(st.sampled_from(["none", "one", "prefix", "holes", "all"]), "kept")
+    slots = torch.arange(CAPACITY)
+    valid = {
+        "none": slots < 0,
+        "one": slots == 33,
+        "prefix": slots < 40,
+        "holes": slots % 3 != 0,
+        "all": slots >= 0,
+    }[kept]
+    weights, state = model(config, precision), memory(config, precision[0], valid)
+    num_tokens = data.draw(st.sampled_from([1, 1, 2, 3, 4, 5, 16]), "tokens")
+    length = data.draw(st.integers(1, num_tokens), "length")
+    bucket = data.draw(st.sampled_from([CAPACITY, 64]), "bucket")
+    tokens = torch.arange(num_tokens) * 7 % config.vocab_size
+    before = digest(*weights.tensors(), *state)
+    if data.draw(st.booleans(), "ahead"):
+        cursor = toy_cursor(position=50, token=3)
+        rest: tuple[Any, ...] = (cursor, tokens, torch.tensor(length))
+        compared(read_ahead, config, weights, state, rest, bucket)
+    else:
+        start = data.draw(st.sampled_from([0, 20, 100]), "start")
+        rest = (tokens, start + torch.arange(num_tokens), torch.tensor(length))
+        reading = compared(read, config, weights, state, rest, bucket)
+        total = float(reading.mass.sum() + reading.own_mass.sum())
+        assert total == pytest.approx(length, rel=1e-4)
+    assert digest(*weights.tensors(), *state) == before
+
+
+def compared(
+    reader: Callable[..., Any],
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    rest: tuple[Any, ...],
+    bucket: int,
+    twin: Weights | None = None,
+) -> Any:
+    """The operator's reading, checked against the layers' (of ``twin``, if other weights)."""
+    ours = reader(config, weights, state, *rest, bucket=bucket, decode=built(weights))
+    expected = reader(config, twin or weights, state, *rest, bucket=bucket)
+    truth = reader(config, *widened(twin or weights, state), *rest, bucket=bucket)
+    agrees(ours, expected, truth, weights.dtype)
+    return ours
+
+
+def built(weights: Weights) -> Decode:
+    wanted = formats(weights)
+    assert wanted is not None
+    return operator(native_decoder(wanted))
+
+
+def test_the_comparison_can_fail() -> None:
+    config = replace(toy_config(), hidden_size=48)
+    weights = model(config, PRECISIONS[0])
+    state = memory(config, torch.float32, torch.arange(CAPACITY) < 40)
+    rest = (torch.tensor([3]), torch.tensor([100]), torch.tensor(1))
+    compared(read, config, weights, state, rest, CAPACITY)
+    wrong = weights._replace(mlp_norm=weights.mlp_norm * 1.01)
+    with pytest.raises(AssertionError):
+        compared(read, config, weights, state, rest, CAPACITY, twin=wrong)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_same_read_gives_the_same_bits(precision: Precision) -> None:
+    """Whoever is scheduled when: threads add up in a fixed order."""
+    torch.set_num_threads(3)
+    config = replace(toy_config(), hidden_size=48)
+    weights = model(config, precision)
+    state = memory(config, precision[0], torch.arange(CAPACITY) < 60)
+    decode = built(weights)
+    arguments = (state, torch.tensor([3, 4]), torch.tensor([100, 101]), torch.tensor(2))
+    told = {
+        digest(*read(config, weights, *arguments, bucket=CAPACITY, decode=decode))
+        for _ in range(20)
+    }
+    assert len(told) == 1
+
+
+def test_an_operator_that_pytorch_may_compile() -> None:
+    """Schema, fake results and aliasing are what they are declared to be."""
+    config = replace(toy_config(), hidden_size=48)
+    weights = model(config, PRECISIONS[2])
+    state = memory(config, torch.float32, torch.arange(CAPACITY) < 40)
+    library = native_decoder(Formats("float", "int8_t"))
+    decode = operator(library)
+    hidden = torch.randn(2, 48)
+    visible = (torch.rand(2, CAPACITY) < 0.5, torch.ones(2, 2).tril().bool(), torch.ones(2))
+    decode(config, weights, state, hidden, torch.ones(2, 4), torch.zeros(2, 4), visible, False)
+    qualified = getattr(torch.ops.positronic_brain, library.stem.replace("-", "_")).default
+    matrices = [getattr(weights, field) for field in MATRICES[1:]]
+    called = (
+        [weights.attention_norm, weights.mlp_norm, weights.final_norm],
+        [matrix.values for matrix in matrices],
+        [matrix.scale for matrix in matrices],
+        [state.keys, state.values],
+        [hidden, torch.ones(2, 4), torch.zeros(2, 4)],
+        list(visible),
+        1e-5,
+        False,
+    )
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(qualified, called, test_utils=tests)
+
+
+def test_only_where_it_can_run() -> None:
+    weights = toy_weights(toy_config())
+    assert formats(weights) == Formats("float", "float")
+    assert formats(model(toy_config(), (torch.bfloat16, True))) == Formats("BFloat16", "int8_t")
+    half = weights._replace(final_norm=weights.final_norm.half())
+    assert formats(half) is None
+    assert formats(weights._replace(final_norm=weights.final_norm.to("meta"))) is None
+
+
+def test_both_sides_name_the_fields_alike() -> None:
+    """What Python fills in is what C++ reads: the same names in the same order, of one width."""
+    (body,) = re.findall(r"struct Decode \{(.*?)\n\};", SOURCE.read_text("utf-8"), re.S)
+    declared: list[str] = []
+    for line in re.sub(r"//[^\n]*", "", body).split(";"):
+        names = re.sub(r"^\s*(const )?(int64_t|double|float|void|uint8_t|Matrix)\b", "", line)
+        declared += [name.strip(" *\n") for name in names.split(",") if name.strip(" *\n")]
+    assert declared == [field[0] for field in _Decode._fields_]
