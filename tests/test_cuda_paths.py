@@ -12,7 +12,7 @@ import pytest
 import torch
 from large_cache import broken, measure
 
-from brain import Append, Brain, Cull, Refused, app
+from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace, app
 from brain.bench.job import Job, result_of
 from brain.bench.memory_reader import read_memory
 from brain.golden.check import Brains, examine
@@ -179,6 +179,25 @@ def test_a_read_first_captured_by_a_tick_is_recorded_for_all_tokens(open_tiny: O
         kept.append(torch.zeros(3 * number + 1, device=DEVICE))
         b.read([IDS[number]], [number])
         b.tick()
+    assert recordings() == before + 1
+
+
+def test_nothing_is_recorded_after_warm_up_whatever_is_edited(open_tiny: OpenTiny) -> None:
+    b = open_tiny(device=DEVICE, engine="compiled", cull="none", **{"cull.target": None})
+    for _ in b.warm_up():
+        pass
+    before = recordings()
+    b.prime(IDS[:20])
+    b.feed(IDS[20:23])
+    b.patch([Append(IDS[23:25], source="tool")])
+    b.patch([Cull([4, 5]), Replace((7, 8), [77]), Redact([10]), Pin([2]), Boost([3], 9.0)])
+    b.patch([Append(IDS[30:42])])
+    list(b.stream(8))
+    b.patch([Cull([11])])
+    b.read()
+    b.read(IDS[:3])
+    b.prime(IDS[:12])
+    list(b.stream(3))
     assert recordings() == before + 1
 
 
