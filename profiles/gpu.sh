@@ -99,8 +99,7 @@ profile() {
 ncu() {
     PYTHON=$python profiles/ncu.sh -o "$dir/read" -n 30 "cache_dir=$cache" "${smollm2[@]}" \
         dtype=bfloat16 capacity=1024 "hydra.run.dir=$dir/run" &&
-        "${NCU:-ncu}" --import "$dir/read.ncu-rep" --page raw --csv \
-            --metrics gpu__time_duration.sum,dram__bytes.sum,launch__grid_size >"$dir/read.csv" &&
+        "${NCU:-ncu}" --import "$dir/read.ncu-rep" --page raw --csv >"$dir/read.csv" &&
         echo "$(($(wc -l <"$dir/read.csv") - 2)) kernels in read.csv"
 }
 eval_() {
@@ -109,7 +108,7 @@ eval_() {
         return 0
     fi
     "${brain[@]}" "${smollm2[@]}" task=eval "task.text=$TEXT" dtype=bfloat16 "hydra.run.dir=$dir/run" \
-        task.streams=8 task.tokens=128 'task.policies=[sink_recent,novelty]' 'task.distances=[1,2]'
+        task.streams=8 task.tokens=128 'task.measures=[fluency]' 'task.policies=[sink_recent,novelty]'
 }
 
 limit() { # seconds
@@ -146,6 +145,14 @@ for step in "${steps[@]}"; do
     told=$(tr '\r' '\n' <"$out/$step.log" | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-160)
     line="$step: exit $status, $((SECONDS - started)) s: $told"
     echo "$line" | tee -a "$out/summary.txt"
+done
+for step in "${steps[@]}"; do # what they are run for
+    case $step in
+        bench* | forms* | large | profile)
+            echo "--- $step"
+            tr '\r' '\n' <"$out/$step.log" | grep -v '%|' | tail -n 25 | cut -c 1-150
+            ;;
+    esac
 done
 echo "--- summary"
 cat "$out/summary.txt"
