@@ -369,10 +369,10 @@ class Graphs:
         reading = self.read(tokens, positions, length, high_water=bucket)
         surprise_name, patch_name = _names_after_read(width, EDIT)
         yield from self._new(surprise_name)
-        self.surprises(reading.logits, tokens)
+        # Held until the patch is done, as an edit holds it: a CUDA graph remembers what was gone.
+        learnt = Study(self.surprises(reading.logits, tokens), reading.new_keys, reading.new_values)
         yield from self._new(patch_name)
-        plan = self.empty_edit(width)
-        self.patch(plan._replace(keys=reading.new_keys, values=reading.new_values))
+        self.patch(self.empty_edit(width, learnt))
 
     def _new(self, name: str) -> Iterator[str]:
         if name not in self.captures:

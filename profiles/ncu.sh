@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# The kernels of one graph under Nsight Compute, on a GPU: by default those of the read of a tick.
+# The kernels of a tick under Nsight Compute, on a GPU: the first of them are those of the read.
 #
-#     profiles/ncu.sh [-o REPORT] [-g "read T=1 bucket=1024"] [KEY=VALUE ...]
+#     profiles/ncu.sh [-o REPORT] [-n KERNELS] [-g "patch tick W=1"] [KEY=VALUE ...]
 #
-# Measures every kernel that runs in the range of that name in the one tick that is named: those of
-# the warm-up are outside of the range "tick".
+# Measures the kernels of the one tick that is named, between cudaProfilerStart and -Stop: with -n so
+# many of them, with -g those of one graph. A kernel is run a dozen times to be measured, and a tick
+# has hundreds: -n 40 is the head of a read and its first two layers. Clocks are left as they are.
 # Leaves REPORT.ncu-rep. NCU and PYTHON name other programs than the first ones on the PATH.
 set -euo pipefail
 
 report=read
-graph="read T=1 bucket=1024"
-while getopts "o:g:" option; do
+some=()
+while getopts "o:n:g:" option; do
     case $option in
         o) report=$OPTARG ;;
-        g) graph=$OPTARG ;;
+        n) some+=(--launch-count "$OPTARG") ;;
+        g) some+=(--nvtx --nvtx-include "$OPTARG/") ;; # the slash: a range that is pushed and popped
         *) exit 2 ;;
     esac
 done
@@ -29,7 +31,6 @@ if ! command -v nvidia-smi >/dev/null; then
     exit 2
 fi
 
-# A slash stands between a range and the one inside it.
 "$ncu" --export "$report" --force-overwrite --graph-profiling node --set roofline \
-    --nvtx --nvtx-include "tick/1 read/$graph/" \
+    --clock-control none --profile-from-start off ${some[@]+"${some[@]}"} \
     "$python" -m brain.app task=profile nvtx=true task.ticks=1 engine=compiled device=cuda "$@"

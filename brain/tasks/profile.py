@@ -10,6 +10,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,9 +46,9 @@ def run(conf: Conf, run_dir: Path) -> None:
     unwatched = round(statistics.median(plain) * 1e6, 1)
     if conf.nvtx:
         brain.graphs.naming = naming
-        for _ in range(task.ticks):
-            brain.tick()
-        _finish(brain)
+        with _profiled(brain.device):
+            for _ in range(task.ticks):
+                brain.tick()
         note(f"a tick without names: {unwatched:.1f} µs; Nsight Systems has those with names")
         return
     brain.graphs.naming = profiler_ranges()
@@ -91,9 +92,16 @@ def _timed(brain: Brain) -> float:
     return time.perf_counter() - start
 
 
-def _finish(brain: Brain) -> None:
-    if brain.device.type == "cuda":
-        torch.cuda.synchronize(brain.device)
+@contextlib.contextmanager
+def _profiled(device: torch.device) -> Iterator[None]:
+    """What Nsight Compute is to look at, where it was told to wait for it (``profiles/ncu.sh``)."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.profiler.profile():
+        yield
+        torch.cuda.synchronize(device)
 
 
 def _title(report: dict[str, Any]) -> str:

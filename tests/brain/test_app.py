@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import brain
 from brain import app
@@ -201,3 +202,26 @@ def test_help_reads_like_a_manual(tmp_path: Path, tiny_folder: Path) -> None:
     for group in ("model", "engine", "sampler", "cull", "task"):
         for choice in (conf / group).glob("*.yaml"):
             assert choice.stem in done.stdout
+
+
+def test_a_device_without_memory_is_told_in_one_line(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.\nSee docs"
+        )
+
+    monkeypatch.setattr("brain.tasks.run.open_brain", full)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["brain", "model=folder", f"model.path={tiny_folder}"])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert left.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "refused: CUDA out of memory; use a smaller capacity, model or dtype"

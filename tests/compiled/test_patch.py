@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from compiled.patch import Plan, RowColumns, lowest_free_slots, patch
+from compiled.patch import Plan, RowColumns, lowest_free_slots, make_empty, patch
 from compiled.state import NOWHERE, Cursor, State, addresses
 from toys import digest, raw_bytes, toy_config, toy_cursor, toy_plan, toy_state
 
@@ -255,3 +255,22 @@ def test_culling_moves_no_memory() -> None:
     patch(state, cursor, plan)
     assert digest(*others) == before
     assert torch.nonzero(~state.valid)[:, 0].tolist() == [1, 5]
+
+
+def test_a_plan_that_was_made_empty_changes_nothing_in_its_own_tensors() -> None:
+    state, cursor = toy_state(toy_config(), 12, {0: 3, 4: 1, 7: 2}), toy_cursor(4, token=9)
+    plan = toy_plan(state, cursor, 1, 1)._replace(pinned=None, erase=None)
+    plan = plan._replace(
+        cull=state.valid.clone(),
+        brightness=state.brightness + 1,
+        lit=state.lit + 1,
+        novelty=state.novelty + 1,
+        cursor=toy_cursor(5, token=2),
+    )
+    held = (plan.rows.length, plan.cull, plan.brightness, *plan.cursor)
+    where = [tensor.data_ptr() for tensor in held]
+    before = digest(*state, *cursor)
+    make_empty(state, cursor, plan)
+    assert [tensor.data_ptr() for tensor in held] == where
+    patch(state, cursor, plan)
+    assert digest(*state, *cursor) == before
