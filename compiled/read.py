@@ -11,7 +11,8 @@ for tokens that may or may not be said, the attention of each of them apart.
 Decode, prefill, re-reading a token that is already remembered and reading "as of" an old
 position are all this one function: the visibility rule of ``attention.py`` makes them so.
 Positions and length are plain input tensors; T and the bucket are the only static numbers, and
-there is one captured graph for each pair of them.
+there is one captured graph for each pair of them. In a captured graph on a CPU the layers are one
+operator (``native.py``), elsewhere the functions of ``llama.py``.
 """
 
 from typing import NamedTuple
