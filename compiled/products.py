@@ -1,10 +1,10 @@
 """Matrix products, expressed the way each device runs them fastest.
 
-Captured reads on a CPU pass this module by: ``native.py`` has an operator for all layers. Where that
-is not to be had, products of one new token are matrix times vector, bound by memory: compiled for a
-CPU, a multiplication followed by a sum becomes one vectorised loop at memory speed, where the BLAS call
-behind ``F.linear`` is tuned for many rows (measured on SmolLM2-135M at 512 tokens in context:
-2 times faster per token in float32 and bfloat16).
+Captured reads on a CPU pass this module by: ``native.py`` has an operator for all layers. Where
+that is not to be had, products of one new token are matrix times vector, bound by memory: compiled
+for a CPU, a multiplication followed by a sum becomes one vectorised loop at memory speed, where the
+BLAS call behind ``F.linear`` is tuned for many rows (measured on SmolLM2-135M at 512 tokens in
+context: 2 times faster per token in float32 and bfloat16).
 
 Many rows in float32 go to oneDNN on a CPU, which ``F.linear`` does only in lower precisions: in
 float32 it calls MKL, which is half as fast on processors of other makers (measured on an AMD EPYC:
