@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiled.patch import Plan, RowColumns
 from compiled.read import Reading
-from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
+from compiled.sample import Sampling, SamplingMethod, draw, penalize_some, surprises
 from compiled.score import (
     Brightness,
     Forgetting,
@@ -88,8 +88,10 @@ def choose(
 ) -> Choice:
     """Chooses from the reading of the cursor's token (T = 1)."""
     logits = reading.logits[0]  # [vocab]
-    seen = seen_tokens(logits.shape[0], state.token_id, state.valid, cursor.token)
-    sampled = sample(logits, seen, cursor.tick, method, sampling)
+    ids = torch.cat([torch.where(state.valid, state.token_id, cursor.token), cursor.token])
+    sampled = draw(
+        penalize_some(logits, ids, sampling.repetition_penalty), cursor.tick, method, sampling
+    )
     token = torch.where(forced.token >= 0, forced.token, sampled)
     return follow(state, cursor, reading, Forced(token, forced.source), conduct)
 

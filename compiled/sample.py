@@ -62,6 +62,12 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(seen, lowered, logits)
 
 
+def penalize_some(logits: Tensor, ids: Tensor, penalty: Tensor) -> Tensor:
+    """The same of tokens named by their ids [N] int64, which may repeat: of one row of logits."""
+    some = logits[ids]
+    return logits.scatter(-1, ids, torch.where(some > 0, some / penalty, some * penalty))
+
+
 def candidates(logits: Tensor, method: SamplingMethod, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Tokens that may be drawn and their log-probabilities up to a constant.
 
@@ -95,7 +101,11 @@ def sample(
     ``logits`` [..., vocab] float32, ``seen`` [..., vocab] bool, ``tick`` [] or [..., 1] int64.
     Greedy takes the highest penalised logit.
     """
-    penalised = penalize(logits, seen, sampling.repetition_penalty)
+    return draw(penalize(logits, seen, sampling.repetition_penalty), tick, method, sampling)
+
+
+def draw(penalised: Tensor, tick: Tensor, method: SamplingMethod, sampling: Sampling) -> Tensor:
+    """The same of penalised logits."""
     if method.greedy:
         return penalised.argmax(-1, keepdim=True)
     scores, ids = candidates(penalised, method, sampling)

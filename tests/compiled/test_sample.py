@@ -28,6 +28,7 @@ from compiled.sample import (
     candidates,
     head_surprises,
     penalize,
+    penalize_some,
     sample,
     seen_tokens,
     surprises,
@@ -184,6 +185,14 @@ def test_top_p_0_would_still_leave_one_token() -> None:
     logits = torch.tensor([0.0, 1.0, 0.5])
     kept = ours(logits, top_p=1e-30)
     assert torch.isfinite(kept).tolist() == [False, True, False]
+
+
+def test_penalising_by_id_is_penalising_what_was_seen() -> None:
+    logits = torch.randn(40)
+    ids = torch.tensor([3, 3, 17, 39, 0, 17])
+    seen = torch.zeros(40, dtype=torch.bool).index_fill(0, ids, True)
+    penalty = torch.tensor(1.3)
+    assert torch.equal(penalize_some(logits, ids, penalty), penalize(logits, seen, penalty))
 
 
 def test_seen_tokens_are_the_remembered_and_the_one_being_read() -> None:
