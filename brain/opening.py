@@ -19,6 +19,7 @@ from brain.errors import Refused, one_line
 from brain.overrides import override
 from brain.paths import given_path
 from brain.settings import settings_of
+from compiled.compiler import prepared
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 MOST_THREADS = 1024
@@ -77,6 +78,8 @@ def open_brain(conf: Conf) -> Brain:
         if not 1 <= conf.threads <= MOST_THREADS:
             raise Refused(f"threads must be 1 to {MOST_THREADS}, not {conf.threads}")
         torch.set_num_threads(conf.threads)
+    if settings.compiled:
+        prepared()  # goes on while weights are loaded
     checkpoint = open_checkpoint(
         conf.model,
         conf.cache_dir,

@@ -15,6 +15,7 @@ from brain.brain import Brain
 from brain.captures import CaptureWriter
 from brain.chronicle import Chronicle
 from brain.errors import Refused
+from brain.garbage import without_collection
 from brain.heatmap import FILE, remembered, write_rows
 from brain.opening import open_brain
 from brain.sole_writer import sole_writer
@@ -47,21 +48,18 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 def _edits_soon(brain: Brain, conf: Conf) -> bool:
     """Whether to capture the graphs of edits before the first token, too. On a GPU, where they are
-    recorded together with the others; on a CPU, where that is seconds, if an edit is to be
-    expected: a repair, or a prompt that is one, being short or longer than a chunk.
+    recorded together with the others; on a CPU, where that is seconds, if edits are to be expected,
+    as repairs are. A prompt needs none of them.
     """
-    graphs = brain.graphs
-    if not graphs.compiled or graphs.device.type == "cuda" or conf.repair.every > 0:
-        return True
-    length = len(brain.encode(conf.prompt)) + 1  # perhaps with a BOS
-    return graphs.is_captured(length) or length > graphs.chunk
+    return brain.graphs.device.type == "cuda" or conf.repair.every > 0
 
 
 def _run(conf: Conf, run_dir: Path) -> None:
     note(f"loading {conf.model.name} …")
     started = time.perf_counter()
-    brain = open_brain(conf)
-    capture_graphs(brain, edits=_edits_soon(brain, conf))
+    with without_collection():
+        brain = open_brain(conf)
+        capture_graphs(brain, edits=_edits_soon(brain, conf))
     chronicle = Chronicle(run_dir, brain, conf)
     went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source))
     if conf.capture:
