@@ -32,6 +32,7 @@ from brain.native_decoder import native_decoder
 from brain.settings import Settings
 from brain.stopping import Uninterrupted
 from compiled.capture import Behaviour, Graphs
+from compiled.int8 import Int8
 from compiled.llama import Weights
 from compiled.native import formats
 from compiled.patch import Plan
@@ -382,7 +383,9 @@ class Memory:
 
 def _native(weights: Weights, settings: Settings) -> Path | None:
     """The library with the decode operator, where there is one for these weights."""
-    wanted = formats(weights) if settings.native else None
+    if not settings.native:
+        return None
+    wanted = formats(weights.dtype, weights.device, int8=isinstance(weights.head, Int8))
     return None if wanted is None else native_decoder(wanted, settings.cache)
 
 
