@@ -5,13 +5,16 @@ import importlib
 from concurrent.futures import Future
 from threading import Thread
 
-LAZILY_IMPORTED = (
+FOR_THE_SEARCH = (
     "torch._dynamo",
     "torch._inductor.codecache",
-    "torch._inductor.compile_fx",
     "torch._inductor.cpp_builder",
     "torch._inductor.cpu_vec_isa",
+    "torch.utils.cpp_extension",
 )
+"""All that the search for vector instructions imports as it goes. Imported before it begins: two
+threads that import could meet half-way in a circle of modules.
+"""
 
 
 @functools.cache
@@ -23,7 +26,7 @@ def prepared() -> Future[None]:
     ten processes one after another, and remembers it until this one ends. Nothing is decided here,
     only when: while it waits for those processes, weights are loaded and the first graph is traced.
     """
-    for name in LAZILY_IMPORTED:  # all of them here: two threads that import could meet half-way
+    for name in FOR_THE_SEARCH:
         importlib.import_module(name)
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
@@ -39,4 +42,5 @@ def prepared() -> Future[None]:
 
     # A daemon: whoever is refused meanwhile need not wait for what nobody will ask for.
     Thread(target=find, name="vector-instructions", daemon=True).start()
+    importlib.import_module("torch._inductor.compile_fx")
     return found
