@@ -436,6 +436,8 @@ def _capture(
     from torch._inductor.compile_fx import compile_fx
 
     options = list_mode_options("reduce-overhead") if device.type == "cuda" else {}
+    # To see whether its precompiled headers still hold, Inductor preprocesses them at every start.
+    options = {**options, "cpp_cache_precompile_headers": False}
 
     def inductor(module: GraphModule, inputs: list[Tensor]) -> Any:
         start = time.perf_counter()

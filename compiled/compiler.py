@@ -12,7 +12,7 @@ FOR_THE_SEARCH = (
     "torch._inductor.cpu_vec_isa",
     "torch.utils.cpp_extension",
 )
-"""All that the search for vector instructions imports as it goes. Imported before it begins: two
+"""All that the search imports as it goes. Imported before it begins: two
 threads that import could meet half-way in a circle of modules.
 """
 
@@ -23,24 +23,27 @@ def prepared() -> Future[None]:
     asked to compile. The first call imports it, which takes two seconds, and returns.
 
     Inductor tries out which vector instructions the C++ compiler and the processor have, in up to
-    ten processes one after another, and remembers it until this one ends. Nothing is decided here,
-    only when: while it waits for those processes, weights are loaded and the first graph is traced.
+    ten processes one after another, and reads PyTorch's own source, for a key of its cache; it
+    remembers both until this process ends. Nothing is decided here, only when: meanwhile weights
+    are loaded and the first graph is traced.
     """
     for name in FOR_THE_SEARCH:
         importlib.import_module(name)
+    from torch._inductor.codecache import torch_key
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
     found: Future[None] = Future()
 
-    def find() -> None:
+    def find_out() -> None:
         try:
             valid_vec_isa_list()
+            torch_key()
         except BaseException as error:
             found.set_exception(error)
         else:
             found.set_result(None)
 
     # A daemon: whoever is refused meanwhile need not wait for what nobody will ask for.
-    Thread(target=find, name="vector-instructions", daemon=True).start()
+    Thread(target=find_out, name="compiler", daemon=True).start()
     importlib.import_module("torch._inductor.compile_fx")
     return found
