@@ -239,11 +239,16 @@ class Graphs:
         once: bool = False,
     ) -> Study:
         """``study`` over the same bucket; where it is captured, a read and its surprises."""
-        if once or not self.is_captured(tokens.shape[0]):
-            arguments = (self.weights, self.state, tokens, positions, length, targets)
-            return study(self.behaviour.config, *arguments, bucket=high_water)
-        reading = self.read(tokens, positions, length, high_water=high_water)
-        nats = self.surprises(reading.logits, targets)
+        config, bound = self.behaviour.config, (self.weights, self.state, tokens, positions, length)
+        captured = self.is_captured(tokens.shape[0])
+        if not captured or (once and self._decode is None):
+            return study(config, *bound, targets, bucket=high_water)
+        if once:
+            reading = read(config, *bound, bucket=max(1, high_water), decode=self._decode)
+            nats = surprises(reading.logits, targets)
+        else:
+            reading = self.read(tokens, positions, length, high_water=high_water)
+            nats = self.surprises(reading.logits, targets)
         return Study(nats, reading.new_keys, reading.new_values)
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
