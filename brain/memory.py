@@ -32,6 +32,7 @@ from brain.native_decoder import native_decoder
 from brain.settings import Settings
 from brain.stopping import Uninterrupted
 from compiled.capture import Behaviour, Graphs
+from compiled.int8 import Int8
 from compiled.llama import Weights
 from compiled.native import formats
 from compiled.patch import Plan
@@ -133,9 +134,9 @@ class Memory:
         """Whether the token there has no row yet."""
         return self.account.uncommitted
 
-    def apply(self, plan: Plan, account: Account) -> None:
+    def apply(self, plan: Plan, account: Account, *, once: bool = False) -> None:
         """The patch and the account of it: both or neither. To be called ``Uninterrupted``."""
-        self.graphs.patch(plan)
+        self.graphs.patch(plan, once=once)
         self.account = account
 
     def read_cursor(self) -> Reading:
@@ -152,12 +153,12 @@ class Memory:
         """Replaces everything that is remembered by these rows. ``nothing`` is an empty mirror.
 
         In one patch, unless the text is longer than the prefill chunk: then whatever interrupts it
-        leaves an empty memory.
+        leaves an empty memory. Nothing of it is captured.
         """
         afresh = len(rows) <= self.graphs.chunk
         if not afresh:
             self.forget_everything()
-        self.commit(rows, Edit(), nothing, None, afresh=afresh)
+        self.commit(rows, Edit(), nothing, None, afresh=afresh, once=True)
 
     def commit(
         self,
@@ -167,17 +168,19 @@ class Memory:
         pending: Told | None,
         *,
         afresh: bool = False,
+        once: bool = False,
     ) -> None:
         """Reads rows, sorted by position, and commits them together with the edit.
 
         In one patch, unless a text is longer than the prefill chunk: then chunk by chunk, each
         read against those before it, and taken back as a whole if anything interrupts it.
         ``pending`` is what is known of the pending token, if it is among the rows. ``afresh``: the
-        same patch forgets everything else, which ``mirror`` no longer shows.
+        same patch forgets everything else, which ``mirror`` no longer shows. ``once``: no graph is
+        captured for it.
         """
         foretold = self._foretold(rows, mirror, pending)
         chunk = self.graphs.chunk
-        undone = self.graphs.empty_edit(self.graphs.edit_width_for(1))._replace(
+        undone = self.graphs.empty_edit(self.graphs.edit_width_for(1, once=once))._replace(
             cull=self.state.valid.logical_not(),  # of what is there then: all that is new
         )
         before = self.account
@@ -187,14 +190,21 @@ class Memory:
             settled = self.account
             try:
                 link = self._commit_chunk(
-                    rows, start, foretold, link, edit if last else Edit(), mirror, afresh=afresh
+                    rows,
+                    start,
+                    foretold,
+                    link,
+                    edit if last else Edit(),
+                    mirror,
+                    afresh=afresh,
+                    once=once,
                 )
             except BaseException:
                 whole = last and self.account is not settled  # an interruption that came after it
                 if self.account is not before and not whole:
                     with Uninterrupted():
                         self.graphs.begin_step()
-                        self.apply(undone, before)
+                        self.apply(undone, before, once=once)
                 raise
 
     def _foretold(
@@ -234,12 +244,13 @@ class Memory:
         mirror: Mirror,
         *,
         afresh: bool,
+        once: bool,
     ) -> Link | None:
         """One read and one patch; returns what its last row tells of the row after it."""
         account = EMPTY if afresh else self.account
         span = rows[start : start + self.graphs.chunk]
         newest = int(mirror.position[-1]) if len(mirror) else NOWHERE
-        width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)))
+        width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)), once=once)
         learnt: Study | None = None
         nats: list[float] = []
         self.graphs.begin_step()
@@ -250,6 +261,7 @@ class Memory:
                 self._tensor(targets + [0] * (width - len(targets))),
                 # Afresh, no old row is seen: each stands at the position of a new one, or after.
                 high_water=account.high_water,
+                once=once,
             )
             nats = learnt.surprises.tolist()
         plan = self.graphs.empty_edit(width, learnt)  # after the read, which needs the most memory
@@ -280,22 +292,22 @@ class Memory:
         plan = with_edit(plan, self.state, edit, mirror, constants)
         if afresh:
             plan = plan._replace(cull=self.state.valid.logical_or(self.state.valid))
-        if not self.graphs.is_captured(width):
+        if once or not self.graphs.is_captured(width):
             anything = afresh and self.count > 0
             plan = lean(plan, len(span), culls=anything or bool(edit.cull), erases=bool(edit.erase))
         count = account.count - len(edit.cull) + len(span)
         with Uninterrupted():
-            self.apply(plan, account.after(count, position, uncommitted=uncommitted))
+            self.apply(plan, account.after(count, position, uncommitted=uncommitted), once=once)
         return link if span else None
 
     def forget_everything(self) -> None:
         """Back to an empty memory; the bytes stay until the slots are reused."""
-        plan = self.graphs.empty_edit(self.graphs.edit_width_for(1))
+        plan = self.graphs.empty_edit(self.graphs.edit_width_for(1, once=True))
         nowhere = Standing().cursor(0, self.device)
         self.graphs.begin_step()
         everything = self.state.valid.logical_or(self.state.valid)
         with Uninterrupted():
-            self.apply(plan._replace(cull=everything, cursor=nowhere), EMPTY)
+            self.apply(plan._replace(cull=everything, cursor=nowhere), EMPTY, once=True)
 
     def rebase(self) -> None:
         """Renumbers positions densely, in text order."""
@@ -316,8 +328,8 @@ class Memory:
         ``rows`` are the columns of the state less ``valid``, as ``saves.py`` has checked them, and
         ``slot`` [n] int64, ascending. ``high_water`` decides over how many slots a read sums, and
         so how it rounds. The holes between them are filled first and forgotten again,
-        so that the one patch, which knows only "the lowest free slot", serves here too. Whatever
-        interrupts it leaves an empty memory.
+        so that the one patch, which knows only "the lowest free slot", serves here too. Nothing of
+        it is captured. Whatever interrupts it leaves an empty memory.
         """
         self.forget_everything()
         try:
@@ -334,16 +346,14 @@ class Memory:
         chunk = self.graphs.chunk
         for start in range(0, size, chunk):
             span = held[start : min(start + chunk, size)]
-            width = self.graphs.edit_width_for(len(span))
-            plan = self.graphs.empty_edit(width)
+            plan = self.graphs.empty_edit(self.graphs.edit_width_for(len(span), once=True))
             plan = with_saved_rows(plan, rows, slot, start, len(span), self.device)
-            if not self.graphs.is_captured(width):
-                plan = lean(plan, len(span), culls=False, erases=False)
+            plan = lean(plan, len(span), culls=False, erases=False)
             self.graphs.begin_step()
             with Uninterrupted():
                 count = start + len(span)
-                self.apply(plan, self.account.after(count, NOWHERE, uncommitted=False))
-        plan = self.graphs.empty_edit(self.graphs.edit_width_for(1))
+                self.apply(plan, self.account.after(count, NOWHERE, uncommitted=False), once=True)
+        plan = self.graphs.empty_edit(self.graphs.edit_width_for(1, once=True))
         holes = torch.zeros(self.state.capacity, dtype=torch.bool)
         holes[:size] = ~held
         cursor = Cursor(*(tensor.to(self.device) for tensor in cursor))
@@ -357,7 +367,7 @@ class Memory:
         plan = plan._replace(cull=holes.to(self.device), cursor=cursor)
         self.graphs.begin_step()
         with Uninterrupted():
-            self.apply(plan, account)
+            self.apply(plan, account, once=True)
 
     def _padded(
         self, ids: Sequence[int], positions: Sequence[int], width: int
@@ -373,7 +383,9 @@ class Memory:
 
 def _native(weights: Weights, settings: Settings) -> Path | None:
     """The library with the decode operator, where there is one for these weights."""
-    wanted = formats(weights) if settings.native else None
+    if not settings.native:
+        return None
+    wanted = formats(weights.dtype, weights.device, int8=isinstance(weights.head, Int8))
     return None if wanted is None else native_decoder(wanted, settings.cache)
 
 

@@ -1,5 +1,6 @@
 """The CPU's decode operator, built for this machine once and kept in the cache folder."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 from platformdirs import user_cache_path
 
@@ -49,6 +51,19 @@ def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
             )
 
     return ensure_built(root / name, build) / f"{name}.so"
+
+
+def begin_native_decoder(formats: Formats, cache_dir: Path | None = None) -> None:
+    """Begins with what :func:`native_decoder` does, beside other work. That waits for it, or does
+    it itself if this fails, and says what is wrong.
+    """
+
+    def build() -> None:
+        with contextlib.suppress(Refused, OSError):
+            native_decoder(formats, cache_dir)
+
+    # A daemon: whoever is refused meanwhile need not wait for it.
+    Thread(target=build, name="native-decoder", daemon=True).start()
 
 
 def _compiler() -> str:

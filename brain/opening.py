@@ -16,9 +16,12 @@ from brain.checkpoints.hub import hub_folder
 from brain.checkpoints.wheel import converted_wheel
 from brain.conf_types import check_types
 from brain.errors import Refused, one_line
+from brain.native_decoder import begin_native_decoder
 from brain.overrides import override
 from brain.paths import given_path
 from brain.settings import settings_of
+from compiled.compiler import prepared
+from compiled.native import formats
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 MOST_THREADS = 1024
@@ -77,12 +80,18 @@ def open_brain(conf: Conf) -> Brain:
         if not 1 <= conf.threads <= MOST_THREADS:
             raise Refused(f"threads must be 1 to {MOST_THREADS}, not {conf.threads}")
         torch.set_num_threads(conf.threads)
+    int8 = conf.weights is WeightFormat.int8
+    if settings.compiled:  # both go on while weights are loaded
+        wanted = formats(settings.dtype, settings.device, int8=int8) if settings.native else None
+        if wanted is not None:
+            begin_native_decoder(wanted, settings.cache)
+        prepared()
     checkpoint = open_checkpoint(
         conf.model,
         conf.cache_dir,
         settings.dtype,
         settings.device,
-        int8=conf.weights is WeightFormat.int8,
+        int8=int8,
     )
     return Brain(checkpoint, settings, conf)
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 
+import torch
 from tqdm import tqdm
 
 from brain.brain import Brain
@@ -20,9 +21,10 @@ def capture_graphs(brain: Brain, *, edits: bool = True) -> None:
     if not brain.graphs.compiled:
         return
     names: Iterator[str] = brain.warm_up(edits=edits)
-    with tqdm(
-        total=len(brain.graphs.expected(edits=edits)), desc="capturing graphs", unit="graph"
-    ) as bar:
+    total = len(brain.graphs.expected(edits=edits))
+    # Garbage would be looked for after every graph: a seventh of a second each, for nothing.
+    unswept = torch._dynamo.config.patch(run_gc_after_compile=False)
+    with unswept, tqdm(total=total, desc="capturing graphs", unit="graph") as bar:
         started = False
         for name in names:
             bar.update(int(started))

@@ -9,7 +9,9 @@ CUDA-graph mode on CUDA, through Inductor alone on a CPU. A graph break or a sec
 any of them is an error, not a slow path. With ``engine="eager"`` the same functions are called
 directly, at the exact width asked for; so are reads wider than any that is captured, a prefill's
 chunks among them: they are bound by their products, which capture does not make faster, and
-without it they read exactly the rows there are instead of a whole bucket.
+without it they read exactly the rows there are instead of a whole bucket. What is done ``once``, to
+begin with a text or to go on from a save, is called directly, too, however short it is: capturing
+would take a thousand times as long as the call.
 
 This module does not know what a tick is, except that ``begin_step`` starts one.
 """
@@ -28,6 +30,7 @@ from torch.fx import GraphModule
 
 from compiled.choose import Choice, Conduct, Forced, choose
 from compiled.choose_ahead import Said, choose_ahead
+from compiled.compiler import prepared
 from compiled.empty_plans import empty_edit
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
@@ -171,9 +174,9 @@ class Graphs:
         captured = self.is_captured(num_tokens)
         return smallest_at_least(self.widths, num_tokens) if captured else num_tokens
 
-    def edit_width_for(self, num_tokens: int) -> int:
-        """The same for a patch that edits."""
-        captured = self.is_captured(num_tokens)
+    def edit_width_for(self, num_tokens: int, *, once: bool = False) -> int:
+        """The same for a patch that edits; its own for one that is made ``once``."""
+        captured = self.is_captured(num_tokens) and not once
         return smallest_at_least(self.edit_widths, num_tokens) if captured else num_tokens
 
     def read(
@@ -236,13 +239,19 @@ class Graphs:
         targets: Tensor,
         *,
         high_water: int,
+        once: bool = False,
     ) -> Study:
         """``study`` over the same bucket; where it is captured, a read and its surprises."""
-        if not self.is_captured(tokens.shape[0]):
-            arguments = (self.weights, self.state, tokens, positions, length, targets)
-            return study(self.behaviour.config, *arguments, bucket=high_water)
-        reading = self.read(tokens, positions, length, high_water=high_water)
-        nats = self.surprises(reading.logits, targets)
+        config, bound = self.behaviour.config, (self.weights, self.state, tokens, positions, length)
+        captured = self.is_captured(tokens.shape[0])
+        if not captured or (once and self._decode is None):
+            return study(config, *bound, targets, bucket=high_water)
+        if once:
+            reading = read(config, *bound, bucket=max(1, high_water), decode=self._decode)
+            nats = surprises(reading.logits, targets)
+        else:
+            reading = self.read(tokens, positions, length, high_water=high_water)
+            nats = self.surprises(reading.logits, targets)
         return Study(nats, reading.new_keys, reading.new_values)
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -251,11 +260,11 @@ class Graphs:
         nats: Tensor = self._graph(name, surprises)(logits, targets)
         return nats
 
-    def patch(self, plan: Plan) -> None:
+    def patch(self, plan: Plan, *, once: bool = False) -> None:
         """``patch``: a tick's, or an edit's where the plan pins or erases."""
         width = plan.rows.token_id.shape[0]
         kind = TICK if plan.erase is None else EDIT
-        captured = kind == TICK or self.is_captured(width)
+        captured = not once and (kind == TICK or self.is_captured(width))
         graph = self._graph(_names_after_read(width, kind)[1], patch) if captured else patch
         graph(self.state, self.cursor, plan)
 
@@ -448,9 +457,12 @@ def _capture(
     from torch._inductor.compile_fx import compile_fx
 
     options = list_mode_options("reduce-overhead") if device.type == "cuda" else {}
+    # To see whether its precompiled headers still hold, Inductor preprocesses them at every start.
+    options = {**options, "cpp_cache_precompile_headers": False}
 
     def inductor(module: GraphModule, inputs: list[Tensor]) -> Any:
         start = time.perf_counter()
+        prepared().result()
         compiled_module = compile_fx(module, inputs, config_patches=options)
         capture.seconds += time.perf_counter() - start
         capture.modules.append(module)

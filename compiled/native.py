@@ -48,12 +48,14 @@ class Formats(NamedTuple):
     weight: str
 
 
-def formats(weights: Weights) -> Formats | None:
-    """Those of a model; None where the operator does not know its device or number format."""
-    real = _REALS.get(weights.dtype)
-    if weights.device.type != "cpu" or real is None:
+def formats(dtype: torch.dtype, device: torch.device, *, int8: bool) -> Formats | None:
+    """Those of a model; None where the operator does not know its device or number format.
+    ``int8``: its matrices are in eight bits.
+    """
+    real = _REALS.get(dtype)
+    if device.type != "cpu" or real is None:
         return None
-    return Formats(real, "int8_t" if isinstance(weights.head, Int8) else real)
+    return Formats(real, "int8_t" if int8 else real)
 
 
 def operator(library: Path) -> Decode:

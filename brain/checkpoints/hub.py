@@ -3,15 +3,6 @@
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import open_folder
@@ -49,6 +40,17 @@ def open_hub(
 
 def hub_folder(repo: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
     """The local folder of a repository, as :func:`open_hub` reads it, downloaded where need be."""
+    # Imported here, for it takes a fifth of a second, and most models come from elsewhere.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     elsewhere = "or download it elsewhere and use model=folder path=FOLDER"
     at = f"{repo}@{revision}" if revision else repo
     try:

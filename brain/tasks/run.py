@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from brain.brain import Brain
 from brain.captures import CaptureWriter
 from brain.chronicle import Chronicle
 from brain.errors import Refused
+from brain.garbage import without_collection
+from brain.graph_cache import kept_graphs
 from brain.heatmap import FILE, remembered, write_rows
 from brain.opening import open_brain
+from brain.paths import given_path
 from brain.sole_writer import sole_writer
 from brain.stopping import asked_to_stop
 from brain.terminal import capture_graphs, note
@@ -47,21 +50,29 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 def _edits_soon(brain: Brain, conf: Conf) -> bool:
     """Whether to capture the graphs of edits before the first token, too. On a GPU, where they are
-    recorded together with the others; on a CPU, where that is seconds, if an edit is to be
-    expected: a repair, or a prompt that is one, being short or longer than a chunk.
+    recorded together with the others; on a CPU, where that is seconds, if edits are to be expected,
+    as repairs are. A prompt needs none of them.
     """
-    graphs = brain.graphs
-    if not graphs.compiled or graphs.device.type == "cuda" or conf.repair.every > 0:
-        return True
-    length = len(brain.encode(conf.prompt)) + 1  # perhaps with a BOS
-    return graphs.is_captured(length) or length > graphs.chunk
+    return brain.graphs.device.type == "cuda" or conf.repair.every > 0
 
 
 def _run(conf: Conf, run_dir: Path) -> None:
+    if not conf.engine.compiled:
+        _speak_from(conf, run_dir, lambda: None)
+        return
+    cache = None if conf.cache_dir is None else given_path(conf.cache_dir)
+    with kept_graphs(cache) as seal:
+        _speak_from(conf, run_dir, seal)
+
+
+def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None:
+    """Opens the brain, calls ``captured`` when its graphs are there, and speaks."""
     note(f"loading {conf.model.name} …")
     started = time.perf_counter()
-    brain = open_brain(conf)
-    capture_graphs(brain, edits=_edits_soon(brain, conf))
+    with without_collection():
+        brain = open_brain(conf)
+        capture_graphs(brain, edits=_edits_soon(brain, conf))
+    captured()
     chronicle = Chronicle(run_dir, brain, conf)
     went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source))
     if conf.capture:

@@ -179,10 +179,13 @@ def _spellings(
     for text, index in vocab.items():
         if index in added:
             table[index] = text.encode()
-        elif byte_level and all(character in alphabet for character in text):
-            table[index] = bytes(alphabet[character] for character in text)
-        elif not byte_level and byte_fallback and is_byte_token(text):
+        elif byte_level:
+            try:
+                table[index] = bytes(map(alphabet.__getitem__, text))
+            except KeyError:  # not spelt in that alphabet
+                table[index] = text.encode()
+        elif byte_fallback and is_byte_token(text):
             table[index] = bytes([int(text[3:5], 16)])
         else:
-            table[index] = text.encode() if byte_level else text.replace(SPACE, " ").encode()
+            table[index] = text.replace(SPACE, " ").encode()
     return tuple(table)

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import errors
 from torch import Tensor
 
-from brain.checkpoints import hub, open_folder, open_hub
+from brain.checkpoints import open_folder, open_hub
 from brain.errors import Refused
 from compiled.int8 import dequantize
 
@@ -79,7 +79,7 @@ def test_errors_of_the_hub_are_one_line(
         raised.args = ("several\nlines",)
         raise raised
 
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(Refused) as refusal:
         open_hub("someone/tiny", dtype=torch.float32)
     assert message in str(refusal.value)

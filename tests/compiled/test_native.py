@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brain.native_decoder import native_decoder
-from compiled.int8 import quantize
+from compiled.int8 import Int8, quantize
 from compiled.llama import LlamaConfig, Weights
 from compiled.native import SOURCE, Decode, Formats, _Decode, formats, operator
 from compiled.read import read, read_ahead
@@ -155,8 +155,13 @@ def compared(
     return ours
 
 
+def formats_of(weights: Weights) -> Formats | None:
+    int8 = isinstance(weights.head, Int8)
+    return formats(weights.dtype, weights.device, int8=int8)
+
+
 def built(weights: Weights) -> Decode:
-    wanted = formats(weights)
+    wanted = formats_of(weights)
     assert wanted is not None
     return operator(native_decoder(wanted))
 
@@ -216,11 +221,11 @@ def test_an_operator_that_pytorch_may_compile() -> None:
 
 def test_only_where_it_can_run() -> None:
     weights = toy_weights(toy_config())
-    assert formats(weights) == Formats("float", "float")
-    assert formats(model(toy_config(), (torch.bfloat16, True))) == Formats("BFloat16", "int8_t")
+    assert formats_of(weights) == Formats("float", "float")
+    assert formats_of(model(toy_config(), (torch.bfloat16, True))) == Formats("BFloat16", "int8_t")
     half = weights._replace(final_norm=weights.final_norm.half())
-    assert formats(half) is None
-    assert formats(weights._replace(final_norm=weights.final_norm.to("meta"))) is None
+    assert formats_of(half) is None
+    assert formats_of(weights._replace(final_norm=weights.final_norm.to("meta"))) is None
 
 
 def test_both_sides_name_the_fields_alike() -> None:
