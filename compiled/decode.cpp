@@ -541,7 +541,7 @@ struct Worker {
       };
     };
     for (int64_t row = begin(size); row < end(size);) {
-      const int64_t stop = std::min(row + 16, end(size));
+      const int64_t stop = std::min(row + 256, end(size));  // long enough to be read in a stream
       multiply(gates, scales, x, width, width, d.tokens, row, stop, taken(false));
       multiply(gates + size * width, scales ? scales + size : nullptr, x, width, width, d.tokens,
                row, stop, taken(true));
