@@ -29,25 +29,36 @@ FLAGS = (
 
 
 def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
-    """The shared library of ``decode.cpp``, compiled first where it is absent or damaged.
+    """The shared library of ``decode.cpp`` for these number formats, as :func:`built_library`
+    builds it.
+    """
+    defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
+    return built_library(SOURCE, defined, cache_dir, "engine.native=false")
+
+
+def built_library(
+    source: Path, defined: tuple[str, ...], cache_dir: Path | None, remedy: str
+) -> Path:
+    """The shared library of a C++ file, compiled first where it is absent or damaged.
 
     It is named for all that it depends on: source, flags, compiler and processor. ``cache_dir``
-    defaults to the user's cache folder. Raises Refused where there is no compiler, or it fails.
+    defaults to the user's cache folder. Raises Refused where there is no compiler, or it fails;
+    ``remedy`` is what to do without.
     """
     compiler = _compiler()
-    flags = (*FLAGS, f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
-    name = f"decode-{_identity(compiler, flags)}"
+    flags = (*FLAGS, *defined)
+    name = f"{source.stem}-{_identity(source, compiler, flags)}"
     root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
 
     def build(folder: Path) -> None:
         library = folder / f"{name}.so"
-        command = [compiler, *flags, str(SOURCE), "-o", str(library)]
+        command = [compiler, *flags, str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             reason = next((line for line in done.stderr.splitlines() if "error" in line), "?")
             raise Refused(
-                f"{compiler} cannot build {SOURCE.name} ({reason.strip()[:200]}): "
-                "set CXX to another C++17 compiler with OpenMP, or use engine.native=false"
+                f"{compiler} cannot build {source.name} ({reason.strip()[:200]}): "
+                f"set CXX to another C++17 compiler with OpenMP, or use {remedy}"
             )
 
     return ensure_built(root / name, build) / f"{name}.so"
@@ -75,12 +86,12 @@ def _compiler() -> str:
     raise Refused("no C++ compiler is installed (g++ or clang++): install one, or use engine=eager")
 
 
-def _identity(compiler: str, flags: tuple[str, ...]) -> str:
+def _identity(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
     """Sixteen hexadecimal digits for everything that the library depends on."""
     resolved = Path(compiler).resolve()
     status = resolved.stat()
     built_by = (flags, str(resolved), status.st_size, status.st_mtime_ns, platform.platform())
-    told = repr((SOURCE.read_text("utf-8"), built_by, _processor()))
+    told = repr((source.read_text("utf-8"), built_by, _processor()))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ from brain.tokens import Tokenizer, load_tokenizer
 from compiled.llama import LlamaConfig
 from compiled.rope import inverse_frequencies
 
-FORMAT = 1  # of the written file; a new number makes every cache convert again
+FORMAT = 2  # of the written file; a new number makes every cache convert again
 FILE = "model.gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 

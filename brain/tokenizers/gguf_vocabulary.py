@@ -64,13 +64,14 @@ class ByteLevelFields:
 
 
 def vocabulary_fields(spec: Mapping[str, Any], vocab_size: int) -> ByteLevelFields | None:
-    """A ``tokenizer.json``, parsed, as GGUF stores it; None where it is of another kind.
+    """A ``tokenizer.json``, parsed, as GGUF stores it; None where it is of another kind, or merges
+    nothing: llama.cpp reads no vocabulary without merges.
 
     Ids that the tokenizer does not use, up to ``vocab_size``, become unused tokens.
     """
     pre = next((name for name in PRE_TOKENIZERS if _cuts_like(spec, name)), None)
     model = spec.get("model", {})
-    if pre is None or model.get("type") != "BPE":
+    if pre is None or model.get("type") != "BPE" or not model["merges"]:
         return None
     kinds: dict[int, tuple[str, int]] = {
         index: (token, NORMAL) for token, index in model["vocab"].items()
