@@ -549,6 +549,12 @@ struct Worker {
     }
   }
 
+  // The first rows that this thread will read of a matrix, before it waits for the others.
+  void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) const {
+    const char* start = reinterpret_cast<const char*>(matrix(m, layer, rows, columns) + row * columns);
+    for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 0);
+  }
+
   void work() {
     for (int64_t layer = 0; layer < d.layers; ++layer) {
       norm(d.attention_norm, layer);
@@ -556,14 +562,19 @@ struct Worker {
 #pragma omp barrier
       split(layer);
       attend(layer);
+      ask_early(d.attention_out, layer, d.hidden_size, d.heads * d.head_dim, begin(d.hidden_size));
 #pragma omp barrier
       combine();
       receive(d.attention_out, layer, x, d.heads * d.head_dim);
+      ask_early(d.gate_up, layer, 2 * d.intermediate, d.hidden_size, begin(d.intermediate));
 #pragma omp barrier
       norm(d.mlp_norm, layer);
       activate(layer);
+      ask_early(d.down, layer, d.hidden_size, d.intermediate, begin(d.hidden_size));
 #pragma omp barrier
       receive(d.down, layer, shared.activated, d.intermediate);
+      if (layer + 1 < d.layers)
+        ask_early(d.qkv, layer + 1, qkv_rows(), d.hidden_size, begin(qkv_rows()));
 #pragma omp barrier
     }
     norm(d.final_norm, 0);
