@@ -132,8 +132,8 @@ inline void ask_for(const Number* from, int64_t numbers) {
 // R rows of a matrix times T vectors of float32: sums[r][t]. A sum is C chains of additions, so
 // that one need not wait for another.
 template <int R, int T, bool ASKS, class Weight>
-[[gnu::noinline]] void products(const Weight* const* rows, const float* x, int64_t x_stride, int64_t size,
-                     float (&sums)[R][T]) {
+[[gnu::noinline]] void products(const Weight* const* rows, const float* x, int64_t x_stride,
+                                int64_t size, float (&sums)[R][T]) {
   constexpr int C = R > 1 || T > 4 ? 1 : T == 1 ? 4 : 2;
   Floats parts[R][T][C] = {};
   int64_t i = 0;
@@ -551,7 +551,8 @@ struct Worker {
 
   // The first rows that this thread will read of a matrix, before it waits for the others.
   void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) const {
-    const char* start = reinterpret_cast<const char*>(matrix(m, layer, rows, columns) + row * columns);
+    const Weight* from = matrix(m, layer, rows, columns) + row * columns;
+    const char* start = reinterpret_cast<const char*>(from);
     for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 0);
   }
 
