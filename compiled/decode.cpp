@@ -17,13 +17,21 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int LANES = 16;
+// As wide as the processor's registers: GCC takes wider vectors apart, through memory. `MOST`
+// vectors are multiplied at a time by two rows, as many as there are registers for.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST = 8;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, MOST = 4;
+#else
+constexpr int LANES = 4, MOST = 4;
+#endif
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
@@ -45,16 +53,20 @@ inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof ve
 inline Floats widen(const float* from) { return load<Floats>(from); }
 
 inline Floats widen(const BFloat16* from) {
-#ifdef __AVX512F__  // GCC 12 takes such vectors apart
+#if defined(__AVX512F__)  // GCC 12 converts one number after another
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
 #else
   return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
 #endif
 }
 
 inline Floats widen(const int8_t* from) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #else
   return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
 #endif
@@ -87,15 +99,14 @@ inline float rounded(float x) {
 }
 
 inline float sum(Floats vector) {
-  typedef float Half __attribute__((vector_size(LANES * 2)));
-  typedef float Quarter __attribute__((vector_size(LANES)));
-  Half halves[2];
-  std::memcpy(halves, &vector, sizeof vector);
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof half);
-  const Quarter q = quarters[0] + quarters[1];
-  return (q[0] + q[2]) + (q[1] + q[3]);
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad quads[LANES / 4];
+  std::memcpy(quads, &vector, sizeof vector);
+#pragma GCC unroll 4
+  for (int half = LANES / 8; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < half; ++i) quads[i] += quads[i + half];
+  return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
 }
 
 // e^x for x <= 0, to some 2 units in the last place; 0 where float32 has no normal number for it.
@@ -178,12 +189,13 @@ inline void taken(const Weight* const* rows, const float* x, int64_t x_stride, i
 }
 
 // The same for any number of vectors.
-template <int R, int MOST, bool ASKS, class Weight, class Take>
+template <int R, int AT_ONCE, bool ASKS, class Weight, class Take>
 inline void products(const Weight* const* rows, const float* x, int64_t x_stride, int64_t size,
                      int64_t vectors, Take take) {
   if (vectors == 1) return taken<R, 1, ASKS>(rows, x, x_stride, size, 0, take);
   int64_t t = 0;
-  for (; t + MOST <= vectors; t += MOST) taken<R, MOST, ASKS>(rows, x, x_stride, size, t, take);
+  for (; t + AT_ONCE <= vectors; t += AT_ONCE)
+    taken<R, AT_ONCE, ASKS>(rows, x, x_stride, size, t, take);
   for (; t + 3 <= vectors; t += 3) taken<R, 3, ASKS>(rows, x, x_stride, size, t, take);
   for (; t < vectors; ++t) taken<R, 1, false>(rows, x, x_stride, size, t, take);
 }
@@ -201,11 +213,11 @@ inline void multiply(const Weight* matrix, const float* scale, const float* x, i
     for (; row + 2 <= last; row += 2) {
       rows[0] = matrix + row * size;
       rows[1] = rows[0] + size;
-      products<2, 8, true>(rows, x, x_stride, size, vectors, scaled);
+      products<2, MOST, true>(rows, x, x_stride, size, vectors, scaled);
     }
   for (; row < last; ++row) {
     rows[0] = matrix + row * size;
-    products<1, 8, true>(rows, x, x_stride, size, vectors, scaled);
+    products<1, MOST, true>(rows, x, x_stride, size, vectors, scaled);
   }
 }
 
@@ -259,39 +271,56 @@ struct Shared {
   int64_t num_seen;
   float* projected;    // [T, qkv rows]
   float* activated;    // [T, intermediate]
-  float* most;         // [threads, heads * T]: of the scores
-  float* total;        // [threads, heads * T]: of their exponentials
-  float* mixed;        // [threads, heads * T, head_dim]
-  float* scores;       // [heads * T, slots of the first thread], then of the next
+  int64_t span;        // slots of a block: attention is summed by blocks, never by threads
+  int64_t blocks;
+  float* most;         // [blocks, heads * T]: of the scores
+  float* total;        // [blocks, heads * T]: of their exponentials
+  float* mixed;        // [blocks, heads * T, head_dim]
+  float* scores;       // [heads * T, slots of the first block], then of the next
   float* mass;         // the same, [each ? T : 1, slots]
 };
+
+constexpr int64_t MOST_BLOCKS = 32, SHORTEST_BLOCK = 32;  // so many threads can attend
 
 template <class Real, class Weight>
 struct Worker {
   const Decode& d;
   const Shared& shared;
   int64_t thread, threads;
-  int64_t first, last;  // of the slots that are seen
+  int64_t first_block, last_block;  // of this thread
+  int64_t first, last;              // of the slots that are seen: those of one block
   float *x, *query, *key, *value, *scores, *mass, *own;
 
   int64_t queries() const { return d.heads * d.tokens; }
   int64_t qkv_rows() const { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
-  int64_t begin(int64_t size) const { return size * thread / threads; }
-  int64_t end(int64_t size) const { return size * (thread + 1) / threads; }
+  // Rows in pairs, as they are multiplied: however many threads there are, sums are the same.
+  int64_t begin(int64_t size) const { return (size + 1) / 2 * thread / threads * 2; }
+  int64_t end(int64_t size) const {
+    return std::min((size + 1) / 2 * (thread + 1) / threads * 2, size);
+  }
 
   Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads, Slices own_space)
       : d(d), shared(shared), thread(thread), threads(threads) {
-    first = begin(shared.num_seen);
-    last = end(shared.num_seen);
+    first_block = shared.blocks * thread / threads;
+    last_block = shared.blocks * (thread + 1) / threads;
     x = own_space.take(d.tokens * std::max({d.hidden_size, d.heads * d.head_dim, int64_t(1)}));
     query = own_space.take(queries() * d.head_dim);
     key = own_space.take(d.kv_heads * d.tokens * d.head_dim);
     value = own_space.take(d.kv_heads * d.tokens * d.head_dim);
     own = own_space.take(queries() * d.tokens);
-    const int64_t masses = d.each ? d.tokens : 1;
+    for (int64_t block = first_block; block < last_block; ++block) {
+      enter(block);
+      std::memset(mass, 0, sizeof(float) * masses() * (last - first));
+    }
+  }
+
+  int64_t masses() const { return d.each ? d.tokens : 1; }
+
+  void enter(int64_t block) {
+    first = block * shared.span;
+    last = std::min(first + shared.span, shared.num_seen);
     scores = shared.scores + queries() * first;
-    mass = shared.mass + masses * first;
-    std::memset(mass, 0, sizeof(float) * masses * (last - first));
+    mass = shared.mass + masses() * first;
   }
 
   const Weight* matrix(const Matrix& m, int64_t layer, int64_t rows, int64_t columns) const {
@@ -363,17 +392,20 @@ struct Worker {
     }
   }
 
-  // Scores of this thread's slots, and their sum of exponentials and mixed values so far.
+  // Scores of this thread's slots, and block by block their sum of exponentials and mixed values.
   void attend(int64_t layer) {
-    const int64_t length = last - first, group = d.heads / d.kv_heads * d.tokens;
-    const int64_t plane = d.capacity * d.head_dim;
+    const int64_t group = d.heads / d.kv_heads * d.tokens, plane = d.capacity * d.head_dim;
     for (int64_t h = 0; h < d.kv_heads; ++h) {
       const Real* keys = static_cast<const Real*>(d.keys) + (layer * d.kv_heads + h) * plane;
       const Real* values = static_cast<const Real*>(d.values) + (layer * d.kv_heads + h) * plane;
-      float* block = scores + h * group * length;
-      score(keys, query + h * group * d.head_dim, block, group);
-      for (int64_t q = 0; q < group; ++q) soften(block + q * length, h * group + q);
-      mix(values, block, shared.mixed + (thread * queries() + h * group) * d.head_dim, group);
+      for (int64_t block = first_block; block < last_block; ++block) {
+        enter(block);
+        const int64_t length = last - first, found = block * queries() + h * group;
+        float* weights = scores + h * group * length;
+        score(keys, query + h * group * d.head_dim, weights, group);
+        for (int64_t q = 0; q < group; ++q) soften(weights + q * length, found + q);
+        mix(values, weights, shared.mixed + found * d.head_dim, group);
+      }
     }
   }
 
@@ -400,8 +432,8 @@ struct Worker {
     }
   }
 
-  // Scores to exponentials.
-  void soften(float* row, int64_t q) const {
+  // Scores to exponentials, for the place where their largest and their sum are kept.
+  void soften(float* row, int64_t place) const {
     const int64_t length = last - first;
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
@@ -413,8 +445,8 @@ struct Worker {
       row[i] = exponential(row[i] - base);
       total += row[i];
     }
-    shared.most[thread * queries() + q] = most;
-    shared.total[thread * queries() + q] = total;
+    shared.most[place] = most;
+    shared.total[place] = total;
   }
 
   // The values of this thread's slots, each by its weight: several queries and vectors at a time,
@@ -464,10 +496,10 @@ struct Worker {
         store(mixed + (q + i) * d.head_dim + column + w * LANES, sums[i][w]);
   }
 
-  // What all threads found, and the new tokens among themselves: one softmax over both. Attended
+  // What all blocks found, and the new tokens among themselves: one softmax over both. Attended
   // values into x [T, heads * head_dim]; this thread's slots receive their mass.
   void combine() {
-    const int64_t length = last - first, group = d.heads / d.kv_heads, width = d.head_dim;
+    const int64_t group = d.heads / d.kv_heads, width = d.head_dim;
     for (int64_t h = 0; h < d.heads; ++h)
       for (int64_t t = 0; t < d.tokens; ++t) {
         const int64_t q = h * d.tokens + t;
@@ -476,8 +508,8 @@ struct Worker {
         const uint8_t* visible = d.fresh + t * d.tokens;
         float* share = own + q * d.tokens;
         float most = -INFINITY;
-        for (int64_t i = 0; i < threads; ++i)
-          most = std::max(most, shared.most[i * queries() + q]);
+        for (int64_t block = 0; block < shared.blocks; ++block)
+          most = std::max(most, shared.most[block * queries() + q]);
         for (int64_t j = 0; j < d.tokens; ++j) {
           if (!visible[j]) continue;
           const float* row = keys + j * width;
@@ -486,32 +518,33 @@ struct Worker {
           share[j] = sums[0][0];
           most = std::max(most, share[j]);
         }
-        float total = 0;
-        for (int64_t i = 0; i < threads; ++i)
-          total += shared.total[i * queries() + q] * factor(i, q, most);
+        float factors[MOST_BLOCKS], total = 0;
+        for (int64_t block = 0; block < shared.blocks; ++block) {
+          factors[block] = exponential(shared.most[block * queries() + q] - most);
+          total += shared.total[block * queries() + q] * factors[block];
+        }
         for (int64_t j = 0; j < d.tokens; ++j) {
           share[j] = visible[j] ? exponential(share[j] - most) : 0.0f;
           total += share[j];
         }
         float* out = x + (t * d.heads + h) * width;
         for (int64_t i = 0; i < width; ++i) out[i] = 0;
-        for (int64_t i = 0; i < threads; ++i)
-          add(out, shared.mixed + (i * queries() + q) * width, factor(i, q, most) / total, width);
+        for (int64_t block = 0; block < shared.blocks; ++block)
+          add(out, shared.mixed + (block * queries() + q) * width, factors[block] / total, width);
         for (int64_t j = 0; j < d.tokens; ++j)
           if (visible[j]) add(out, values + j * width, share[j] / total, width);
         for (int64_t i = 0; i < width; ++i) out[i] = rounded<Real>(out[i]);
 
         const float counts = d.each ? 1.0f : d.live[t];
-        add(mass + (d.each ? t * length : 0), scores + q * length,
-            counts * factor(thread, q, most) / total, length);
+        for (int64_t block = first_block; block < last_block; ++block) {
+          enter(block);
+          add(mass + (d.each ? t * (last - first) : 0), scores + q * (last - first),
+              counts * factors[block] / total, last - first);
+        }
         if (thread == 0)
           add(d.mass + (d.each ? t * (d.bucket + d.tokens) : 0) + d.bucket, share, counts / total,
               d.tokens);
       }
-  }
-
-  float factor(int64_t of_thread, int64_t q, float most) const {
-    return exponential(shared.most[of_thread * queries() + q] - most);
   }
 
   static void add(float* to, const float* from, float factor, int64_t size) {
@@ -584,32 +617,31 @@ struct Worker {
              [&](int64_t row, int64_t t, float product) {
                d.logits[t * d.vocab + row] = rounded<Real>(product);
              });
-    for (int64_t t = 0; t < (d.each ? d.tokens : 1); ++t)
-      for (int64_t i = first; i < last; ++i)
-        d.mass[t * (d.bucket + d.tokens) + shared.seen[i]] = mass[t * (last - first) + i - first];
+    for (int64_t block = first_block; block < last_block; ++block) {
+      enter(block);
+      for (int64_t t = 0; t < masses(); ++t)
+        for (int64_t i = first; i < last; ++i)
+          d.mass[t * (d.bucket + d.tokens) + shared.seen[i]] =
+              mass[t * (last - first) + i - first];
+    }
   }
 };
 
 int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
-}  // namespace
-
-// Floats that the workspace must hold for this many threads.
-extern "C" int64_t workspace_size(const Decode* d) {
-  const int64_t queries = d->heads * d->tokens, masses = d->each ? d->tokens : 1;
-  const int64_t rows = (d->heads + 2 * d->kv_heads) * d->head_dim;
-  const int64_t common = padded(d->bucket) + padded(d->tokens * rows) +
-                         padded(d->tokens * d->intermediate) + 2 * padded(d->threads * queries) +
-                         padded(d->threads * queries * d->head_dim) + padded(queries * d->bucket) +
-                         padded(masses * d->bucket);
-  const int64_t own = padded(d->tokens * std::max(d->hidden_size, d->heads * d->head_dim)) +
-                      padded(queries * d->head_dim) +
-                      2 * padded(d->kv_heads * d->tokens * d->head_dim) +
-                      padded(queries * d->tokens);
-  return common + d->threads * own;
+int64_t needed(const Decode& d) {
+  const int64_t queries = d.heads * d.tokens, masses = d.each ? d.tokens : 1;
+  const int64_t rows = (d.heads + 2 * d.kv_heads) * d.head_dim;
+  const int64_t common = padded(d.bucket) + padded(d.tokens * rows) +
+                         padded(d.tokens * d.intermediate) + 2 * padded(MOST_BLOCKS * queries) +
+                         padded(MOST_BLOCKS * queries * d.head_dim) + padded(queries * d.bucket) +
+                         padded(masses * d.bucket);
+  const int64_t own = padded(d.tokens * std::max(d.hidden_size, d.heads * d.head_dim)) +
+                      padded(queries * d.head_dim) +
+                      2 * padded(d.kv_heads * d.tokens * d.head_dim) +
+                      padded(queries * d.tokens);
+  return common + d.threads * own;
 }
-
-namespace {
 
 template <class Real, class Weight>
 void decode(const Decode& d) {
@@ -618,20 +650,23 @@ void decode(const Decode& d) {
   shared.seen = reinterpret_cast<int32_t*>(slices.take(d.bucket));
   int64_t seen = 0;
   for (int64_t slot = 0; slot < d.bucket; ++slot) {
-    bool any = false;
-    for (int64_t t = 0; t < d.tokens; ++t) any |= d.cached[t * d.bucket + slot] != 0;
-    if (any) shared.seen[seen++] = int32_t(slot);
+    int64_t t = 0;
+    while (t < d.tokens && !d.cached[t * d.bucket + slot]) ++t;
+    if (t < d.tokens) shared.seen[seen++] = int32_t(slot);
   }
   shared.num_seen = seen;
+  shared.span = std::max((seen + MOST_BLOCKS - 1) / MOST_BLOCKS, SHORTEST_BLOCK);
+  shared.span = (shared.span + 3) / 4 * 4;
+  shared.blocks = (seen + shared.span - 1) / shared.span;
   shared.projected = slices.take(d.tokens * (d.heads + 2 * d.kv_heads) * d.head_dim);
   shared.activated = slices.take(d.tokens * d.intermediate);
-  shared.most = slices.take(d.threads * d.heads * d.tokens);
-  shared.total = slices.take(d.threads * d.heads * d.tokens);
-  shared.mixed = slices.take(d.threads * d.heads * d.tokens * d.head_dim);
+  shared.most = slices.take(MOST_BLOCKS * d.heads * d.tokens);
+  shared.total = slices.take(MOST_BLOCKS * d.heads * d.tokens);
+  shared.mixed = slices.take(MOST_BLOCKS * d.heads * d.tokens * d.head_dim);
   shared.scores = slices.take(d.heads * d.tokens * d.bucket);
   shared.mass = slices.take((d.each ? d.tokens : 1) * d.bucket);
   const int64_t used = slices.next - d.workspace;
-  const int64_t each = (workspace_size(&d) - used) / d.threads;
+  const int64_t each = (needed(d) - used) / d.threads;
 #pragma omp parallel num_threads(d.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -643,3 +678,6 @@ void decode(const Decode& d) {
 
 // For one pair of number formats, named when this is built: there are as many libraries as pairs.
 extern "C" void decode(const Decode* d) { decode<REAL, WEIGHT>(*d); }
+
+// Floats that the workspace must hold for this many threads.
+extern "C" int64_t workspace_size(const Decode* d) { return needed(*d); }

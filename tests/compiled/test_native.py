@@ -178,6 +178,23 @@ def test_the_comparison_can_fail() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_I11_the_number_of_threads_changes_no_bit(precision: Precision) -> None:
+    """A run may go on with more threads, or fewer, than it began with."""
+    config = replace(toy_config(), hidden_size=49, intermediate_size=33, vocab_size=77)
+    weights = model(config, precision)
+    state = memory(config, precision[0], torch.arange(CAPACITY) % 7 != 3)
+    for num_tokens in (1, 2, 5, 7, 11, 16):
+        tokens = torch.arange(num_tokens)
+        rest = (tokens, 100 + tokens, torch.tensor(num_tokens))
+        told = set()
+        for threads in (1, 2, 3, 5, 40):
+            torch.set_num_threads(threads)
+            reading = read(config, weights, state, *rest, bucket=CAPACITY, decode=built(weights))
+            told.add(digest(*reading))
+        assert len(told) == 1, num_tokens
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_same_read_gives_the_same_bits(precision: Precision) -> None:
     """Whoever is scheduled when: threads add up in a fixed order."""
     torch.set_num_threads(3)
