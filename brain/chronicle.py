@@ -183,6 +183,8 @@ class Chronicle:
         for key, value in now.items():
             # A record from before there was such a setting was made without it.
             was = before.get(key, _UNSAID.get(key)) if isinstance(before, dict) else None
+            if isinstance(was, dict) and isinstance(value, dict):
+                was = {**_UNSAID_WITHIN.get(key, {}), **was}
             if was != value:
                 told = key if isinstance(value, dict) else f"{key}={shown(was)}, not {value!r}"
                 raise Refused(
@@ -412,11 +414,16 @@ _UNSAID = {
 }
 """What was not yet a setting when older records were begun."""
 
+_UNSAID_WITHIN: dict[str, dict[str, Any]] = {"engine": {"native": False}}
+"""The same of settings within a group."""
+
 
 def _lasting(conf: Conf) -> dict[str, Any]:
     """The settings that decide what a run says, as JSON knows them."""
     told = plain(dataclasses.asdict(conf))
     lasting: dict[str, Any] = json.loads(json.dumps(told))
+    if not conf.engine.compiled:
+        lasting["engine"]["native"] = False  # it decides nothing there
     return {key: value for key, value in lasting.items() if key not in FREE}
 
 

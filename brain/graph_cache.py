@@ -8,6 +8,7 @@ given a folder of our own, whose files are sealed by size and SHA-256 and looked
 import contextlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,26 +40,44 @@ def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
     """
     named = os.environ.get(VARIABLE)
     root = Path(named) if named else cache_dir or user_cache_path("positronic-brain")
-    folder = root / NAME
+    folder = root if root.name == NAME else root / NAME  # of a process that was begun within this
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_private(folder)
             alone = stack.enter_context(_shared(folder / LOCK))
+            with alone() as nobody_else:
+                if nobody_else:
+                    _sweep(folder)
         except OSError:
             yield lambda: None
             return
-        with alone as nobody_else:
-            if nobody_else:
-                _sweep(folder)
+
+        def seal() -> None:
+            # What another process is making may be half a file: it is for the last to seal.
+            with contextlib.suppress(OSError), alone() as nobody_else:
+                if nobody_else:
+                    _seal(folder)
+
         os.environ[VARIABLE] = str(folder)
         try:
-            yield lambda: _seal(folder)
+            yield seal
         finally:
             if named is None:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = named
-            _seal(folder)
+            seal()
+
+
+def _require_private(folder: Path) -> None:
+    """Raises OSError unless this is a folder that nobody but us may write: what lies in it is run,
+    and removed.
+    """
+    status = os.lstat(folder)
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not private or (hasattr(os, "geteuid") and status.st_uid != os.geteuid()):
+        raise PermissionError(f"{folder} is not a folder of one's own")
 
 
 def _sweep(folder: Path) -> None:
@@ -81,11 +100,12 @@ def _sweep(folder: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Writes down every file that is there now, if there is a new one. What cannot be sealed is
-    made once more next time.
+    """Writes down every file that is there now, if there is a new one. Nobody else may be using the
+    folder. What cannot be sealed is made once more next time.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        if (folder / SEAL).exists() and _read_seal(folder).keys() == _files(folder):
+        sizes = {name: size for name, (size, _) in _read_seal(folder).items()}
+        if sizes == {name: (folder / name).stat().st_size for name in _files(folder)}:
             return
     partial = folder / f"{SEAL}.{os.getpid()}"
     try:
@@ -116,12 +136,13 @@ def _entry(folder: Path, name: str) -> tuple[int, str]:
 
 
 @contextmanager
-def _shared(path: Path) -> Iterator[contextlib.AbstractContextManager[bool]]:
-    """Marks a folder as in use, by however many. What it gives, entered once, says whether nobody
-    else uses it, and lets nobody begin to until it is left. The lock ends with the process.
+def _shared(path: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[bool]]]:
+    """Marks a folder as in use, by however many. What it gives says, where it is entered, whether
+    nobody else uses the folder, and lets nobody begin to until it is left. The lock ends with the
+    process. Raises OSError where files cannot be locked.
     """
     if sys.platform == "win32":
-        yield contextlib.nullcontext(False)
+        yield lambda: contextlib.nullcontext(False)
         return
     import fcntl
 
@@ -137,4 +158,5 @@ def _shared(path: Path) -> Iterator[contextlib.AbstractContextManager[bool]]:
                 yield True
             fcntl.flock(file, fcntl.LOCK_SH)
 
-        yield alone()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield alone

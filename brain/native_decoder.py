@@ -1,6 +1,7 @@
 """The CPU's decode operator, built for this machine once and kept in the cache folder."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -13,7 +14,7 @@ from threading import Thread
 from platformdirs import user_cache_path
 
 from brain.checkpoints.built_folder import ensure_built
-from brain.errors import Refused
+from brain.errors import Refused, one_line
 from compiled.native import SOURCE, Formats
 
 FLAGS = (
@@ -33,7 +34,16 @@ def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
     builds it.
     """
     defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
-    return built_library(SOURCE, defined, cache_dir, "engine.native=false")
+    remedy = "engine.native=false"
+    try:
+        library = built_library(SOURCE, defined, cache_dir, remedy)
+        ctypes.CDLL(str(library))  # a folder may forbid to run what lies in it
+    except Refused as error:
+        told = str(error)
+        raise Refused(told if remedy in told else f"{told}; or use {remedy}") from None
+    except OSError as error:
+        raise Refused(f"{one_line(error)}: choose another cache_dir, or use {remedy}") from None
+    return library
 
 
 def built_library(
@@ -78,11 +88,17 @@ def begin_native_decoder(formats: Formats, cache_dir: Path | None = None) -> Non
 
 
 def _compiler() -> str:
-    """The C++ compiler that PyTorch uses, too."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        found = shutil.which(name) if name else None
+    """The C++ compiler: what ``CXX`` says, or what is there."""
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "clang++", "c++"]:
+        found = shutil.which(name)
         if found:
             return found
+    if asked:
+        raise Refused(
+            f"CXX={asked} is no program that can be run: name a C++ compiler without arguments, "
+            "or use engine.native=false"
+        )
     raise Refused("no C++ compiler is installed (g++ or clang++): install one, or use engine=eager")
 
 
@@ -90,7 +106,7 @@ def _identity(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
     """Sixteen hexadecimal digits for everything that the library depends on."""
     resolved = Path(compiler).resolve()
     status = resolved.stat()
-    built_by = (flags, str(resolved), status.st_size, status.st_mtime_ns, platform.platform())
+    built_by = (flags, str(resolved), status.st_size, status.st_mtime_ns, platform.machine())
     told = repr((source.read_text("utf-8"), built_by, _processor()))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 

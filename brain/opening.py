@@ -81,7 +81,7 @@ def open_brain(conf: Conf) -> Brain:
             raise Refused(f"threads must be 1 to {MOST_THREADS}, not {conf.threads}")
         torch.set_num_threads(conf.threads)
     int8 = conf.weights is WeightFormat.int8
-    if settings.compiled:  # both go on while weights are loaded
+    if settings.compiled and settings.device.type == "cpu":  # both go on while weights are loaded
         wanted = formats(settings.dtype, settings.device, int8=int8) if settings.native else None
         if wanted is not None:
             begin_native_decoder(wanted, settings.cache)

@@ -224,6 +224,8 @@ def _conf(saved: Any, folder: Path) -> Conf:
         # Text is text: what looks like an interpolation would be given the environment to read.
         told = {str(key): literal(value) for key, value in saved.items()}
         task = told.pop("task", None)
+        if isinstance(told.get("engine"), dict):  # of an older save, which knows no operator
+            told["engine"].setdefault("native", False)
         conf = OmegaConf.merge(OmegaConf.structured(Conf), told, {"task": task})
         return typed(conf)  # type: ignore[arg-type]
     except (

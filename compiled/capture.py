@@ -462,7 +462,8 @@ def _capture(
 
     def inductor(module: GraphModule, inputs: list[Tensor]) -> Any:
         start = time.perf_counter()
-        prepared().result()
+        if device.type == "cpu":
+            prepared().result()
         compiled_module = compile_fx(module, inputs, config_patches=options)
         capture.seconds += time.perf_counter() - start
         capture.modules.append(module)

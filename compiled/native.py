@@ -189,8 +189,8 @@ def _run(
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
     passed = [hidden, *(tensor.contiguous() for tensor in (*inputs[1:], *visible))]
-    for tensor in (*norms, *matrices, *scales, *cache):
-        assert tensor.is_contiguous()
+    if not all(tensor.is_contiguous() for tensor in (*norms, *matrices, *scales, *cache)):
+        raise ValueError("weights and cache must lie in one piece")
     num_tokens, bucket = visible[0].shape
     layers, kv_heads, capacity, head_dim = cache[0].shape
     scaled: list[int | None] = [scale.data_ptr() for scale in scales]

@@ -64,6 +64,7 @@ def ticks_per_second(form: str, asked: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(asked.device)
     capacity = max(asked.rows + UNTIMED + TICKS, 1024)
     overrides = [f"capacity={capacity}", f"engine.smallest_bucket={capacity}", "engine=compiled"]
+    overrides.append("engine.native=false")  # forms are of what the compiler is given
     precision = "bfloat16" if asked.precision == "int8" else asked.precision
     conf = compose_conf([*overrides, f"device={asked.device}", f"dtype={precision}"])
     settings = settings_of(conf)

@@ -1,4 +1,4 @@
-"""The user's rule on a cache of tens of gigabytes: nothing that could not be done a hundred times a
+"""The rule, on a cache of tens of gigabytes: nothing that could not be done a hundred times a
 second.
 
     python profiles/large_cache.py --slots 300000 --out profiles/results/large-cache.json

@@ -190,6 +190,24 @@ def test_a_record_from_before_a_setting_was_made_without_it(
     assert len((tmp_path / "tokens.txt").read_text("utf-8").splitlines()) == 6
 
 
+def test_a_record_from_before_the_operator_was_made_without_it(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    """An eager run never had one; a captured one goes on only as it began."""
+    for engine in ("eager", "compiled"):
+        folder = tmp_path / engine
+        chronicle = go(open_tiny(engine=engine, **{"engine.native": False}), folder, 4)
+        chronicle.finish("")
+        chronicle.close()
+        path = folder / "saves" / "run.json"
+        record = json.loads(path.read_text("utf-8"))
+        del record["conf"]["engine"]["native"]
+        path.write_text(json.dumps(record), "utf-8")
+    with pytest.raises(Refused, match="another engine"):
+        go(open_tiny(engine="compiled"), tmp_path / "compiled", 6)
+    go(open_tiny(), tmp_path / "eager", 6).close()
+
+
 def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
     open_: Callable[[], Brain], tmp_path: Path
 ) -> None:

@@ -96,6 +96,39 @@ def test_what_another_process_is_making_stays(cache: Path) -> None:
         assert kept_in(cache)["new.so"] == "new"
 
 
+def test_what_others_may_still_be_writing_is_not_sealed(
+    cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with kept_graphs(cache):
+        (cache / NAME / "half.so").write_text("half of")
+        assert kept_in(cache)["half.so"] == "half of"  # comes and goes meanwhile
+        assert "half.so" not in json.loads((cache / NAME / SEAL).read_text())
+        (cache / NAME / "half.so").write_text("half of it, and the rest")
+    assert kept_in(cache)["half.so"] == "half of it, and the rest"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("years")
+    (tmp_path / NAME).symlink_to(tmp_path / "theirs")
+    with kept_graphs(tmp_path) as seal:
+        seal()
+        assert VARIABLE not in os.environ
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_others_may_write_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME).chmod(0o777)
+    with kept_graphs(tmp_path):
+        assert VARIABLE not in os.environ
+
+
 def test_a_seal_in_the_middle_of_a_run_holds_what_is_there(cache: Path) -> None:
     with kept_graphs(cache) as seal:
         (cache / NAME / "captured").write_text("a graph")

@@ -349,8 +349,11 @@ def test_a_save_from_before_there_was_lookup_loads(open_parrot: OpenTiny, tmp_pa
     path = tmp_path / "save" / "brain.json"
     description = json.loads(path.read_text())
     del description["conf"]["lookup"]
+    del description["conf"]["engine"]["native"]
     path.write_text(json.dumps(sealed(description)))
-    assert brain.load(tmp_path / "save").tick().token == b.tick().token
+    loaded = brain.load(tmp_path / "save")
+    assert loaded.conf.engine.native is False
+    assert loaded.tick().token == b.tick().token
 
 
 # The real model ----------------------------------------------------------------------------------

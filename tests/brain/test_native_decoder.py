@@ -1,6 +1,7 @@
 """Building the CPU's operator: once, again where it is damaged, and refusals in one line."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -67,6 +68,20 @@ def test_without_a_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(Refused, match=r"no C\+\+ compiler.*engine=eager"):
         native_decoder(FLOATS)
+
+
+@pytest.mark.parametrize("asked", ["ccache g++", "/no/such/g++"])
+def test_a_compiler_that_is_asked_for_is_not_replaced(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", asked)
+    with pytest.raises(Refused, match=f"CXX={re.escape(asked)} .*engine.native=false"):
+        native_decoder(FLOATS)
+
+
+def test_a_cache_that_cannot_be_written_names_what_to_do_without() -> None:
+    with pytest.raises(Refused, match=r"cannot be written.*engine\.native=false"):
+        native_decoder(FLOATS, Path("/proc/nope"))
 
 
 def test_another_compiler_is_another_library(
