@@ -9,6 +9,7 @@ switched off, the twin is what is captured.
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from compiled.llama import LlamaConfig, Weights
 from compiled.state import State
 
 _NAMESPACE = "positronic_brain"
+_DEFINING = threading.Lock()  # two threads may open the same model at once
 SOURCE = Path(__file__).with_name("decode.cpp")
 
 _REALS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
@@ -107,8 +109,13 @@ def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Te
     loaded = ctypes.CDLL(str(library))
     loaded.workspace_size.restype = ctypes.c_int64
     name = library.stem.replace("-", "_")
-    if hasattr(getattr(torch.ops, _NAMESPACE), name):
-        return _named(name)
+    with _DEFINING:
+        if not hasattr(getattr(torch.ops, _NAMESPACE), name):
+            _define(name, loaded)
+    return _named(name)
+
+
+def _define(name: str, loaded: ctypes.CDLL) -> None:
     torch.library.define(
         f"{_NAMESPACE}::{name}",
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
@@ -116,7 +123,6 @@ def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Te
     )
     torch.library.register_fake(f"{_NAMESPACE}::{name}", _allocated)
     torch.library.impl(f"{_NAMESPACE}::{name}", "cpu", functools.partial(_run, loaded))
-    return _named(name)
 
 
 def _named(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
