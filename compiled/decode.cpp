@@ -4,11 +4,11 @@
 // lies between two products (norms, rotation, softmax) is done by every thread for itself, because
 // that takes less time than waiting for another to do it. Threads wait for each other five times a
 // layer. The twin in PyTorch, and the meaning of every step, is `decoder_layer` in llama.py;
-// `native.py` builds and calls this.
+// `native.py` calls this, and brain/native_decoder.py has it built.
 //
 // Numbers are float32 wherever they are not stored: a matrix, the cache and what the twin rounds
-// are in the model's dtype. Vectors are the compiler's own (GCC, Clang), so that one source serves
-// every processor.
+// are in the model's dtype. Vectors are the compiler's own (GCC, Clang); only conversions are named
+// for a processor. No sum depends on how many threads there are.
 
 #include <omp.h>
 
