@@ -629,12 +629,17 @@ struct Worker {
 
 int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
+// At most so many blocks are made of a bucket.
+int64_t most_blocks(const Decode& d) {
+  return std::min((d.bucket + SHORTEST_BLOCK - 1) / SHORTEST_BLOCK, MOST_BLOCKS);
+}
+
 int64_t needed(const Decode& d) {
   const int64_t queries = d.heads * d.tokens, masses = d.each ? d.tokens : 1;
   const int64_t rows = (d.heads + 2 * d.kv_heads) * d.head_dim;
   const int64_t common = padded(d.bucket) + padded(d.tokens * rows) +
-                         padded(d.tokens * d.intermediate) + 2 * padded(MOST_BLOCKS * queries) +
-                         padded(MOST_BLOCKS * queries * d.head_dim) + padded(queries * d.bucket) +
+                         padded(d.tokens * d.intermediate) + 2 * padded(most_blocks(d) * queries) +
+                         padded(most_blocks(d) * queries * d.head_dim) + padded(queries * d.bucket) +
                          padded(masses * d.bucket);
   const int64_t own = padded(d.tokens * std::max(d.hidden_size, d.heads * d.head_dim)) +
                       padded(queries * d.head_dim) +
@@ -660,9 +665,9 @@ void decode(const Decode& d) {
   shared.blocks = (seen + shared.span - 1) / shared.span;
   shared.projected = slices.take(d.tokens * (d.heads + 2 * d.kv_heads) * d.head_dim);
   shared.activated = slices.take(d.tokens * d.intermediate);
-  shared.most = slices.take(MOST_BLOCKS * d.heads * d.tokens);
-  shared.total = slices.take(MOST_BLOCKS * d.heads * d.tokens);
-  shared.mixed = slices.take(MOST_BLOCKS * d.heads * d.tokens * d.head_dim);
+  shared.most = slices.take(most_blocks(d) * d.heads * d.tokens);
+  shared.total = slices.take(most_blocks(d) * d.heads * d.tokens);
+  shared.mixed = slices.take(most_blocks(d) * d.heads * d.tokens * d.head_dim);
   shared.scores = slices.take(d.heads * d.tokens * d.bucket);
   shared.mass = slices.take((d.each ? d.tokens : 1) * d.bucket);
   const int64_t used = slices.next - d.workspace;

@@ -322,10 +322,10 @@ def test_I4_a_patch_and_its_account_are_one(
         after, token = Held.of(b), b.tick().token
         before.put_back(b)
 
-        def signalled(plan: Any) -> None:
+        def signalled(plan: Any, **how: Any) -> None:
             if not late:
                 signal.raise_signal(number)
-            patch(plan)
+            patch(plan, **how)
             if late:
                 signal.raise_signal(number)
 

@@ -121,7 +121,8 @@ def test_compiled_engine_agrees_at_the_edges_of_two_buckets() -> None:
     verdict = examine(golden, brain)
     assert verdict.failure is None
     reads = {name for name in brain.graphs.captures if name.startswith("read")}
-    assert reads == {f"read T={width} bucket={size}" for width in (1, 8) for size in (32, 64)}
+    # What the memory begins with is read uncaptured: nothing of eight tokens is in the small one.
+    assert reads == {"read T=1 bucket=32", "read T=1 bucket=64", "read T=8 bucket=64"}
 
 
 def test_goldens_are_what_the_cases_say(passage: list[int]) -> None:

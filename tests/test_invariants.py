@@ -429,12 +429,12 @@ def test_I4_an_append_interrupted_between_chunks_is_taken_back(
     done: list[Any] = []
     patch = b.graphs.patch
 
-    def interrupted(plan: Any) -> None:
+    def interrupted(plan: Any, **how: Any) -> None:
         if len(done) == survives:
             done.append(plan)
             raise Interruption
         done.append(plan)
-        patch(plan)
+        patch(plan, **how)
 
     monkeypatch.setattr(b.graphs, "patch", interrupted)
     with pytest.raises(Interruption):

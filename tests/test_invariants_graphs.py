@@ -425,21 +425,27 @@ def allocations(run: Callable[[], object]) -> list[int]:
 
 
 def test_captured_graphs_allocate_nothing_like_the_cache(warm_brain: Brain) -> None:
-    """The machine code writes keys and values in place: no graph clones so much as one layer."""
+    """The machine code writes keys and values in place: no graph clones so much as one layer. In so
+    small a memory the scratch of a read, a number for each head and slot, is near a layer's keys;
+    ``test_guard.py`` has it grow.
+    """
     b = warm_brain
     b.prime(IDS[:40])
     layer = b.state.keys[0].nbytes
     width = torch.zeros(4, dtype=torch.int64), torch.arange(4), torch.tensor(4)
     edit = b.graphs.empty_edit(4)
     reading = b.graphs.read(*width, high_water=48)
-    for run in (
-        lambda: b.graphs.patch(edit),
-        b.tick,
-        lambda: b.graphs.patch(edit._replace(keys=reading.new_keys, values=reading.new_values)),
+    for run, bound in (
+        (lambda: b.graphs.patch(edit), layer),
+        (b.tick, 2 * layer),
+        (
+            lambda: b.graphs.patch(edit._replace(keys=reading.new_keys, values=reading.new_values)),
+            layer,
+        ),
     ):
         run()
         sizes = allocations(run)
-        assert max(sizes, default=0) < layer, sorted(sizes)[-5:]
+        assert max(sizes, default=0) < bound, sorted(sizes)[-5:]
     assert max(allocations(lambda: b.state.keys.clone())) >= 2 * layer  # the check can fail
 
 
