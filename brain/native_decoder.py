@@ -31,31 +31,26 @@ FLAGS = (
 
 def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
     """The shared library of ``decode.cpp`` for these number formats, as :func:`built_library`
-    builds it.
+    builds it. Raises Refused where it cannot be built or loaded.
     """
+    compiler = cpp_compiler()
     defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
-    remedy = "engine.native=false"
     try:
-        library = built_library(SOURCE, defined, cache_dir, remedy)
+        library = built_library(SOURCE, compiler, defined, cache_dir)
         ctypes.CDLL(str(library))  # a folder may forbid to run what lies in it
-    except Refused as error:
-        told = str(error)
-        raise Refused(told if remedy in told else f"{told}; or use {remedy}") from None
-    except OSError as error:
-        raise Refused(f"{one_line(error)}: choose another cache_dir, or use {remedy}") from None
+    except (Refused, OSError) as error:
+        raise Refused(f"{one_line(error)}; or use engine.native=false") from None
     return library
 
 
 def built_library(
-    source: Path, defined: tuple[str, ...], cache_dir: Path | None, remedy: str
+    source: Path, compiler: str, defined: tuple[str, ...] = (), cache_dir: Path | None = None
 ) -> Path:
     """The shared library of a C++ file, compiled first where it is absent or damaged.
 
     It is named for all that it depends on: source, flags, compiler and processor. ``cache_dir``
-    defaults to the user's cache folder. Raises Refused where there is no compiler, or it fails;
-    ``remedy`` is what to do without.
+    defaults to the user's cache folder. Raises Refused where the compiler or the disk refuses.
     """
-    compiler = _compiler()
     flags = (*FLAGS, *defined)
     name = f"{source.stem}-{_identity(source, compiler, flags)}"
     root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
@@ -68,7 +63,7 @@ def built_library(
             reason = next((line for line in done.stderr.splitlines() if "error" in line), "?")
             raise Refused(
                 f"{compiler} cannot build {source.name} ({reason.strip()[:200]}): "
-                f"set CXX to another C++17 compiler with OpenMP, or use {remedy}"
+                "set CXX to another C++17 compiler with OpenMP"
             )
 
     return ensure_built(root / name, build) / f"{name}.so"
@@ -87,8 +82,8 @@ def begin_native_decoder(formats: Formats, cache_dir: Path | None = None) -> Non
     Thread(target=build, name="native-decoder", daemon=True).start()
 
 
-def _compiler() -> str:
-    """The C++ compiler: what ``CXX`` says, or what is there."""
+def cpp_compiler() -> str:
+    """The C++ compiler: what ``CXX`` says, or what is there. Raises Refused."""
     asked = os.environ.get("CXX")
     for name in [asked] if asked else ["g++", "clang++", "c++"]:
         found = shutil.which(name)

@@ -257,11 +257,13 @@ struct Decode {
 namespace {
 
 // What one thread, or all of them, work with: slices of the workspace.
+// Without a base it only counts.
 struct Slices {
-  float* next;
+  float* base;
+  int64_t used;
   float* take(int64_t size) {
-    float* slice = next;
-    next += (size + LANES - 1) / LANES * LANES;
+    float* slice = base ? base + used : nullptr;
+    used += (size + LANES - 1) / LANES * LANES;
     return slice;
   }
 };
@@ -282,14 +284,59 @@ struct Shared {
 
 constexpr int64_t MOST_BLOCKS = 32, SHORTEST_BLOCK = 32;  // so many threads can attend
 
+Shared shared_of(const Decode& d, Slices& slices) {
+  const int64_t queries = d.heads * d.tokens;
+  const int64_t blocks = std::min((d.bucket + SHORTEST_BLOCK - 1) / SHORTEST_BLOCK, MOST_BLOCKS);
+  Shared shared{};
+  shared.seen = reinterpret_cast<int32_t*>(slices.take(d.bucket));
+  shared.projected = slices.take(d.tokens * (d.heads + 2 * d.kv_heads) * d.head_dim);
+  shared.activated = slices.take(d.tokens * d.intermediate);
+  shared.most = slices.take(blocks * queries);
+  shared.total = slices.take(blocks * queries);
+  shared.mixed = slices.take(blocks * queries * d.head_dim);
+  shared.scores = slices.take(queries * d.bucket);
+  shared.mass = slices.take((d.each ? d.tokens : 1) * d.bucket);
+  return shared;
+}
+
+struct Own {
+  float* x;      // [T, hidden], or [T, heads * head_dim]
+  float* query;  // [heads, T, head_dim]
+  float* key;    // [kv_heads, T, head_dim]
+  float* value;  // [kv_heads, T, head_dim]
+  float* own;    // [heads, T, T]: shares of the new tokens
+};
+
+Own own_of(const Decode& d, Slices& slices) {
+  Own own{};
+  own.x = slices.take(d.tokens * std::max(d.hidden_size, d.heads * d.head_dim));
+  own.query = slices.take(d.heads * d.tokens * d.head_dim);
+  own.key = slices.take(d.kv_heads * d.tokens * d.head_dim);
+  own.value = slices.take(d.kv_heads * d.tokens * d.head_dim);
+  own.own = slices.take(d.heads * d.tokens * d.tokens);
+  return own;
+}
+
+int64_t shared_size(const Decode& d) {
+  Slices counted{nullptr, 0};
+  shared_of(d, counted);
+  return counted.used;
+}
+
+int64_t own_size(const Decode& d) {
+  Slices counted{nullptr, 0};
+  own_of(d, counted);
+  return counted.used;
+}
+
 template <class Real, class Weight>
-struct Worker {
+struct Worker : Own {
   const Decode& d;
   const Shared& shared;
   int64_t thread, threads;
   int64_t first_block, last_block;  // of this thread
   int64_t first, last;              // of the slots that are seen: those of one block
-  float *x, *query, *key, *value, *scores, *mass, *own;
+  float *scores, *mass;             // theirs
 
   int64_t queries() const { return d.heads * d.tokens; }
   int64_t qkv_rows() const { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
@@ -299,15 +346,10 @@ struct Worker {
     return std::min((size + 1) / 2 * (thread + 1) / threads * 2, size);
   }
 
-  Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads, Slices own_space)
-      : d(d), shared(shared), thread(thread), threads(threads) {
+  Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads, const Own& own)
+      : Own(own), d(d), shared(shared), thread(thread), threads(threads) {
     first_block = shared.blocks * thread / threads;
     last_block = shared.blocks * (thread + 1) / threads;
-    x = own_space.take(d.tokens * std::max({d.hidden_size, d.heads * d.head_dim, int64_t(1)}));
-    query = own_space.take(queries() * d.head_dim);
-    key = own_space.take(d.kv_heads * d.tokens * d.head_dim);
-    value = own_space.take(d.kv_heads * d.tokens * d.head_dim);
-    own = own_space.take(queries() * d.tokens);
     for (int64_t block = first_block; block < last_block; ++block) {
       enter(block);
       std::memset(mass, 0, sizeof(float) * masses() * (last - first));
@@ -627,32 +669,10 @@ struct Worker {
   }
 };
 
-int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
-
-// At most so many blocks are made of a bucket.
-int64_t most_blocks(const Decode& d) {
-  return std::min((d.bucket + SHORTEST_BLOCK - 1) / SHORTEST_BLOCK, MOST_BLOCKS);
-}
-
-int64_t needed(const Decode& d) {
-  const int64_t queries = d.heads * d.tokens, masses = d.each ? d.tokens : 1;
-  const int64_t rows = (d.heads + 2 * d.kv_heads) * d.head_dim;
-  const int64_t common = padded(d.bucket) + padded(d.tokens * rows) +
-                         padded(d.tokens * d.intermediate) + 2 * padded(most_blocks(d) * queries) +
-                         padded(most_blocks(d) * queries * d.head_dim) + padded(queries * d.bucket) +
-                         padded(masses * d.bucket);
-  const int64_t own = padded(d.tokens * std::max(d.hidden_size, d.heads * d.head_dim)) +
-                      padded(queries * d.head_dim) +
-                      2 * padded(d.kv_heads * d.tokens * d.head_dim) +
-                      padded(queries * d.tokens);
-  return common + d.threads * own;
-}
-
 template <class Real, class Weight>
 void decode(const Decode& d) {
-  Slices slices{d.workspace};
-  Shared shared;
-  shared.seen = reinterpret_cast<int32_t*>(slices.take(d.bucket));
+  Slices common{d.workspace, 0};
+  Shared shared = shared_of(d, common);
   int64_t seen = 0;
   for (int64_t slot = 0; slot < d.bucket; ++slot) {
     int64_t t = 0;
@@ -663,19 +683,11 @@ void decode(const Decode& d) {
   shared.span = std::max((seen + MOST_BLOCKS - 1) / MOST_BLOCKS, SHORTEST_BLOCK);
   shared.span = (shared.span + 3) / 4 * 4;
   shared.blocks = (seen + shared.span - 1) / shared.span;
-  shared.projected = slices.take(d.tokens * (d.heads + 2 * d.kv_heads) * d.head_dim);
-  shared.activated = slices.take(d.tokens * d.intermediate);
-  shared.most = slices.take(most_blocks(d) * d.heads * d.tokens);
-  shared.total = slices.take(most_blocks(d) * d.heads * d.tokens);
-  shared.mixed = slices.take(most_blocks(d) * d.heads * d.tokens * d.head_dim);
-  shared.scores = slices.take(d.heads * d.tokens * d.bucket);
-  shared.mass = slices.take((d.each ? d.tokens : 1) * d.bucket);
-  const int64_t used = slices.next - d.workspace;
-  const int64_t each = (needed(d) - used) / d.threads;
 #pragma omp parallel num_threads(d.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Worker<Real, Weight>(d, shared, thread, threads, Slices{slices.next + thread * each}).work();
+    Slices slices{d.workspace, common.used + thread * own_size(d)};
+    Worker<Real, Weight>(d, shared, thread, threads, own_of(d, slices)).work();
   }
 }
 
@@ -685,4 +697,6 @@ void decode(const Decode& d) {
 extern "C" void decode(const Decode* d) { decode<REAL, WEIGHT>(*d); }
 
 // Floats that the workspace must hold for this many threads.
-extern "C" int64_t workspace_size(const Decode* d) { return needed(*d); }
+extern "C" int64_t workspace_size(const Decode* d) {
+  return shared_size(*d) + d->threads * own_size(*d);
+}

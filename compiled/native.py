@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,30 +131,32 @@ def _named(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return found
 
 
-Tensors = Sequence[Tensor]
+class _Given(NamedTuple):
+    """The operator's arguments, in the order of its schema."""
+
+    norms: Sequence[Tensor]  # attention, MLP, final
+    matrices: Sequence[Tensor]  # qkv, attention_out, gate_up, down, head
+    scales: Sequence[Tensor]  # theirs in eight bits, or none
+    cache: Sequence[Tensor]  # keys, values
+    inputs: Sequence[Tensor]  # hidden, cos, sin
+    visible: Sequence[Tensor]  # cached, new, live
+    eps: float
+    each: bool
 
 
-def _allocated(
-    norms: Tensors,
-    matrices: Tensors,
-    scales: Tensors,
-    cache: Tensors,
-    inputs: Tensors,
-    visible: Tensors,
-    eps: float,
-    each: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for the results, the mass zero."""
-    num_tokens, bucket = visible[0].shape
-    layers, kv_heads, _, head_dim = cache[0].shape
-    vocab = matrices[4].shape[0]
+    given = _Given(*arguments)
+    num_tokens, bucket = given.visible[0].shape
+    layers, kv_heads, _, head_dim = given.cache[0].shape
+    vocab = given.matrices[4].shape[0]
     width = bucket + num_tokens
     new_rows = (layers, kv_heads, num_tokens, head_dim)
     return (
-        inputs[0].new_empty((num_tokens, vocab)),
-        cache[0].new_empty(new_rows),
-        cache[0].new_empty(new_rows),
-        inputs[0].new_zeros((num_tokens, width) if each else (width,)),
+        given.inputs[0].new_empty((num_tokens, vocab)),
+        given.cache[0].new_empty(new_rows),
+        given.cache[0].new_empty(new_rows),
+        given.inputs[0].new_zeros((num_tokens, width) if given.each else (width,)),
     )
 
 
@@ -180,18 +182,9 @@ class _Decode(ctypes.Structure):
     )
 
 
-def _run(
-    library: ctypes.CDLL,
-    norms: Tensors,
-    matrices: Tensors,
-    scales: Tensors,
-    cache: Tensors,
-    inputs: Tensors,
-    visible: Tensors,
-    eps: float,
-    each: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = _allocated(norms, matrices, scales, cache, inputs, visible, eps, each)
+def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _allocated(*arguments)
+    norms, matrices, scales, cache, inputs, visible, eps, each = _Given(*arguments)
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
     passed = [hidden, *(tensor.contiguous() for tensor in (*inputs[1:], *visible))]

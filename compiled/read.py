@@ -93,6 +93,24 @@ def _layer(eps: float, text: bool, each: bool, *tensors: Tensor) -> tuple[Tensor
     return tuple(reading)
 
 
+class _Start(NamedTuple):
+    """What goes into the first layer, and what every layer is told."""
+
+    hidden: Tensor  # [T, hidden] float32
+    cos: Tensor  # [T, head_dim / 2]
+    sin: Tensor  # [T, head_dim / 2]
+    visible: Visibility
+
+
+def _start(
+    weights: Weights, state: State, tokens: Tensor, positions: Tensor, length: Tensor, bucket: int
+) -> _Start:
+    """Tokens embedded, positions as angles, and who sees whom."""
+    cos, sin = rotation(positions, weights.inverse_frequencies)
+    visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
+    return _Start(look_up(tokens, weights.embedding), cos, sin, visible)
+
+
 def _pass(
     config: LlamaConfig,
     weights: Weights,
@@ -106,10 +124,7 @@ def _pass(
     each: bool = False,
 ) -> _Pass:
     """From token ids to what the head takes."""
-    cos, sin = rotation(positions, weights.inverse_frequencies)  # [T, head_dim / 2]
-    visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
-    hidden = look_up(tokens, weights.embedding)  # [T, hidden]
-
+    hidden, cos, sin, visible = _start(weights, state, tokens, positions, length, bucket)
     keys, values = [], []
     mass = None
     if not text:
@@ -155,16 +170,13 @@ def _decoded(
     """From token ids to logits, by the layers or by the operator that does the same; the mass is a
     mean over layers and heads.
     """
+    inputs = (state, tokens, positions, length)
     if decode is None:
-        inputs = (state, tokens, positions, length)
         final, new_keys, new_values, mass = _pass(config, weights, *inputs, bucket, each=each)
         assert mass is not None
         decoded = Decoded(linear(final, weights.head).float(), new_keys, new_values, mass)
     else:
-        turns = rotation(positions, weights.inverse_frequencies)
-        visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
-        hidden = look_up(tokens, weights.embedding)
-        decoded = decode(config, weights, state, hidden, *turns, visible, each)
+        decoded = decode(config, weights, state, *_start(weights, *inputs, bucket), each)
     return decoded._replace(mass=decoded.mass / (config.num_layers * config.num_heads))
 
 
@@ -192,7 +204,7 @@ def read(
         new_keys=new_keys,
         new_values=new_values,
         mass=F.pad(mass[:bucket], (0, state.capacity - bucket)),
-        own_mass=mass[bucket:] + 0,
+        own_mass=mass[bucket:],
     )
 
 

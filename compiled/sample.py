@@ -58,14 +58,16 @@ def seen_tokens(vocab_size: int, token_id: Tensor, valid: Tensor, pending: Tenso
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Divides positive and multiplies negative logits of seen tokens by the penalty."""
-    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, lowered, logits)
+    return torch.where(seen, _lowered(logits, penalty), logits)
 
 
 def penalize_some(logits: Tensor, ids: Tensor, penalty: Tensor) -> Tensor:
     """The same of tokens named by their ids [N] int64, which may repeat: of one row of logits."""
-    some = logits[ids]
-    return logits.scatter(-1, ids, torch.where(some > 0, some / penalty, some * penalty))
+    return logits.scatter(-1, ids, _lowered(logits[ids], penalty))
+
+
+def _lowered(logits: Tensor, penalty: Tensor) -> Tensor:
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def candidates(logits: Tensor, method: SamplingMethod, sampling: Sampling) -> tuple[Tensor, Tensor]:

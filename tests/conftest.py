@@ -202,6 +202,18 @@ def either_brain(request: pytest.FixtureRequest) -> brain.Brain:
     return chosen
 
 
+@pytest.fixture(scope="module")
+def strict_cuda() -> Iterator[None]:
+    """A graph that cannot be captured is an error, not a slow path; no TF32."""
+    cudagraphs = torch._inductor.config.triton
+    before = cudagraphs.cudagraph_or_error, torch.get_float32_matmul_precision()
+    cudagraphs.cudagraph_or_error = True
+    torch.set_float32_matmul_precision("highest")
+    yield
+    cudagraphs.cudagraph_or_error = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
 # The default model and a toy with TinyLlama's heads, in a memory of 1,024 rows ------------------
 
 RoomyBrain = Callable[[str, str, str], brain.Brain]

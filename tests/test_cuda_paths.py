@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,38 +26,20 @@ from compiled.llama import Weights
 from compiled.philox import key_of
 from compiled.sample import Sampling
 from compiled.state import Cursor, State
+from test_invariants_cuda import recordings
 from toys import digest, toy_config, toy_cursor, toy_state, toy_weights
 
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("strict_cuda"),
 ]
 
 OpenTiny = Callable[..., Brain]
 IDS = [(37 * index + 11) % 300 for index in range(200)]
 GOLDENS = Path(__file__).parent / "golden"
 ENGINES = pytest.mark.parametrize("engine", ["eager", "compiled"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def strict() -> Iterator[None]:
-    """A graph that cannot be captured is an error, not a slow path; no TF32."""
-    cudagraphs = torch._inductor.config.triton
-    before = cudagraphs.cudagraph_or_error, torch.get_float32_matmul_precision()
-    cudagraphs.cudagraph_or_error = True
-    torch.set_float32_matmul_precision("highest")
-    yield
-    cudagraphs.cudagraph_or_error = before[0]
-    torch.set_float32_matmul_precision(before[1])
-
-
-def recordings() -> int:
-    """CUDA graphs recorded so far on this device; asking takes a number too."""
-    from torch._inductor.cudagraph_trees import get_manager
-
-    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
-    return 0 if manager is None else int(manager.new_graph_id().id)
 
 
 # Numbers ------------------------------------------------------------------------------------------

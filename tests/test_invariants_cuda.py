@@ -1,6 +1,6 @@
 """Invariants that only a CUDA device can break: graph capture, asynchrony, another arithmetic."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,22 +11,11 @@ from toys import digest
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("strict_cuda"),
 ]
 
 OpenTiny = Callable[..., Brain]
 IDS = [(37 * index + 11) % 300 for index in range(200)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def strict() -> Iterator[None]:
-    """A graph that cannot be captured is an error, not a slow path; no TF32."""
-    cudagraphs = torch._inductor.config.triton
-    before = cudagraphs.cudagraph_or_error, torch.get_float32_matmul_precision()
-    cudagraphs.cudagraph_or_error = True
-    torch.set_float32_matmul_precision("highest")
-    yield
-    cudagraphs.cudagraph_or_error = before[0]
-    torch.set_float32_matmul_precision(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +24,7 @@ def eager_on_cuda(open_tiny: OpenTiny) -> Brain:
 
 
 @pytest.fixture(scope="module")
-def warm_on_cuda(open_tiny: OpenTiny, strict: None) -> Brain:
+def warm_on_cuda(open_tiny: OpenTiny, strict_cuda: None) -> Brain:
     captured = open_tiny(device="cuda", engine="compiled")
     for _ in captured.warm_up():
         pass
@@ -69,7 +58,7 @@ def cudagraph_counts() -> dict[str, int]:
 
 
 def recordings() -> int:
-    """CUDA graphs recorded so far on this device."""
+    """CUDA graphs recorded so far on this device; asking takes a number too."""
     from torch._inductor.cudagraph_trees import get_manager
 
     manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)

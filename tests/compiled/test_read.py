@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -24,19 +23,8 @@ CAPACITY = 10
 ROWS = {0: 0, 1: 1, 2: 2, 3: 3, 5: 9, 6: 4, 8: 7}  # slot → position: holes, and out of order
 
 
-class Run(Protocol):
-    """A read of lists."""
-
-    def __call__(
-        self,
-        config: LlamaConfig,
-        weights: Weights,
-        state: State,
-        tokens: list[int],
-        positions: list[int],
-        length: int,
-        bucket: int = CAPACITY,
-    ) -> Reading: ...
+Run = Callable[..., Reading]
+"""A read of lists: (config, weights, state, tokens, positions, length[, bucket])."""
 
 
 @pytest.fixture(scope="module", params=["layers", "operator", "operator on 3 threads"])
