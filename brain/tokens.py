@@ -175,15 +175,15 @@ def with_special_tokens(
     ``add_bos_token`` says so; where it is not said, where the reference tokenizer prepends it.
     """
     text = _token_text(tokenizer_config.get("bos_token"))
-    named = vocabulary.ids.get(text) if text is not None else None
+    named = vocabulary.id_of(text) if text is not None else None
     stated = [ids[0] for s in settings if (ids := _ids(s.get("bos_token_id")))]
-    own = vocabulary.ids.get(vocabulary.bos_text) if vocabulary.bos_text is not None else None
+    own = vocabulary.id_of(vocabulary.bos_text) if vocabulary.bos_text is not None else None
     bos_id = next((i for i in (named, *stated, own) if i is not None), None)
 
     eos_ids = {i for s in settings for i in _ids(s.get("eos_token_id"))}
     for eos in (_token_text(tokenizer_config.get("eos_token")), vocabulary.eos_text):
-        if eos in vocabulary.ids:
-            eos_ids.add(vocabulary.ids[eos])
+        if eos is not None and (eos_id := vocabulary.id_of(eos)) is not None:
+            eos_ids.add(eos_id)
 
     said = tokenizer_config.get("add_bos_token")
     wanted = said if isinstance(said, bool) else bos_id in vocabulary.prepended

@@ -11,6 +11,7 @@ from brain.checkpoints.hf_config import read_config
 from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused, one_line, shown
+from brain.garbage import give_back_freed
 from brain.reading import TOKENIZER_BYTES, read_json
 from brain.tokens import load_tokenizer
 
@@ -36,6 +37,7 @@ def open_folder(
         raise Refused(f"{path}: no such folder; give the folder that holds config.json")
     config = read_config(path / "config.json")
     tokenizer = load_tokenizer(path)
+    give_back_freed()  # before weights lie on top of it
     paths = weight_files(path)
     files = [TensorFile(file) for file in paths]
     weights = load_weights(config, files, dtype=dtype, device=torch.device(device), int8=int8)

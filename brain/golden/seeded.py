@@ -98,7 +98,7 @@ def _speechless(vocab_size: int) -> Tokenizer:
         spelling=(None,) * vocab_size,
         leading_space=False,
         lossless=True,  # so every text but the empty one is refused
-        ids={},
+        id_of=lambda token: None,
     )
     return Tokenizer(vocabulary, bos_id=1, eos_ids=frozenset(), wants_bos=False)
 

@@ -108,7 +108,7 @@ def read_sentencepiece(
         spelling=tuple(spelling),
         leading_space=probe.startswith(b" "),
         lossless=False,
-        ids={piece: index for index, piece in enumerate(pieces)} | special,
+        id_of=({piece: index for index, piece in enumerate(pieces)} | special).get,
         prepended=(bos,) if bos >= 0 else (),
         bos_text=pieces[bos] if bos >= 0 else None,
         eos_text=pieces[eos] if eos >= 0 else None,

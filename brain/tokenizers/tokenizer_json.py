@@ -65,6 +65,13 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
             library.encode_special_tokens = not special
             return list(library.encode(words, add_special_tokens=False).ids)
 
+    def id_of(token: str) -> int | None:
+        try:
+            found: int | None = library.token_to_id(token)
+        except UnicodeError:  # half a surrogate pair, which JSON can spell, is no token
+            return None
+        return found
+
     split = functools.partial(encoded, special=True)
     split_plain = functools.partial(encoded, special=False)
     spelling = _spellings(library, where, byte_level=byte_level, byte_fallback=byte_fallback)
@@ -78,7 +85,7 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
         spelling=spelling,
         leading_space=probe.startswith(b" "),
         lossless=byte_level,
-        ids=dict(library.get_vocab(with_added_tokens=True)),
+        id_of=id_of,
         prepended=tuple(full[:first]),
     )
 

@@ -17,7 +17,7 @@ class Vocabulary:
     ``spelling[id]`` is the UTF-8 (or a fragment of it) that the id stands for, ``None`` where the
     id names nothing. ``leading_space`` is true where splitting puts one space before a text.
     ``lossless`` is true where the spellings of a text's ids, joined, ought to be the text's own
-    bytes, so that a text of which this fails cannot be represented. ``ids`` maps tokens to ids.
+    bytes, so that a text of which this fails cannot be represented. ``id_of`` gives a token's id.
     ``prepended``: ids that the reference tokenizer puts before a text unless told not to.
     ``bos_text``, ``eos_text``: the format's own idea of these tokens, where it has one.
     """
@@ -27,7 +27,7 @@ class Vocabulary:
     spelling: tuple[bytes | None, ...]
     leading_space: bool
     lossless: bool
-    ids: dict[str, int]
+    id_of: Callable[[str], int | None]
     prepended: tuple[int, ...] = ()
     bos_text: str | None = None
     eos_text: str | None = None

@@ -210,7 +210,10 @@ def test_added_tokens_of_a_sentencepiece_folder(spm_folder: Path, tmp_path: Path
 
 def test_begin_and_end_tokens_come_from_all_settings(greedy_json_folder: Path) -> None:
     vocabulary = load_tokenizer(greedy_json_folder).vocabulary
-    start, end = vocabulary.ids["<s>"], vocabulary.ids["</s>"]
+    start, end = vocabulary.id_of("<s>"), vocabulary.id_of("</s>")
+    assert start is not None
+    assert end is not None
+    assert vocabulary.id_of("no such token") is None
     tokenizer = with_special_tokens(
         vocabulary, {"eos_token": "</s>", "add_bos_token": False}, [{"eos_token_id": [0, 7]}, {}]
     )
@@ -221,6 +224,8 @@ def test_begin_and_end_tokens_come_from_all_settings(greedy_json_folder: Path) -
     assert tokenizer.bos_id == start
     assert tokenizer.wants_bos  # the file's own post-processor prepends it
     assert not with_special_tokens(vocabulary, {}, [{"bos_token_id": 0}]).wants_bos
+    half_a_character = {"bos_token": "\ud800", "eos_token": "\ud800"}  # which JSON can spell
+    assert with_special_tokens(vocabulary, half_a_character, [{}]).bos_id is None
 
 
 # Round trips -----------------------------------------------------------------------------------
