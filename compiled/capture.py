@@ -17,20 +17,18 @@ This module does not know what a tick is, except that ``begin_step`` starts one.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
+from compiled.captured import Capture, captured
 from compiled.choose import Choice, Conduct, Forced, choose
 from compiled.choose_ahead import Said, choose_ahead
-from compiled.compiler import prepared
 from compiled.empty_plans import empty_edit
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
@@ -75,20 +73,6 @@ class Behaviour:
             raise ValueError(f"smallest_bucket must be at least 1, not {self.smallest_bucket}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {self.chunk}")
-
-
-@dataclass
-class Capture:
-    """One captured graph and its history."""
-
-    name: str
-    seconds: float = 0.0  # wall time of all its compilations
-    modules: list[GraphModule] = field(default_factory=list)  # one for each compilation
-
-    @property
-    def compilations(self) -> int:
-        """How often it was compiled: 1 after warm-up, for ever."""
-        return len(self.modules)
 
 
 def buckets(capacity: int, smallest: int) -> tuple[int, ...]:
@@ -400,7 +384,7 @@ class Graphs:
             return function
         if name not in self._callables:
             capture = self.captures.setdefault(name, Capture(name))
-            self._callables[name] = _capture(function, capture, self.device)
+            self._callables[name] = captured(function, capture, self.device)
         graph = self._callables[name]
         return graph if self.naming is None else functools.partial(self.named, name, graph)
 
@@ -441,44 +425,3 @@ def _bound_read_ahead(
 
 def _bound_choose_ahead(behaviour: Behaviour, *tensors: Any) -> Said:
     return choose_ahead(*tensors, method=behaviour.method, conduct=behaviour.conduct)
-
-
-def _capture(
-    function: Callable[..., Any], capture: Capture, device: torch.device
-) -> Callable[..., Any]:
-    """Compiles on first call; every compilation is recorded, and there is no second one.
-
-    Later calls enter the graph at once, without Dynamo's guards, which cost more than a patch: the
-    tensors that a graph is bound to never change, and its name fixes the shape of the others. The
-    graph itself asserts the sizes of all of them.
-    """
-    import torch._inductor.test_operators
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    options = list_mode_options("reduce-overhead") if device.type == "cuda" else {}
-    # To see whether its precompiled headers still hold, Inductor preprocesses them at every start.
-    options = {**options, "cpp_cache_precompile_headers": False}
-
-    def inductor(module: GraphModule, inputs: list[Tensor]) -> Any:
-        start = time.perf_counter()
-        if device.type == "cpu":
-            prepared().result()
-        compiled_module = compile_fx(module, inputs, config_patches=options)
-        capture.seconds += time.perf_counter() - start
-        capture.modules.append(module)
-        return compiled_module
-
-    def call(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
-    compiled: Callable[..., Any] = torch.compile(
-        call,
-        fullgraph=True,
-        dynamic=False,
-        backend=inductor,
-        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-        **strict,
-    )
-    return compiled

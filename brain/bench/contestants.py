@@ -20,6 +20,8 @@ ENGINES = (*OURS, *PEERS)
 MEMORY = "memory"
 """Not an engine: reads as many bytes as a token needs and does nothing with them."""
 
+GREEDY = "sampler=greedy"
+
 INT8 = "int8"
 SCALE_BYTES = 4
 
@@ -60,9 +62,13 @@ class Contestant:
         return self.engine in OURS
 
     def overrides(self, asked: Sequence[str]) -> list[str]:
-        """The configuration of our engines: what was asked for, at this precision."""
-        rest = [o for o in asked if o.partition("=")[0].lstrip("+") not in ("dtype", "weights")]
-        return [*rest, *PRECISIONS[self.precision].overrides]
+        """The configuration of our engines: what was asked for, at this precision. Where nothing is
+        said of a sampler they take the likeliest token, as the others do.
+        """
+        keys = [override.partition("=")[0].lstrip("+~") for override in asked]
+        rest = [o for o, key in zip(asked, keys, strict=True) if key not in ("dtype", "weights")]
+        sampled = any(key.partition(".")[0] == "sampler" for key in keys)
+        return [*rest, *([] if sampled else [GREEDY]), *PRECISIONS[self.precision].overrides]
 
 
 def contestants(engines: Sequence[str], precisions: Sequence[str]) -> list[Contestant]:

@@ -124,7 +124,20 @@ def test_transformers_has_no_int8() -> None:
 def test_the_precision_replaces_what_was_asked_for() -> None:
     asked = ["dtype=float16", "capacity=64", "+weights=model", "dtype_not=1"]
     overrides = Contestant("compiled", "int8").overrides(asked)
-    assert overrides == ["capacity=64", "dtype_not=1", "dtype=bfloat16", "weights=int8"]
+    assert overrides == [
+        "capacity=64",
+        "dtype_not=1",
+        "sampler=greedy",
+        "dtype=bfloat16",
+        "weights=int8",
+    ]
+
+
+@pytest.mark.parametrize("asked", ["sampler=default", "sampler.top_k=5", "++sampler.seed=1"])
+def test_all_engines_take_the_likeliest_token_unless_a_sampler_is_named(asked: str) -> None:
+    entry = Contestant("compiled", "float32")
+    assert entry.overrides([]) == ["sampler=greedy", "dtype=float32"]
+    assert entry.overrides([asked]) == [asked, "dtype=float32"]
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
