@@ -156,12 +156,12 @@ class Tick:
     @property
     def token(self) -> int:
         """The token that was spoken, or fed."""
-        return int(self._token.wait()[0])
+        return int(self._token.wait().item())
 
     @property
     def surprise(self) -> float:
         """Its negative log-likelihood in nats."""
-        return float(self._surprise.wait()[0])
+        return float(self._surprise.wait().item())
 
     @property
     def arriving(self) -> HostCopy:

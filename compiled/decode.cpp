@@ -329,6 +329,14 @@ int64_t own_size(const Decode& d) {
   return counted.used;
 }
 
+// Rows of the cache in the order in which a thread reads them, of one key head after another.
+template <class Real>
+struct Walk {
+  const Real* plane;  // [capacity, head_dim]
+  int64_t planes;     // from this one on
+  int64_t row;        // which of the thread's slots is next
+};
+
 template <class Real, class Weight>
 struct Worker : Own {
   const Decode& d;
@@ -337,6 +345,8 @@ struct Worker : Own {
   int64_t first_block, last_block;  // of this thread
   int64_t first, last;              // of the slots that are seen: those of one block
   float *scores, *mass;             // theirs
+  int64_t first_seen, num_seen;     // of the slots that are seen: those of all this thread's blocks
+  Walk<Real> keys_ahead, values_ahead;
 
   int64_t queries() const { return d.heads * d.tokens; }
   int64_t qkv_rows() const { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
@@ -354,6 +364,8 @@ struct Worker : Own {
       enter(block);
       std::memset(mass, 0, sizeof(float) * masses() * (last - first));
     }
+    first_seen = std::min(first_block * shared.span, shared.num_seen);
+    num_seen = std::min(last_block * shared.span, shared.num_seen) - first_seen;
   }
 
   int64_t masses() const { return d.each ? d.tokens : 1; }
@@ -434,6 +446,27 @@ struct Worker : Own {
     }
   }
 
+  // The first of this layer's cached rows, before this thread waits for the others. Keys and values
+  // alternate block by block, too soon for the processor to see where either goes on.
+  void ask_for_cache(int64_t layer) {
+    const int64_t plane = layer * d.kv_heads * d.capacity * d.head_dim;
+    const int64_t planes = num_seen > 0 ? d.kv_heads : 0;
+    keys_ahead = {static_cast<const Real*>(d.keys) + plane, planes, 0};
+    values_ahead = {static_cast<const Real*>(d.values) + plane, planes, 0};
+    const int64_t rows = AHEAD / 2 / (d.head_dim * int64_t(sizeof(Real)));
+    for (int64_t i = 0; i < rows; ++i) ask_for_row(keys_ahead);
+    for (int64_t i = 0; i < rows; ++i) ask_for_row(values_ahead);
+  }
+
+  void ask_for_row(Walk<Real>& walk) {
+    if (walk.planes == 0) return;
+    const Real* row = walk.plane + shared.seen[first_seen + walk.row] * d.head_dim;
+    for (int64_t i = 0; i < d.head_dim; i += 64 / int64_t(sizeof(Real)))
+      __builtin_prefetch(row + i, 0, 3);
+    if (++walk.row < num_seen) return;
+    walk = {walk.plane + d.capacity * d.head_dim, walk.planes - 1, 0};
+  }
+
   // Scores of this thread's slots, and block by block their sum of exponentials and mixed values.
   void attend(int64_t layer) {
     const int64_t group = d.heads / d.kv_heads * d.tokens, plane = d.capacity * d.head_dim;
@@ -451,7 +484,7 @@ struct Worker : Own {
     }
   }
 
-  void score(const Real* keys, const float* queries, float* block, int64_t group) const {
+  void score(const Real* keys, const float* queries, float* block, int64_t group) {
     const int64_t length = last - first;
     const int32_t* slots = shared.seen + first;
     constexpr int ROWS = 4;
@@ -459,11 +492,15 @@ struct Worker : Own {
     int64_t i = 0;
     auto put = [&](int r, int64_t q, float product) { block[q * length + i + r] = product; };
     for (; i + ROWS <= length; i += ROWS) {
-      for (int r = 0; r < ROWS; ++r) rows[r] = keys + slots[i + r] * d.head_dim;
+      for (int r = 0; r < ROWS; ++r) {
+        rows[r] = keys + slots[i + r] * d.head_dim;
+        ask_for_row(keys_ahead);
+      }
       products<ROWS, 4, false>(rows, queries, d.head_dim, d.head_dim, group, put);
     }
     for (; i < length; ++i) {
       rows[0] = keys + slots[i] * d.head_dim;
+      ask_for_row(keys_ahead);
       products<1, 4, false>(rows, queries, d.head_dim, d.head_dim, group, put);
     }
     if (d.tokens == 1) return;  // one token sees all that any token sees
@@ -493,14 +530,14 @@ struct Worker : Own {
 
   // The values of this thread's slots, each by its weight: several queries and vectors at a time,
   // so that a value that is loaded once serves them all.
-  void mix(const Real* values, const float* weights, float* mixed, int64_t group) const {
+  void mix(const Real* values, const float* weights, float* mixed, int64_t group) {
     int64_t q = 0;
     for (; q + 3 <= group; q += 3) mix_some<3>(values, weights, mixed, q);
     for (; q < group; ++q) mix_some<1>(values, weights, mixed, q);
   }
 
   template <int Q>
-  void mix_some(const Real* values, const float* weights, float* mixed, int64_t q) const {
+  void mix_some(const Real* values, const float* weights, float* mixed, int64_t q) {
     constexpr int WIDE = 4;
     int64_t column = 0;
     for (; column + WIDE * LANES <= d.head_dim; column += WIDE * LANES)
@@ -520,12 +557,14 @@ struct Worker : Own {
 
   template <int Q, int WIDE>
   void mix_columns(const Real* values, const float* weights, float* mixed, int64_t q,
-                   int64_t column) const {
+                   int64_t column) {
     const int64_t length = last - first;
     const int32_t* slots = shared.seen + first;
+    const bool asks = q == 0 && column == 0;  // once, however often a row is read
     Floats sums[Q][WIDE] = {};
     for (int64_t j = 0; j < length; ++j) {
       const Real* row = values + slots[j] * d.head_dim + column;
+      if (asks) ask_for_row(values_ahead);
 #pragma GCC unroll 8
       for (int w = 0; w < WIDE; ++w) {
         const Floats part = widen(row + w * LANES);
@@ -635,6 +674,7 @@ struct Worker : Own {
     for (int64_t layer = 0; layer < d.layers; ++layer) {
       norm(d.attention_norm, layer);
       project(layer);
+      ask_for_cache(layer);
 #pragma omp barrier
       split(layer);
       attend(layer);
