@@ -187,13 +187,12 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     norms, matrices, scales, cache, inputs, visible, eps, each = _Given(*arguments)
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
-    passed = [hidden, *(tensor.contiguous() for tensor in (*inputs[1:], *visible))]
-    if not all(tensor.is_contiguous() for tensor in (*norms, *matrices, *scales, *cache)):
+    passed = [hidden, *map(Tensor.contiguous, (*inputs[1:], *visible))]
+    if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache))):
         raise ValueError("weights and cache must lie in one piece")
     num_tokens, bucket = visible[0].shape
     layers, kv_heads, capacity, head_dim = cache[0].shape
-    scaled: list[int | None] = [scale.data_ptr() for scale in scales]
-    scaled = scaled or [None] * len(matrices)
+    scaled: list[int | None] = [*map(Tensor.data_ptr, scales)] or [None] * len(matrices)
     told = _Decode(
         layers,
         norms[0].shape[1],
@@ -207,9 +206,9 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         bucket,
         each,
         eps,
-        *(norm.data_ptr() for norm in norms),
-        *(_Matrix(m.data_ptr(), scale) for m, scale in zip(matrices, scaled, strict=True)),
-        *(tensor.data_ptr() for tensor in (*cache, *passed, *results)),
+        *map(Tensor.data_ptr, norms),
+        *map(_Matrix, map(Tensor.data_ptr, matrices), scaled),
+        *map(Tensor.data_ptr, (*cache, *passed, *results)),
         None,
         torch.get_num_threads(),
     )

@@ -38,5 +38,5 @@ class Novelty:
         newest = torch.where(state.valid, state.position, 0).amax()
         settled = state.valid & (state.position <= newest + 1 - self.recent)
         novelty = torch.where(settled, state.novelty, -math.inf)
-        least = torch.topk(novelty, most).values[-1]
+        least = torch.topk(novelty, most, sorted=False).values.amin()  # a third of the time
         return state.brightness + torch.where(settled & (novelty >= least), _KEPT, 0.0)
