@@ -47,14 +47,19 @@ def test_only_cache_scores_and_columns_grow_with_the_capacity() -> None:
 
 
 def test_the_page_states_the_error_of_its_prediction() -> None:
-    measured = roofline.measurements(Path(roofline.__file__).parent / "results")
+    measured = roofline.measurements(roofline.REPORT)
     assert {m["format"] for m in measured} >= {"float32", "bfloat16"}
     page = roofline.page(30e9)
     for m in measured:
-        told = tick(SMOLLM2, FORMATS[m["format"]], m["capacity"])
-        assert f"{m['tick'] / (told.moved / 30e9) - 1:+.0%}" in page
+        told = tick(SMOLLM2, FORMATS[m["format"]], m["capacity"], bucket=m["rows"])
+        assert f"{m['tick'] / (told.moved / m['bandwidth']) - 1:+.0%}" in page
 
 
-def test_a_file_of_another_kind_is_no_measurement(tmp_path: Path) -> None:
-    (tmp_path / "decode-x.json").write_text(json.dumps({"dtype": "float32"}), "utf-8")
-    assert roofline.measurements(tmp_path) == []
+def test_a_report_of_anything_else_is_no_measurement(tmp_path: Path) -> None:
+    report = tmp_path / "bench.json"
+    assert roofline.measurements(report) == []
+    told = json.loads(roofline.REPORT.read_text("utf-8")) | {"model": "another"}
+    report.write_text(json.dumps(told), "utf-8")
+    assert roofline.measurements(report) == []
+    report.write_text(json.dumps({"model": "smollm2", "limits": []}), "utf-8")
+    assert roofline.measurements(report) == []

@@ -31,7 +31,9 @@ def plot_recall(rows: Sequence[dict[str, Any]], path: Path) -> None:
             )
         panel.axhline(CHANCE, color="0.6", linestyle=":", linewidth=1)
         panel.annotate("chance", (0.99, CHANCE), xycoords=("axes fraction", "data"), ha="right")
+        asked = sorted({row["distance"] / budget for row in rows if row["budget"] == budget})
         panel.set_xscale("log", base=2)
+        panel.set_xticks(asked, [f"{distance:.3g}×" for distance in asked])
         panel.set_xlabel("tokens since the fact, in budgets")
         panel.set_title(f"{budget} rows")
         panel.set_ylim(-0.03, 1.03)
@@ -77,11 +79,12 @@ def plot_endurance(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "ticks_per_second": "ticks per second",
         "resident_mb": "resident memory, MB",
     }
-    figure, panels = plt.subplots(len(shown), 1, figsize=(7, 8), sharex=True)
+    figure, panels = plt.subplots(len(shown), 1, figsize=(7, 10), sharex=True)
     for panel, (name, label) in zip(panels, shown.items(), strict=True):
         panel.plot([row["ticks"] for row in rows], [row[name] for row in rows], marker="o")
         panel.set_ylabel(label)
-        panel.set_ylim(bottom=0)
+        most = max(row[name] for row in rows)
+        panel.set_ylim(0, 1.1 * most or 1)  # a level line has air above it
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("ticks")
     save(figure, path)
