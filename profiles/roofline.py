@@ -215,7 +215,7 @@ def of_large_caches() -> str:
             "cache",
             "scores",
             "steps 2 to 4",
-            "launches",
+            "kernels, launches",
         ],
         rows,
     )
@@ -319,10 +319,11 @@ scores and logits.
 
 ## H100 and H200: predictions
 
-Not measured. {H100.bandwidth / 1e12:.1f} and {H200.bandwidth / 1e12:.1f} TB/s, for the bytes alone, and with launches: {H100.launches} graphs
-of {H100.launch_seconds * 1e6:.0f} µs each, and {H100.kernel_seconds * 1e6:.0f} µs between kernels, {H100.kernels_per_layer} of a layer and {H100.kernels_around} around the
-layers. Those are assumptions. Ticks per second; all of the cache is read in every tick. A star:
-weights and cache do not fit into the memory of one such GPU.
+{H100.bandwidth / 1e12:.1f} and {H200.bandwidth / 1e12:.1f} TB/s, for the bytes alone, and with what else a tick of three graphs takes:
+{H100.launch_seconds * 1e6:.0f} µs for each graph and {H100.kernel_seconds * 1e6:.1f} µs for each kernel, {H100.kernels_per_layer} of a layer and {H100.kernels_around} around the
+layers. Those are of the one model that was measured on an H100, SmolLM2 (`results/h100.json`), as it is
+compiled now; nothing below has been measured. Ticks per second; all of the cache is read in every
+tick. A star: weights and cache do not fit into the memory of one such GPU.
 
 {of_gpus()}
 
@@ -341,8 +342,9 @@ Shares of a tick on an H100, bfloat16, predicted:
   of the slots is read, they move more than the cache does.
 * **Attention scores** are up to {score_bytes(TINYLLAMA, 1) / tiny:.0%} of the cache's bytes for TinyLlama, {score_bytes(LLAMA3_8B, 1) / medium:.0%} for 8B: the
   price of knowing the attention that every row received, and the first thing to fuse away.
-* **Launches** are more than a tenth of a tick while it moves less than {bytes_for_launches(0.1)}.
-  For a small model with a small cache they decide; at tens of gigabytes they are little.
+* **The number of kernels**, and launches, are more than a tenth of a tick while it moves less than
+  {bytes_for_launches(0.1)}.
+  For a small model with a small cache they decide; from 40 GB on they are a few percent.
 
 On this machine, one more slot costs (the read predicted at {bandwidth / 1e9:.1f} GB/s, the others measured, see
 `README.md`):
