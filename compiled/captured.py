@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def captured(
     def call(*arguments: Any) -> Any:
         return function(*arguments)
 
-    # Code of its own: what is compiled for one graph is not looked for among that of others.
+    # Code of its own: Dynamo keeps what it makes with the code, and this is to be the only thing.
     call.__code__ = call.__code__.replace(co_name=f"{call.__name__} {capture.name}")
     strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
     compiled: Callable[..., Any] = torch.compile(
@@ -82,7 +82,7 @@ class _Entered:
     def __init__(self, call: Callable[..., Any], compiled: Callable[..., Any]) -> None:
         assert isinstance(call, FunctionType)
         self._call = call
-        self._compiled = compiled  # kept: it keeps alive what the graph's code refers to
+        self._compiled = compiled
         self._graph: Callable[..., Any] | None = None
 
     @property
@@ -96,22 +96,13 @@ class _Entered:
         return self._compile(*arguments)
 
     def _compile(self, *arguments: Any) -> Any:
-        """The first call. If it is interrupted, later ones go the long way."""
-        from torch._dynamo.convert_frame import register_bytecode_hook
+        """The first call."""
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-        call, found = self._call, list[CodeType]()
-
-        def see(code: CodeType, new_code: CodeType) -> CodeType | None:
-            if code is call.__code__:
-                found.append(new_code)
-            return None
-
-        hook = register_bytecode_hook(see)
-        try:
-            returned = self._compiled(*arguments)
-        finally:
-            hook.remove()
-        if len(found) == 1:
+        returned = self._compiled(*arguments)
+        made = _debug_get_cache_entry_list(self._call.__code__)
+        if len(made) == 1:
+            call = self._call
             given = (call.__globals__, call.__name__, call.__defaults__, call.__closure__)
-            self._graph = FunctionType(found[0], *given)
+            self._graph = FunctionType(made[0].code, *given)
         return returned

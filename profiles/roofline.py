@@ -321,9 +321,10 @@ scores and logits.
 
 {H100.bandwidth / 1e12:.1f} and {H200.bandwidth / 1e12:.1f} TB/s, for the bytes alone, and with what else a tick of three graphs takes:
 {H100.launch_seconds * 1e6:.0f} µs for each graph and {H100.kernel_seconds * 1e6:.1f} µs for each kernel, {H100.kernels_per_layer} of a layer and {H100.kernels_around} around the
-layers. Those are of the one model that was measured on an H100, SmolLM2 (`results/h100.json`), as it is
-compiled now; nothing below has been measured. Ticks per second; all of the cache is read in every
-tick. A star: weights and cache do not fit into the memory of one such GPU.
+layers. The times are those of the one model that was measured on an H100, SmolLM2
+(`results/h100.json`), the kernels as counted in the code that is generated for it (`notes.md`); nothing
+below has been measured. Ticks per second; all of the cache is read in every tick. A star: weights and
+cache do not fit into the memory of one such GPU.
 
 {of_gpus()}
 
@@ -344,7 +345,8 @@ Shares of a tick on an H100, bfloat16, predicted:
   price of knowing the attention that every row received, and the first thing to fuse away.
 * **The number of kernels**, and launches, are more than a tenth of a tick while it moves less than
   {bytes_for_launches(0.1)}.
-  For a small model with a small cache they decide; from 40 GB on they are a few percent.
+  For a small model with a small cache they decide; with a cache of 40 GB they are
+  {overhead_share("TinyLlama-1.1B", 40):.0%} and {overhead_share("Llama-3-8B", 40):.0%}.
 
 On this machine, one more slot costs (the read predicted at {bandwidth / 1e9:.1f} GB/s, the others measured, see
 `README.md`):
@@ -354,6 +356,13 @@ On this machine, one more slot costs (the read predicted at {bandwidth / 1e9:.1f
 Steps 2 to 4 take longer here than their bytes would: ranking rows for novelty is a library's
 selection on one thread. Of the smallest models it takes a few percent, of larger ones nothing.
 """
+
+
+def overhead_share(name: str, gigabytes: float) -> float:
+    """Of a tick on an H100 with a cache of this size, what is not spent on moving bytes."""
+    config, number = MODELS[name], FORMATS["bfloat16"]
+    told = tick(config, number, round(gigabytes * 1e9 / row_bytes(config, number)))
+    return H100.overhead(config) / H100.seconds(config, told)
 
 
 def bytes_for_launches(share: float) -> str:

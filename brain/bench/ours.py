@@ -1,4 +1,4 @@
-"""The engines of this program. A step is a whole tick: read, sample, decide, patch."""
+"""The engines of this program. A step is a whole tick: read, choose, decide, patch."""
 
 import dataclasses
 

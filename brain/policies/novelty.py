@@ -37,6 +37,7 @@ class Novelty:
             return state.brightness
         newest = torch.where(state.valid, state.position, 0).amax()
         settled = state.valid & (state.position <= newest + 1 - self.recent)
+        settled = settled & ~state.novelty.isnan()  # one of those would hide all others
         novelty = torch.where(settled, state.novelty, -math.inf)
         least = torch.topk(novelty, most, sorted=False).values.amin()  # a third of the time
         return state.brightness + torch.where(settled & (novelty >= least), _KEPT, 0.0)
