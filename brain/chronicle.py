@@ -184,7 +184,7 @@ class Chronicle:
             # A record from before there was such a setting was made without it.
             was = before.get(key, _UNSAID.get(key)) if isinstance(before, dict) else None
             if isinstance(was, dict) and isinstance(value, dict):
-                was = {**_UNSAID_WITHIN.get(key, {}), **was}
+                was = _completed(was, _UNSAID_WITHIN.get(key, {}))
             if was != value:
                 told = key if isinstance(value, dict) else f"{key}={shown(was)}, not {value!r}"
                 raise Refused(
@@ -414,8 +414,21 @@ _UNSAID = {
 }
 """What was not yet a setting when older records were begun."""
 
-_UNSAID_WITHIN: dict[str, dict[str, Any]] = {"engine": {"native": False}}
+_UNSAID_WITHIN: dict[str, dict[str, Any]] = {
+    "engine": {"native": False},
+    "cull": {"novelty": {"lifetime": None}},
+}
 """The same of settings within a group."""
+
+
+def _completed(was: dict[str, Any], unsaid: dict[str, Any]) -> dict[str, Any]:
+    """A group of settings with those that it lacks, as they were before they could be set."""
+    deeper = {
+        key: _completed(was[key], value)
+        for key, value in unsaid.items()
+        if isinstance(value, dict) and isinstance(was.get(key), dict)
+    }
+    return {**unsaid, **was, **deeper}
 
 
 def _lasting(conf: Conf) -> dict[str, Any]:

@@ -181,6 +181,9 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
         raise Refused(f"cull.novelty.decay must be in 0 to below 1, not {cull.novelty.decay}")
     if not 0 <= cull.novelty.share <= 1:
         raise Refused(f"cull.novelty.share must be between 0 and 1, not {cull.novelty.share}")
+    lifetime = cull.novelty.lifetime
+    if lifetime is not None and not lifetime > 0:
+        raise Refused(f"cull.novelty.lifetime must be above 0, or null, not {lifetime}")
     forgetting = _forgetting(cull, capacity)
     return Conduct(
         brightness=Brightness(
@@ -191,7 +194,7 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
         ),
         novelty=Novelty(cull.novelty.decay),
         forgetting=forgetting,
-        keep_score=policy(cull.policy, forgetting, cull.novelty.share),
+        keep_score=policy(cull.policy, forgetting, cull.novelty.share, lifetime),
     )
 
 

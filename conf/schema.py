@@ -86,6 +86,7 @@ class NoveltyConf:
 
     decay: float = MISSING  # share of the running mean of surprise that each token keeps
     share: float = MISSING  # policy novelty: share of the target kept for the most novel rows
+    lifetime: float | None = None  # policy novelty: in targets, until a row counts 1/e; null: ever
 
 
 @dataclass

@@ -4,6 +4,8 @@ A policy is a tensor function ``(state, reading) → keep-scores [capacity]``, c
 that chooses. The lowest scores go first; protection is not its business.
 """
 
+import math
+
 from brain.errors import Refused
 from brain.policies import (
     brightness,
@@ -31,12 +33,16 @@ PLAIN: dict[str, KeepScore] = {
 POLICIES = (*PLAIN, "novelty")
 
 
-def policy(name: str, forgetting: Forgetting, share: float) -> KeepScore:
+def policy(
+    name: str, forgetting: Forgetting, share: float, lifetime: float | None = None
+) -> KeepScore:
     """The keep-score function of a policy; ``share`` of the target is what ``novelty`` keeps for
-    novel rows. Raises Refused for an unknown name.
+    novel rows, and ``lifetime``, in targets, how long they stay novel. Raises Refused for an
+    unknown name.
     """
     if name == "novelty":
-        return novelty.Novelty(round(share * forgetting.target), forgetting.recent)
+        ticks = math.inf if lifetime is None else lifetime * forgetting.target
+        return novelty.Novelty(round(share * forgetting.target), forgetting.recent, ticks)
     if name not in PLAIN:
         raise Refused(f"cull.policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
     return PLAIN[name]

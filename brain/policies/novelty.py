@@ -21,10 +21,15 @@ _KEPT = 1e6
 
 @dataclass(frozen=True)
 class Novelty:
-    """Keeps the ``most`` novel rows that are older than the newest ``recent`` positions."""
+    """Keeps the ``most`` novel rows that are older than the newest ``recent`` positions.
+
+    After ``lifetime`` ticks a row counts 1/e as novel. Without an end to it, the memory of an
+    endless text becomes that of its few most novel passages, which hardly any new one surpasses.
+    """
 
     most: int
     recent: int
+    lifetime: float = math.inf
 
     def __call__(self, state: State, reading: Reading) -> Tensor:
         """Brightness, raised above all others for the most novel rows: [capacity] float32.
@@ -38,6 +43,14 @@ class Novelty:
         newest = torch.where(state.valid, state.position, 0).amax()
         settled = state.valid & (state.position <= newest + 1 - self.recent)
         settled = settled & ~state.novelty.isnan()  # one of those would hide all others
-        novelty = torch.where(settled, state.novelty, -math.inf)
+        novelty = torch.where(settled, self._faded(state), -math.inf)
         least = torch.topk(novelty, most, sorted=False).values.amin()  # a third of the time
         return state.brightness + torch.where(settled & (novelty >= least), _KEPT, 0.0)
+
+    def _faded(self, state: State) -> Tensor:
+        """Novelty as the rows' ages leave it: [capacity]."""
+        if math.isinf(self.lifetime):
+            return state.novelty
+        youngest = torch.where(state.valid, state.born, 0).amax()
+        age = (youngest - state.born).to(torch.float32)  # ticks, which no renumbering changes
+        return state.novelty * torch.exp(age / -self.lifetime)

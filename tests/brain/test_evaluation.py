@@ -255,6 +255,8 @@ def test_a_text_shorter_than_the_budget_is_refused() -> None:
     [
         ("whim", "whim"),
         ("novelty:novelty.share=2", "novelty.share"),
+        ("novelty:novelty.lifetime=0", "novelty.lifetime"),
+        ("novelty:novelty.lifetime=nan", "novelty.lifetime"),
         ("novelty:shine=2", "shine"),
         ("sink_recent:recent=0", "recent"),
     ],

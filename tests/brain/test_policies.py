@@ -124,6 +124,30 @@ def test_novelty_for_nobody_or_for_everybody(share: float, kept: int) -> None:
     assert int((told - state.brightness > 1000).sum()) == kept  # of eight settled rows
 
 
+def test_novelty_fades_with_the_ticks_since_birth_if_it_has_a_lifetime() -> None:
+    """Whatever the positions say: they are renumbered, and rows of one tick are of one age."""
+    state, reading = scene()
+    state.novelty[:10] = torch.tensor([0.0, 5.0, 1.0, 6.0, 2.0, 4.0, 3.0, 0.5, 9.0, 9.0])
+    state.born[:10] = torch.tensor([0, 40, 0, 0, 40, 40, 40, 0, 40, 40])
+    state.born[10:] = 1000  # of nobody
+
+    def kept(lifetime: float | None) -> list[int]:
+        told = policy("novelty", FORGETTING, 0.3, lifetime)(state, reading)
+        return torch.nonzero(told - state.brightness > 1000)[:, 0].tolist()
+
+    assert kept(None) == kept(1e9) == [1, 3, 5]
+    # Row 3 is older by 40 ticks, four lifetimes of a target of ten: 6 counts 6 / e^4, less than 3.
+    assert kept(1.0) == [1, 5, 6]
+    assert kept(10.0) == [1, 3, 5]  # 6 / e^0.4 = 4.02
+
+
+def test_a_novelty_that_is_no_number_hides_no_other() -> None:
+    state, reading = scene()
+    state.novelty[:10] = torch.tensor([0.0, 5.0, 1.0, 6.0, 2.0, 4.0, 3.0, float("nan"), 9.0, 9.0])
+    kept = scores("novelty", state, reading) - state.brightness > 1000
+    assert torch.nonzero(kept)[:, 0].tolist() == [1, 3, 5]
+
+
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(Refused, match=r"whim.*novelty"):
         policy("whim", FORGETTING, 0.5)
