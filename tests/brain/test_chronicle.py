@@ -211,7 +211,8 @@ def test_a_record_from_before_the_operator_was_made_without_it(
 def test_a_record_from_before_novelty_had_a_lifetime_was_made_without_one(
     open_tiny: OpenTiny, tmp_path: Path
 ) -> None:
-    chronicle = go(open_tiny(), tmp_path, 4)
+    none = {"cull.novelty.lifetime": None}
+    chronicle = go(open_tiny(**none), tmp_path, 4)
     chronicle.finish("")
     chronicle.close()
     path = tmp_path / "saves" / "run.json"
@@ -219,8 +220,8 @@ def test_a_record_from_before_novelty_had_a_lifetime_was_made_without_one(
     del record["conf"]["cull"]["novelty"]["lifetime"]
     path.write_text(json.dumps(record), "utf-8")
     with pytest.raises(Refused, match="another cull"):
-        go(open_tiny(**{"cull.novelty.lifetime": 8}), tmp_path, 6)
-    go(open_tiny(), tmp_path, 6).close()
+        go(open_tiny(), tmp_path, 6)
+    go(open_tiny(**none), tmp_path, 6).close()
 
 
 def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(
