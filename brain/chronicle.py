@@ -36,7 +36,8 @@ from brain.saves import OtherWeights, plain, restore, save, to_disk
 from brain.terminal import note
 from brain.tick import Tick
 from brain.tokens import StreamDecoder
-from conf.schema import Conf, LookupConf, WeightFormat
+from brain.unsaid import add_unsaid
+from conf.schema import Conf
 
 FORMAT = 1
 TRANSCRIPT, TOKENS, REPAIRS = "transcript.txt", "tokens.txt", "repairs.jsonl"
@@ -179,12 +180,11 @@ class Chronicle:
             raise Refused(f"{path} cannot be read ({one_line(error)})") from None
         if not isinstance(asked, dict) or asked.get("format") != FORMAT:
             raise Refused(f"{path} is not of format {FORMAT}: choose another folder")
-        before, now = asked.get("conf"), _lasting(self._conf)
-        for key, value in now.items():
-            # A record from before there was such a setting was made without it.
-            was = before.get(key, _UNSAID.get(key)) if isinstance(before, dict) else None
-            if isinstance(was, dict) and isinstance(value, dict):
-                was = _completed(was, _UNSAID_WITHIN.get(key, {}))
+        conf = asked.get("conf")
+        before = conf if isinstance(conf, dict) else {}
+        add_unsaid(before)
+        for key, value in _lasting(self._conf).items():
+            was = before.get(key)
             if was != value:
                 told = key if isinstance(value, dict) else f"{key}={shown(was)}, not {value!r}"
                 raise Refused(
@@ -406,29 +406,6 @@ class Chronicle:
         if self._journal is not None:
             self._journal.close()
         self._journal = Journal(self._saves.journal(number))
-
-
-_UNSAID = {
-    "lookup": dataclasses.asdict(LookupConf()),
-    "weights": WeightFormat.model.value,
-}
-"""What was not yet a setting when older records were begun."""
-
-_UNSAID_WITHIN: dict[str, dict[str, Any]] = {
-    "engine": {"native": False},
-    "cull": {"novelty": {"lifetime": None}},
-}
-"""The same of settings within a group."""
-
-
-def _completed(was: dict[str, Any], unsaid: dict[str, Any]) -> dict[str, Any]:
-    """A group of settings with those that it lacks, as they were before they could be set."""
-    deeper = {
-        key: _completed(was[key], value)
-        for key, value in unsaid.items()
-        if isinstance(value, dict) and isinstance(was.get(key), dict)
-    }
-    return {**unsaid, **was, **deeper}
 
 
 def _lasting(conf: Conf) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from brain.opening import open_brain, typed
 from brain.overrides import literal
 from brain.paths import given_path
 from brain.reading import RECORD_BYTES, open_plain, read_json
+from brain.unsaid import add_unsaid
 from compiled.state import NOWHERE, Cursor, state_bytes
 from conf.schema import Conf, register
 
@@ -223,9 +224,8 @@ def _conf(saved: Any, folder: Path) -> Conf:
             raise TypeError("it is none")
         # Text is text: what looks like an interpolation would be given the environment to read.
         told = {str(key): literal(value) for key, value in saved.items()}
+        add_unsaid(told)
         task = told.pop("task", None)
-        if isinstance(told.get("engine"), dict):  # of an older save, which knows no operator
-            told["engine"].setdefault("native", False)
         conf = OmegaConf.merge(OmegaConf.structured(Conf), told, {"task": task})
         return typed(conf)  # type: ignore[arg-type]
     except (

@@ -345,8 +345,8 @@ Shares of a tick on an H100, bfloat16, predicted:
   price of knowing the attention that every row received, and the first thing to fuse away.
 * **The number of kernels**, and launches, are more than a tenth of a tick while it moves less than
   {bytes_for_launches(0.1)}.
-  For a small model with a small cache they decide; with a cache of 40 GB they are
-  {overhead_share("TinyLlama-1.1B", 40):.0%} and {overhead_share("Llama-3-8B", 40):.0%}.
+  For a small model with a small cache they decide; the last column of the table says how little
+  they are at tens of gigabytes.
 
 On this machine, one more slot costs (the read predicted at {bandwidth / 1e9:.1f} GB/s, the others measured, see
 `README.md`):
@@ -356,13 +356,6 @@ On this machine, one more slot costs (the read predicted at {bandwidth / 1e9:.1f
 Steps 2 to 4 take longer here than their bytes would: ranking rows for novelty is a library's
 selection on one thread. Of the smallest models it takes a few percent, of larger ones nothing.
 """
-
-
-def overhead_share(name: str, gigabytes: float) -> float:
-    """Of a tick on an H100 with a cache of this size, what is not spent on moving bytes."""
-    config, number = MODELS[name], FORMATS["bfloat16"]
-    told = tick(config, number, round(gigabytes * 1e9 / row_bytes(config, number)))
-    return H100.overhead(config) / H100.seconds(config, told)
 
 
 def bytes_for_launches(share: float) -> str:
