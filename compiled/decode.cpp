@@ -7,8 +7,9 @@
 // `native.py` calls this, and brain/native_decoder.py has it built.
 //
 // Numbers are float32 wherever they are not stored: a matrix, the cache and what the twin rounds
-// are in the model's dtype. Vectors are the compiler's own (GCC, Clang); only conversions are named
-// for a processor. No sum depends on how many threads there are.
+// are in the model's dtype. Vectors are the compiler's own (GCC, Clang); only conversions, sums of
+// whole vectors and products of bfloat16 are named for a processor. No sum depends on how many
+// threads there are.
 
 #include <omp.h>
 
@@ -16,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -34,6 +36,7 @@ constexpr int LANES = 4, MOST = 4;
 #endif
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef int64_t Pairs __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
@@ -98,6 +101,31 @@ inline float rounded(float x) {
   return number(held);
 }
 
+template <class Real>
+inline Floats rounded(Floats x) {
+  if constexpr (std::is_same_v<Real, float>) return x;
+  const Ints bits = (Ints)x, odd = (bits >> 16) & 1;
+  return x != x ? x : (Floats)((bits + 0x7fff + odd) & -0x10000);
+}
+
+// What products are made of: pairs of bfloat16 where the processor multiplies them, else float32.
+#if defined(__AVX512BF16__)
+template <class Real>
+using Input = Real;
+#else
+template <class Real>
+using Input = float;
+#endif
+
+// As the model's dtype would hold it, for products to come.
+template <class Real>
+inline void hold(float x, Input<Real>* to) {
+  if constexpr (std::is_same_v<Input<Real>, Real>)
+    narrow(x, to);
+  else
+    *to = rounded<Real>(x);
+}
+
 inline float sum(Floats vector) {
   typedef float Quad __attribute__((vector_size(16)));
   Quad quads[LANES / 4];
@@ -107,6 +135,30 @@ inline float sum(Floats vector) {
 #pragma GCC unroll 4
     for (int i = 0; i < half; ++i) quads[i] += quads[i + half];
   return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
+}
+
+// Lane i is the sum of vector i: a third of the steps that so many single sums take.
+inline Floats sums(const Floats* vectors) {
+#if defined(__AVX512F__)
+  __m512 quads[4], halves[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Floats* v = vectors + 4 * i;
+    const __m512 even = _mm512_unpacklo_ps(v[0], v[2]) + _mm512_unpackhi_ps(v[0], v[2]);
+    const __m512 odd = _mm512_unpacklo_ps(v[1], v[3]) + _mm512_unpackhi_ps(v[1], v[3]);
+    quads[i] = _mm512_unpacklo_ps(even, odd) + _mm512_unpackhi_ps(even, odd);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    halves[i] = _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88) +
+                _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd);
+  return (Floats)(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88) +
+                  _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+#else
+  Floats all;
+  for (int i = 0; i < LANES; ++i) all[i] = sum(vectors[i]);
+  return all;
+#endif
 }
 
 // e^x for x <= 0, to some 2 units in the last place; 0 where float32 has no normal number for it.
@@ -140,84 +192,155 @@ inline void ask_for(const Number* from, int64_t numbers) {
     __builtin_prefetch(start + line, 0, 0);
 }
 
-// R rows of a matrix times T vectors of float32: sums[r][t]. A sum is C chains of additions, so
-// that one need not wait for another.
-template <int R, int T, bool ASKS, class Weight>
-[[gnu::noinline]] void products(const Weight* const* rows, const float* x, int64_t x_stride,
-                                int64_t size, float (&sums)[R][T]) {
-  constexpr int C = R > 1 || T > 4 ? 1 : T == 1 ? 4 : 2;
-  Floats parts[R][T][C] = {};
+// As many numbers of a row, or of what it is multiplied by, as one instruction multiplies.
+template <class Input>
+struct Piece {
+  static constexpr int WIDTH = LANES;
+  typedef Floats Vector;
+  template <class Number>
+  static Vector of(const Number* from) {
+    return widen(from);
+  }
+  static void add(Floats& to, Vector a, Vector b) { to += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Piece<BFloat16> {
+  static constexpr int WIDTH = 2 * LANES;
+  typedef __m512bh Vector;
+  static Vector of(const BFloat16* from) { return (Vector)load<__m512i>(from); }
+  static Vector of(const int8_t* from) {
+    return _mm512_cvtne2ps_pbh((__m512)widen(from + LANES), (__m512)widen(from));
+  }
+  static void add(Floats& to, Vector a, Vector b) {
+    to = (Floats)_mm512_dpbf16_ps((__m512)to, a, b);  // of a pair each lane the sum
+  }
+};
+#endif
+
+// So many numbers in whole vectors.
+constexpr int room(int numbers) { return (numbers + LANES - 1) / LANES * LANES; }
+
+// R rows of a matrix times T vectors: results[t * R + r]. A sum is C chains of additions, so that
+// one need not wait for another.
+template <int R, int T, bool ASKS, class Weight, class Input>
+[[gnu::noinline]] void products(const Weight* const* rows, const Input* x, int64_t x_stride,
+                                int64_t size, float (&results)[room(R * T)]) {
+  typedef Piece<Input> P;
+  constexpr int C = R > 1 || T > 4 ? 1 : T == 1 ? 4 : 2, W = P::WIDTH, ROOM = room(R * T);
+  Floats parts[ROOM][C] = {};
   int64_t i = 0;
-  for (; i + C * LANES <= size; i += C * LANES) {
-    if (ASKS) ask_for(rows[0] + i * R, R * C * LANES);
+  for (; i + C * W <= size; i += C * W) {
+    if (ASKS) ask_for(rows[0] + i * R, R * C * W);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      Floats row[R];
+      typename P::Vector row[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) row[r] = widen(rows[r] + i + c * LANES);
+      for (int r = 0; r < R; ++r) row[r] = P::of(rows[r] + i + c * W);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const Floats column = load<Floats>(x + t * x_stride + i + c * LANES);
+        const typename P::Vector column = P::of(x + t * x_stride + i + c * W);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) parts[r][t][c] += row[r] * column;
+        for (int r = 0; r < R; ++r) P::add(parts[t * R + r][c], row[r], column);
       }
     }
   }
-  for (; i + LANES <= size; i += LANES)
+  for (; C > 1 && i + W <= size; i += W)
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t)
-        parts[r][t][0] += widen(rows[r] + i) * load<Floats>(x + t * x_stride + i);
+        P::add(parts[t * R + r][0], P::of(rows[r] + i), P::of(x + t * x_stride + i));
+  Floats whole[ROOM];
+#pragma GCC unroll 16
+  for (int k = 0; k < ROOM; ++k) {
+    whole[k] = parts[k][0];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-      for (int c = 1; c < C; ++c) parts[r][t][0] += parts[r][t][c];
-      sums[r][t] = sum(parts[r][t][0]);
-      for (int64_t j = i; j < size; ++j) sums[r][t] += number(rows[r][j]) * x[t * x_stride + j];
-    }
+    for (int c = 1; c < C; ++c) whole[k] += parts[k][c];
+  }
+  if (R * T == 1)
+    results[0] = sum(whole[0]);
+  else
+#pragma GCC unroll 4
+    for (int k = 0; k < ROOM; k += LANES) store(results + k, sums(whole + k));
+  for (; i < size; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t)
+        results[t * R + r] += number(rows[r][i]) * number(x[t * x_stride + i]);
 }
 
-// R rows times T vectors, from vector t on: take(r, t, sum).
-template <int R, int T, bool ASKS, class Weight, class Take>
-inline void taken(const Weight* const* rows, const float* x, int64_t x_stride, int64_t size,
-                  int64_t t, Take take) {
-  float sums[R][T];
-  products<R, T, ASKS>(rows, x + t * x_stride, x_stride, size, sums);
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < T; ++i) take(r, t + i, sums[r][i]);
-}
-
-// The same for any number of vectors.
-template <int R, int AT_ONCE, bool ASKS, class Weight, class Take>
-inline void products(const Weight* const* rows, const float* x, int64_t x_stride, int64_t size,
-                     int64_t vectors, Take take) {
-  if (vectors == 1) return taken<R, 1, ASKS>(rows, x, x_stride, size, 0, take);
+// The same for any number of vectors, at most MANY at a time: taker.take<R, T>(t, results), where t
+// is the first of them.
+template <int R, int MANY, bool ASKS, class Weight, class Input, class Taker>
+inline void products(const Weight* const* rows, const Input* x, int64_t x_stride, int64_t size,
+                     int64_t vectors, Taker taker) {
   int64_t t = 0;
-  for (; t + AT_ONCE <= vectors; t += AT_ONCE)
-    taken<R, AT_ONCE, ASKS>(rows, x, x_stride, size, t, take);
-  for (; t + 3 <= vectors; t += 3) taken<R, 3, ASKS>(rows, x, x_stride, size, t, take);
-  for (; t < vectors; ++t) taken<R, 1, false>(rows, x, x_stride, size, t, take);
+  auto some = [&](auto number) {
+    constexpr int T = decltype(number)::value;
+    float results[room(R * T)];
+    if (t == 0)
+      products<R, T, ASKS>(rows, x, x_stride, size, results);
+    else
+      products<R, T, false>(rows, x + t * x_stride, x_stride, size, results);
+    taker.template take<R, T>(t, results);
+    t += T;
+  };
+  while (t + MANY <= vectors) some(std::integral_constant<int, MANY>{});
+  if (MANY > 4 && t + 4 <= vectors) some(std::integral_constant<int, 4>{});
+  if (t + 3 <= vectors) some(std::integral_constant<int, 3>{});
+  if (t + 2 <= vectors) some(std::integral_constant<int, 2>{});
+  if (t < vectors) some(std::integral_constant<int, 1>{});
 }
 
-// Rows first to last of a matrix times T vectors: take(row, t, product).
-template <class Weight, class Take>
-inline void multiply(const Weight* matrix, const float* scale, const float* x, int64_t x_stride,
-                     int64_t size, int64_t vectors, int64_t first, int64_t last, Take take) {
-  const Weight* rows[2];
-  int64_t row = first;
-  auto scaled = [&](int r, int64_t t, float sum) {
-    take(row + r, t, scale ? sum * scale[row + r] : sum);
-  };
-  if (vectors > 4)  // two rows, so that a vector that is loaded serves both
-    for (; row + 2 <= last; row += 2) {
-      rows[0] = matrix + row * size;
-      rows[1] = rows[0] + size;
-      products<2, MOST, true>(rows, x, x_stride, size, vectors, scaled);
+// Where products of rows go, or are added to, as the model's dtype holds them: to[t * stride + row].
+template <class Real, bool ADDS>
+struct Rows {
+  float* to;
+  int64_t stride;
+  const float* scale;  // of every row, or null
+  int64_t row = 0;
+
+  template <int R, int T>
+  void take(int64_t t, float* results) const {
+    if constexpr (R * T == 1)
+      results[0] = rounded<Real>(scale ? results[0] * scale[row] : results[0]);
+    else
+      for (int k = 0; k < R * T; k += LANES) {
+        const Floats held = load<Floats>(results + k);
+        store(results + k, rounded<Real>(scale ? held * scales<R>() : held));
+      }
+    for (int i = 0; i < T; ++i) {
+      float* place = to + (t + i) * stride + row;
+      for (int r = 0; r < R; ++r)
+        place[r] = ADDS ? place[r] + results[i * R + r] : results[i * R + r];
     }
-  for (; row < last; ++row) {
-    rows[0] = matrix + row * size;
-    products<1, MOST, true>(rows, x, x_stride, size, vectors, scaled);
+  }
+
+  // Of R rows, over and over.
+  template <int R>
+  Floats scales() const {
+    static_assert(R <= 2);
+    if (R == 1) return Floats{} + scale[row];
+    int64_t pair;
+    std::memcpy(&pair, scale + row, sizeof pair);
+    return (Floats)(Pairs{} + pair);
+  }
+};
+
+// Rows first to last of a matrix times some vectors.
+template <class Weight, class Input, class Into>
+inline void multiply(const Weight* matrix, const Input* x, int64_t x_stride, int64_t size,
+                     int64_t vectors, int64_t first, int64_t last, Into into) {
+  const Weight* rows[2];
+  into.row = first;
+  if (vectors > 4)  // two rows, so that a vector that is loaded serves both
+    for (; into.row + 2 <= last; into.row += 2) {
+      rows[0] = matrix + into.row * size;
+      rows[1] = rows[0] + size;
+      products<2, MOST, true>(rows, x, x_stride, size, vectors, into);
+    }
+  for (; into.row < last; ++into.row) {
+    rows[0] = matrix + into.row * size;
+    products<1, MOST, true>(rows, x, x_stride, size, vectors, into);
   }
 }
 
@@ -271,8 +394,9 @@ struct Slices {
 struct Shared {
   int32_t* seen;       // slots that any token sees
   int64_t num_seen;
+  int32_t* sees_all;   // [T]: whether it sees every one of them
   float* projected;    // [T, qkv rows]
-  float* activated;    // [T, intermediate]
+  void* activated;     // [T, intermediate] of what products are made of
   int64_t span;        // slots of a block: attention is summed by blocks, never by threads
   int64_t blocks;
   float* most;         // [blocks, heads * T]: of the scores
@@ -282,13 +406,14 @@ struct Shared {
   float* mass;         // the same, [each ? T : 1, slots]
 };
 
-constexpr int64_t MOST_BLOCKS = 32, SHORTEST_BLOCK = 32;  // so many threads can attend
+constexpr int64_t MOST_BLOCKS = 32, SHORTEST_BLOCK = 64;  // so many threads can attend
 
 Shared shared_of(const Decode& d, Slices& slices) {
   const int64_t queries = d.heads * d.tokens;
   const int64_t blocks = std::min((d.bucket + SHORTEST_BLOCK - 1) / SHORTEST_BLOCK, MOST_BLOCKS);
   Shared shared{};
   shared.seen = reinterpret_cast<int32_t*>(slices.take(d.bucket));
+  shared.sees_all = reinterpret_cast<int32_t*>(slices.take(d.tokens));
   shared.projected = slices.take(d.tokens * (d.heads + 2 * d.kv_heads) * d.head_dim);
   shared.activated = slices.take(d.tokens * d.intermediate);
   shared.most = slices.take(blocks * queries);
@@ -299,21 +424,31 @@ Shared shared_of(const Decode& d, Slices& slices) {
   return shared;
 }
 
+template <class Real>
 struct Own {
-  float* x;      // [T, hidden], or [T, heads * head_dim]
-  float* query;  // [heads, T, head_dim]
-  float* key;    // [kv_heads, T, head_dim]
-  float* value;  // [kv_heads, T, head_dim]
-  float* own;    // [heads, T, T]: shares of the new tokens
+  Input<Real>* x;      // [T, hidden], or [T, heads * head_dim]
+  Input<Real>* query;  // [heads, T, head_dim]
+  Input<Real>* key;    // [kv_heads, T, head_dim]
+  float* value;        // [kv_heads, T, head_dim]
+  float* own;          // [heads, T, T]: shares of the new tokens
+  float* attended;     // [head_dim]
+  float *gates, *ups;  // [T, GATES]
 };
 
-Own own_of(const Decode& d, Slices& slices) {
-  Own own{};
-  own.x = slices.take(d.tokens * std::max(d.hidden_size, d.heads * d.head_dim));
-  own.query = slices.take(d.heads * d.tokens * d.head_dim);
-  own.key = slices.take(d.kv_heads * d.tokens * d.head_dim);
+constexpr int64_t GATES = 256;  // rows at a time: enough to be read in a stream
+
+template <class Real>
+Own<Real> own_of(const Decode& d, Slices& slices) {
+  Own<Real> own{};
+  auto inputs = [&](int64_t size) { return reinterpret_cast<Input<Real>*>(slices.take(size)); };
+  own.x = inputs(d.tokens * std::max(d.hidden_size, d.heads * d.head_dim));
+  own.query = inputs(d.heads * d.tokens * d.head_dim);
+  own.key = inputs(d.kv_heads * d.tokens * d.head_dim);
   own.value = slices.take(d.kv_heads * d.tokens * d.head_dim);
   own.own = slices.take(d.heads * d.tokens * d.tokens);
+  own.attended = slices.take(d.head_dim);
+  own.gates = slices.take(d.tokens * GATES);
+  own.ups = slices.take(d.tokens * GATES);
   return own;
 }
 
@@ -323,9 +458,10 @@ int64_t shared_size(const Decode& d) {
   return counted.used;
 }
 
+template <class Real>
 int64_t own_size(const Decode& d) {
   Slices counted{nullptr, 0};
-  own_of(d, counted);
+  own_of<Real>(d, counted);
   return counted.used;
 }
 
@@ -337,8 +473,23 @@ struct Walk {
   int64_t row;        // which of the thread's slots is next
 };
 
+// Where scores go: to[q * stride + slot].
+struct Scores {
+  float* to;
+  int64_t stride;
+  float factor;
+  int64_t slot = 0;
+
+  template <int R, int T>
+  void take(int64_t q, const float* results) const {
+    for (int k = 0; k < R * T; ++k) to[(q + k / R) * stride + slot + k % R] = results[k] * factor;
+  }
+};
+
 template <class Real, class Weight>
-struct Worker : Own {
+struct Worker : Own<Real> {
+  using Own<Real>::x, Own<Real>::query, Own<Real>::key, Own<Real>::value, Own<Real>::own,
+      Own<Real>::attended, Own<Real>::gates, Own<Real>::ups;
   const Decode& d;
   const Shared& shared;
   int64_t thread, threads;
@@ -356,8 +507,9 @@ struct Worker : Own {
     return std::min((size + 1) / 2 * (thread + 1) / threads * 2, size);
   }
 
-  Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads, const Own& own)
-      : Own(own), d(d), shared(shared), thread(thread), threads(threads) {
+  Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads,
+         const Own<Real>& own)
+      : Own<Real>(own), d(d), shared(shared), thread(thread), threads(threads) {
     first_block = shared.blocks * thread / threads;
     last_block = shared.blocks * (thread + 1) / threads;
     for (int64_t block = first_block; block < last_block; ++block) {
@@ -393,43 +545,37 @@ struct Worker : Own {
 #pragma omp simd reduction(+ : squares)
       for (int64_t i = 0; i < d.hidden_size; ++i) squares += hidden[i] * hidden[i];
       const float factor = 1.0f / std::sqrt(squares / d.hidden_size + float(d.eps));
-      float* out = x + t * d.hidden_size;
+      Input<Real>* out = x + t * d.hidden_size;
 #pragma omp simd
       for (int64_t i = 0; i < d.hidden_size; ++i)
-        out[i] = rounded<Real>(rounded<Real>(hidden[i] * factor) * number(gain[i]));
+        hold<Real>(rounded<Real>(hidden[i] * factor) * number(gain[i]), out + i);
     }
   }
 
   void project(int64_t layer) {
     const int64_t rows = qkv_rows();
-    multiply(matrix(d.qkv, layer, rows, d.hidden_size), scale(d.qkv, layer, rows), x,
-             d.hidden_size, d.hidden_size, d.tokens, begin(rows), end(rows),
-             [&](int64_t row, int64_t t, float product) {
-               shared.projected[t * rows + row] = rounded<Real>(product);
-             });
+    const Rows<Real, false> into{shared.projected, rows, scale(d.qkv, layer, rows)};
+    multiply(matrix(d.qkv, layer, rows, d.hidden_size), x, d.hidden_size, d.hidden_size, d.tokens,
+             begin(rows), end(rows), into);
   }
 
   // One head's vector, rotated by its position's angles.
-  void rotate(const float* from, int64_t t, float* to) const {
+  void rotate(const float* from, int64_t t, Input<Real>* to) const {
     const int64_t half = d.head_dim / 2;
     const float *cos = d.cos + t * half, *sin = d.sin + t * half;
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
-      to[i] = rounded<Real>(from[i] * cos[i] - from[i + half] * sin[i]);
-      to[i + half] = rounded<Real>(from[i + half] * cos[i] + from[i] * sin[i]);
+      hold<Real>(from[i] * cos[i] - from[i + half] * sin[i], to + i);
+      hold<Real>(from[i + half] * cos[i] + from[i] * sin[i], to + i + half);
     }
   }
 
   // Queries [heads, T, head_dim], scaled; keys and values [kv_heads, T, head_dim].
   void split(int64_t layer) {
-    const float divisor = 1.0f / std::sqrt(float(d.head_dim));
     for (int64_t t = 0; t < d.tokens; ++t) {
       const float* from = shared.projected + t * qkv_rows();
-      for (int64_t h = 0; h < d.heads; ++h, from += d.head_dim) {
-        float* to = query + (h * d.tokens + t) * d.head_dim;
-        rotate(from, t, to);
-        for (int64_t i = 0; i < d.head_dim; ++i) to[i] *= divisor;
-      }
+      for (int64_t h = 0; h < d.heads; ++h, from += d.head_dim)
+        rotate(from, t, query + (h * d.tokens + t) * d.head_dim);
       for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
         rotate(from, t, key + (h * d.tokens + t) * d.head_dim);
       for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
@@ -440,7 +586,7 @@ struct Worker : Own {
       Real* keys = static_cast<Real*>(d.new_keys) + layer * size;
       Real* values = static_cast<Real*>(d.new_values) + layer * size;
       for (int64_t i = 0; i < size; ++i) {
-        narrow(key[i], keys + i);
+        narrow(number(key[i]), keys + i);
         narrow(value[i], values + i);
       }
     }
@@ -484,27 +630,27 @@ struct Worker : Own {
     }
   }
 
-  void score(const Real* keys, const float* queries, float* block, int64_t group) {
+  void score(const Real* keys, const Input<Real>* queries, float* block, int64_t group) {
     const int64_t length = last - first;
     const int32_t* slots = shared.seen + first;
     constexpr int ROWS = 4;
     const Real* rows[ROWS];
-    int64_t i = 0;
-    auto put = [&](int r, int64_t q, float product) { block[q * length + i + r] = product; };
+    Scores into{block, length, 1.0f / std::sqrt(float(d.head_dim))};
+    int64_t& i = into.slot;
     for (; i + ROWS <= length; i += ROWS) {
       for (int r = 0; r < ROWS; ++r) {
         rows[r] = keys + slots[i + r] * d.head_dim;
         ask_for_row(keys_ahead);
       }
-      products<ROWS, 4, false>(rows, queries, d.head_dim, d.head_dim, group, put);
+      products<ROWS, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
     }
     for (; i < length; ++i) {
       rows[0] = keys + slots[i] * d.head_dim;
       ask_for_row(keys_ahead);
-      products<1, 4, false>(rows, queries, d.head_dim, d.head_dim, group, put);
+      products<1, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
     }
-    if (d.tokens == 1) return;  // one token sees all that any token sees
     for (int64_t q = 0; q < group; ++q) {
+      if (shared.sees_all[q % d.tokens]) continue;
       const uint8_t* visible = d.cached + q % d.tokens * d.bucket;
       for (int64_t j = 0; j < length; ++j)
         if (!visible[slots[j]]) block[q * length + j] = -INFINITY;
@@ -584,7 +730,7 @@ struct Worker : Own {
     for (int64_t h = 0; h < d.heads; ++h)
       for (int64_t t = 0; t < d.tokens; ++t) {
         const int64_t q = h * d.tokens + t;
-        const float* keys = key + h / group * d.tokens * width;
+        const Input<Real>* keys = key + h / group * d.tokens * width;
         const float* values = value + h / group * d.tokens * width;
         const uint8_t* visible = d.fresh + t * d.tokens;
         float* share = own + q * d.tokens;
@@ -593,10 +739,10 @@ struct Worker : Own {
           most = std::max(most, shared.most[block * queries() + q]);
         for (int64_t j = 0; j < d.tokens; ++j) {
           if (!visible[j]) continue;
-          const float* row = keys + j * width;
-          float sums[1][1];
-          products<1, 1, false>(&row, query + q * width, width, width, sums);
-          share[j] = sums[0][0];
+          const Input<Real>* row = keys + j * width;
+          float score[room(1)];
+          products<1, 1, false>(&row, query + q * width, width, width, score);
+          share[j] = score[0] / std::sqrt(float(width));
           most = std::max(most, share[j]);
         }
         float factors[MOST_BLOCKS], total = 0;
@@ -608,24 +754,43 @@ struct Worker : Own {
           share[j] = visible[j] ? exponential(share[j] - most) : 0.0f;
           total += share[j];
         }
-        float* out = x + (t * d.heads + h) * width;
-        for (int64_t i = 0; i < width; ++i) out[i] = 0;
-        for (int64_t block = 0; block < shared.blocks; ++block)
-          add(out, shared.mixed + (block * queries() + q) * width, factors[block] / total, width);
+        for (int64_t block = 0; block < shared.blocks; ++block) factors[block] /= total;
+        mix_blocks(shared.mixed + q * width, factors);
         for (int64_t j = 0; j < d.tokens; ++j)
-          if (visible[j]) add(out, values + j * width, share[j] / total, width);
-        for (int64_t i = 0; i < width; ++i) out[i] = rounded<Real>(out[i]);
+          if (visible[j]) add(attended, values + j * width, share[j] / total, width);
+        Input<Real>* out = x + (t * d.heads + h) * width;
+        for (int64_t i = 0; i < width; ++i) hold<Real>(attended[i], out + i);
 
         const float counts = d.each ? 1.0f : d.live[t];
         for (int64_t block = first_block; block < last_block; ++block) {
           enter(block);
           add(mass + (d.each ? t * (last - first) : 0), scores + q * (last - first),
-              counts * factors[block] / total, last - first);
+              counts * factors[block], last - first);
         }
         if (thread == 0)
           add(d.mass + (d.each ? t * (d.bucket + d.tokens) : 0) + d.bucket, share, counts / total,
               d.tokens);
       }
+  }
+
+  // What every block of slots attended to, by its factor, into attended.
+  void mix_blocks(const float* mixed, const float* factors) {
+    constexpr int WIDE = 4;
+    const int64_t stride = queries() * d.head_dim;
+    int64_t i = 0;
+    for (; i + WIDE * LANES <= d.head_dim; i += WIDE * LANES) {
+      Floats sums[WIDE] = {};
+      for (int64_t block = 0; block < shared.blocks; ++block)
+#pragma GCC unroll 4
+        for (int w = 0; w < WIDE; ++w)
+          sums[w] += load<Floats>(mixed + block * stride + i + w * LANES) * factors[block];
+      for (int w = 0; w < WIDE; ++w) store(attended + i + w * LANES, sums[w]);
+    }
+    for (; i < d.head_dim; ++i) {
+      attended[i] = 0;
+      for (int64_t block = 0; block < shared.blocks; ++block)
+        attended[i] += mixed[block * stride + i] * factors[block];
+    }
   }
 
   static void add(float* to, const float* from, float factor, int64_t size) {
@@ -634,34 +799,38 @@ struct Worker : Own {
   }
 
   // Rows of the hidden state receive a product.
-  void receive(const Matrix& m, int64_t layer, const float* from, int64_t columns) {
+  void receive(const Matrix& m, int64_t layer, const Input<Real>* from, int64_t columns) {
     const int64_t rows = d.hidden_size;
-    multiply(matrix(m, layer, rows, columns), scale(m, layer, rows), from, columns, columns,
-             d.tokens, begin(rows), end(rows), [&](int64_t row, int64_t t, float product) {
-               d.hidden[t * rows + row] += rounded<Real>(product);
-             });
+    multiply(matrix(m, layer, rows, columns), from, columns, columns, d.tokens, begin(rows),
+             end(rows), Rows<Real, true>{d.hidden, rows, scale(m, layer, rows)});
   }
 
   // SwiGLU: a gate's row and the row above it, side by side.
   void activate(int64_t layer) {
     const int64_t size = d.intermediate, width = d.hidden_size;
-    const Weight* gates = matrix(d.gate_up, layer, 2 * size, width);
+    const Weight* matrices = matrix(d.gate_up, layer, 2 * size, width);
     const float* scales = scale(d.gate_up, layer, 2 * size);
-    auto taken = [&](bool up) {
-      return [this, up, size](int64_t row, int64_t t, float product) {
-        float* place = shared.activated + t * size + row;
-        const float held = rounded<Real>(product);
-        *place = up ? rounded<Real>(*place / (1.0f + std::exp(-*place)) * held) : held;
+    for (int64_t row = begin(size); row < end(size); row += GATES) {
+      const int64_t number = std::min(GATES, end(size) - row);
+      auto some = [&](int64_t first, float* to) {
+        const Rows<Real, false> into{to, GATES, scales ? scales + first : nullptr};
+        multiply(matrices + first * width, x, width, width, d.tokens, 0, number, into);
       };
-    };
-    for (int64_t row = begin(size); row < end(size);) {
-      const int64_t stop = std::min(row + 256, end(size));  // long enough to be read in a stream
-      multiply(gates, scales, x, width, width, d.tokens, row, stop, taken(false));
-      multiply(gates + size * width, scales ? scales + size : nullptr, x, width, width, d.tokens,
-               row, stop, taken(true));
-      row = stop;
+      some(row, gates);
+      some(size + row, ups);
+      for (int64_t t = 0; t < d.tokens; ++t) {
+        const float *gate = gates + t * GATES, *up = ups + t * GATES;
+        Input<Real>* out = activated() + t * size + row;
+#pragma omp simd
+        for (int64_t i = 0; i < number; ++i) {
+          const float e = exponential(-std::abs(gate[i])), turned = gate[i] < 0 ? e : 1.0f;
+          hold<Real>(rounded<Real>(gate[i] * turned / (1.0f + e)) * up[i], out + i);
+        }
+      }
     }
   }
+
+  Input<Real>* activated() const { return static_cast<Input<Real>*>(shared.activated); }
 
   // The first rows that this thread will read of a matrix, before it waits for the others.
   void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) const {
@@ -688,17 +857,14 @@ struct Worker : Own {
       activate(layer);
       ask_early(d.down, layer, d.hidden_size, d.intermediate, begin(d.hidden_size));
 #pragma omp barrier
-      receive(d.down, layer, shared.activated, d.intermediate);
+      receive(d.down, layer, activated(), d.intermediate);
       if (layer + 1 < d.layers)
         ask_early(d.qkv, layer + 1, qkv_rows(), d.hidden_size, begin(qkv_rows()));
 #pragma omp barrier
     }
     norm(d.final_norm, 0);
-    multiply(matrix(d.head, 0, d.vocab, d.hidden_size), scale(d.head, 0, d.vocab), x,
-             d.hidden_size, d.hidden_size, d.tokens, begin(d.vocab), end(d.vocab),
-             [&](int64_t row, int64_t t, float product) {
-               d.logits[t * d.vocab + row] = rounded<Real>(product);
-             });
+    multiply(matrix(d.head, 0, d.vocab, d.hidden_size), x, d.hidden_size, d.hidden_size, d.tokens,
+             begin(d.vocab), end(d.vocab), Rows<Real, false>{d.logits, d.vocab, scale(d.head, 0, d.vocab)});
     for (int64_t block = first_block; block < last_block; ++block) {
       enter(block);
       for (int64_t t = 0; t < masses(); ++t)
@@ -720,14 +886,19 @@ void decode(const Decode& d) {
     if (t < d.tokens) shared.seen[seen++] = int32_t(slot);
   }
   shared.num_seen = seen;
+  for (int64_t t = 0; t < d.tokens; ++t) {
+    int64_t sees = 0;
+    for (int64_t slot = 0; slot < d.bucket; ++slot) sees += d.cached[t * d.bucket + slot];
+    shared.sees_all[t] = sees == seen;
+  }
   shared.span = std::max((seen + MOST_BLOCKS - 1) / MOST_BLOCKS, SHORTEST_BLOCK);
   shared.span = (shared.span + 3) / 4 * 4;
   shared.blocks = (seen + shared.span - 1) / shared.span;
 #pragma omp parallel num_threads(d.threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Slices slices{d.workspace, common.used + thread * own_size(d)};
-    Worker<Real, Weight>(d, shared, thread, threads, own_of(d, slices)).work();
+    Slices slices{d.workspace, common.used + thread * own_size<Real>(d)};
+    Worker<Real, Weight>(d, shared, thread, threads, own_of<Real>(d, slices)).work();
   }
 }
 
@@ -738,5 +909,5 @@ extern "C" void decode(const Decode* d) { decode<REAL, WEIGHT>(*d); }
 
 // Floats that the workspace must hold for this many threads.
 extern "C" int64_t workspace_size(const Decode* d) {
-  return shared_size(*d) + d->threads * own_size(*d);
+  return shared_size(*d) + d->threads * own_size<REAL>(*d);
 }

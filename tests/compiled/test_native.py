@@ -120,7 +120,7 @@ def test_the_operator_is_its_twin(data: st.DataObject) -> None:
         "all": slots >= 0,
     }[kept]
     weights, state = model(config, precision), memory(config, precision[0], valid)
-    num_tokens = data.draw(st.sampled_from([1, 1, 2, 3, 4, 5, 16]), "tokens")
+    num_tokens = data.draw(st.sampled_from([1, 1, 2, 3, 4, 5, 6, 7, 8, 16]), "tokens")
     length = data.draw(st.integers(1, num_tokens), "length")
     bucket = data.draw(st.sampled_from([CAPACITY, 64]), "bucket")
     tokens = torch.arange(num_tokens) * 7 % config.vocab_size
@@ -183,7 +183,7 @@ def test_I11_the_number_of_threads_changes_no_bit(precision: Precision) -> None:
     config = replace(toy_config(), hidden_size=49, intermediate_size=33, vocab_size=77)
     weights = model(config, precision)
     state = memory(config, precision[0], torch.arange(CAPACITY) % 7 != 3)
-    for num_tokens in (1, 2, 5, 7, 11, 16):
+    for num_tokens in (1, 2, 5, 7, 8, 11, 16):
         tokens = torch.arange(num_tokens)
         rest = (tokens, 100 + tokens, torch.tensor(num_tokens))
         told = set()
