@@ -102,9 +102,9 @@ def open_checkpoint(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    int8: bool = False,
+    int8: bool,
 ) -> Checkpoint:
-    """Finds, checks and loads a model. Raises Refused."""
+    """Finds, checks and loads a model, with ``int8`` in eight bits. Raises Refused."""
     how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
     cache = None if cache_dir is None else given_path(cache_dir)
     if model.source is Source.wheel:

@@ -188,10 +188,12 @@ class Graphs:
         return choice
 
     def propose(self) -> Proposal:
-        """``propose``, in memory of its own: it may outlive the step."""
+        """``propose``, in memory that no graph writes to again: it may outlive the step."""
         assert self.behaviour.lookup is not None
         search = functools.partial(_bound_propose, self.behaviour.lookup)
         proposal: Proposal = self._graph(PROPOSE, search)(self.state, self.cursor)
+        if self.state.valid.device.type != "cuda":
+            return proposal  # what a graph returns there is new every time
         return Proposal(*(tensor.clone() for tensor in proposal))
 
     def read_ahead(self, proposal: Proposal, *, high_water: int) -> AheadReading:

@@ -76,15 +76,15 @@ def propose(state: State, cursor: Cursor, lookup: Lookup) -> Proposal:
 
     first = after[-1:]  # [1]
     period = count + 1 - first  # tokens from the first that is proposed to the cursor's
-    step = torch.arange(lookup.width, device=text.device) % period.clamp(min=1)  # [width]
+    index = torch.arange(lookup.width, device=text.device)
+    step = index % period.clamp(min=1)  # [width]
     place = first + step
     good = position[place] == position[first] + step
     for end in lookup.ends:
         good = good & (text[place] != end)
-    unbroken = torch.cumprod(good.to(torch.int64), 0)  # [width]
-    length = torch.where(found[-1] & trusted, unbroken.sum(), 0)
-    live = torch.arange(lookup.width, device=text.device) < length
-    return Proposal(torch.where(live, text[place], 0), length)
+    unbroken = torch.where(good, lookup.width, index).amin()
+    length = torch.where(found[-1] & trusted, unbroken, 0)
+    return Proposal(torch.where(index < length, text[place], 0), length)
 
 
 def _in_order(state: State, cursor: Cursor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,10 +123,11 @@ def _matches(
     index = torch.arange(size, dtype=torch.int32, device=text.device)
     before = _before(text, position, lookup.longest)  # [longest, size]
     mine = before.index_select(1, ends.clamp(min=0))  # [longest, window + 1]
+    mine = torch.where(mine == NOWHERE, NOWHERE - 1, mine)  # a gap is like no other
     matched = torch.zeros(ends.shape[0], size, dtype=torch.int32, device=text.device)
     running = ends.to(torch.int32)[:, None] > index  # earlier, and not before the text
     for back in range(lookup.longest):
-        running = running & (mine[back, :, None] == before[back]) & (before[back] != NOWHERE)
+        running = running & (mine[back, :, None] == before[back])
         matched = matched + running
     followed = F.pad(position[1:] == position[:-1] + 1, (0, 1)) & (position != NOWHERE)
     usable = followed & (matched >= lookup.shortest)

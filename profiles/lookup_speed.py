@@ -25,6 +25,7 @@ from brain.brain import Brain
 from brain.checkpoints import Checkpoint
 from brain.opening import compose_conf, open_checkpoint
 from brain.settings import settings_of
+from conf.schema import WeightFormat
 
 ROUNDS, TICKS = 3, 160
 PROSE_TOKENS = 400
@@ -67,7 +68,10 @@ def brain_of(checkpoint: Checkpoint | None, overrides: list[str]) -> Brain:
     if conf.threads is not None:
         torch.set_num_threads(conf.threads)
     if checkpoint is None:
-        checkpoint = open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+        int8 = conf.weights is WeightFormat.int8
+        checkpoint = open_checkpoint(
+            conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8
+        )
     brain = Brain(checkpoint, settings, conf)
     for name in brain.warm_up():
         print(f"capturing {name}", file=sys.stderr, flush=True)

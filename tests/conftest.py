@@ -252,7 +252,7 @@ def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
         )
         settings = settings_of(conf)
         checkpoint = (
-            open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+            open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device, int8=False)
             if real
             else SEEDED[model].checkpoint(settings.dtype, settings.device)
         )

@@ -37,7 +37,8 @@ def write(conf: Conf, folder: Path, names: Sequence[str]) -> list[str]:
     Raises Refused where the reference is not installed, or there is no passage to read.
     """
     library = transformers()
-    checkpoint = open_checkpoint(conf.model, conf.cache_dir, torch.float32, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    checkpoint = open_checkpoint(conf.model, conf.cache_dir, torch.float32, cpu, int8=False)
     passage, ids = _passage(folder, checkpoint)
     made = {
         "by": "Hugging Face transformers, LlamaForCausalLM, masked passes without a cache",

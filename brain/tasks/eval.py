@@ -24,7 +24,7 @@ from brain.opening import open_checkpoint
 from brain.settings import FEWEST_ROWS_TO_CULL, settings_of
 from brain.terminal import capture_graphs, note
 from compiled.score import MOST_CULLED
-from conf.schema import Conf, EvalTask
+from conf.schema import Conf, EvalTask, WeightFormat
 
 MENDING_TICKS = 32
 """Ticks before a pair is looked at: what brightness needs to tell rows apart."""
@@ -50,7 +50,10 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise Refused("task.text is missing: give a UTF-8 file or a folder of them to measure on")
     settings = settings_of(conf)
     note(f"loading {conf.model.name} …")
-    checkpoint = open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device)
+    int8 = conf.weights is WeightFormat.int8
+    checkpoint = open_checkpoint(
+        conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8
+    )
     brain: Brain | None = None
     if "endurance" in task.measures:
         brain = Brain(checkpoint, settings, conf)
@@ -62,6 +65,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         "torch": torch.__version__,
         "device": str(settings.device),
         "dtype": conf.dtype.value,
+        "weights": conf.weights.value,
         "seed": conf.seed,
         "task": dataclasses.asdict(task),
         "cull": dataclasses.asdict(conf.cull),  # of repair and endurance

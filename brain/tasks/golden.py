@@ -15,7 +15,7 @@ from brain.golden.files import golden_names
 from brain.golden.write import chosen, write
 from brain.paths import given_path
 from brain.terminal import note
-from conf.schema import Conf, GoldenTask
+from conf.schema import Conf, GoldenTask, WeightFormat
 
 DEFAULT_FOLDER = Path("tests/golden")
 
@@ -28,9 +28,15 @@ def run(conf: Conf, run_dir: Path) -> None:
     """Checks golden files against the engine as configured; with ``task.write`` writes them.
 
     A check prints a table on standard error and writes ``golden.json`` into the run folder.
-    Raises Mismatch saying which goldens fail and where, Refused where nothing can be checked.
+    Raises Mismatch saying which goldens fail and where, Refused where nothing can be checked,
+    which goes for weights in eight bits.
     """
     task = cast(GoldenTask, conf.task)
+    if conf.weights is not WeightFormat.model:
+        raise Refused(
+            f"weights={conf.weights.value} has no goldens: they are of the weights as the model "
+            "has them; leave weights=model"
+        )
     folder = DEFAULT_FOLDER if task.folder is None else given_path(task.folder)
     if task.write:
         written = write(conf, folder, task.cases)
