@@ -36,6 +36,7 @@ constexpr int LANES = 4, MOST = 4;
 #endif
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 typedef int64_t Pairs __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
@@ -103,12 +104,16 @@ inline float rounded(float x) {
 
 template <class Real>
 inline Floats rounded(Floats x) {
-  if constexpr (std::is_same_v<Real, float>) return x;
-  const Ints bits = (Ints)x, odd = (bits >> 16) & 1;
-  return x != x ? x : (Floats)((bits + 0x7fff + odd) & -0x10000);
+  if constexpr (std::is_same_v<Real, float>) {
+    return x;
+  } else {
+    const Bits bits = (Bits)x, odd = (bits >> 16) & 1;
+    return x != x ? x : (Floats)((bits + 0x7fff + odd) & 0xffff0000);
+  }
 }
 
-// What products are made of: pairs of bfloat16 where the processor multiplies them, else float32.
+// What products are made of: bfloat16 where the model is in it and the processor multiplies pairs,
+// else float32.
 #if defined(__AVX512BF16__)
 template <class Real>
 using Input = Real;
@@ -137,7 +142,7 @@ inline float sum(Floats vector) {
   return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
 }
 
-// Lane i is the sum of vector i: a third of the steps that so many single sums take.
+// Lane i is the sum of vector i. In AVX-512 a third of the steps that so many single sums take.
 inline Floats sums(const Floats* vectors) {
 #if defined(__AVX512F__)
   __m512 quads[4], halves[2];
@@ -163,7 +168,8 @@ inline Floats sums(const Floats* vectors) {
 
 // e^x for x <= 0, to some 2 units in the last place; 0 where float32 has no normal number for it.
 inline float exponential(float x) {
-  const float clamped = std::max(x, -87.0f);
+  constexpr float LEAST = -87.0f;
+  const float clamped = x > LEAST ? x : LEAST;  // what is no number, too: it has no integer
   const float turns = std::nearbyint(clamped * 1.44269504f);
   const float rest = (clamped - turns * 0.693145752f) - turns * 1.42860677e-6f;
   float series = 1.0f / 5040;
@@ -174,10 +180,10 @@ inline float exponential(float x) {
   series = series * rest + 0.5f;
   series = series * rest + 1.0f;
   series = series * rest + 1.0f;
-  const int32_t bits = (int32_t(turns) + 127) << 23;
+  const uint32_t bits = uint32_t(int32_t(turns) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return x < -87.0f ? 0.0f : series * power;
+  return x >= LEAST ? series * power : x != x ? x : 0.0f;
 }
 
 // Bytes from what is being read to what is asked for: memory answers late, and what a thread reads
@@ -193,7 +199,7 @@ inline void ask_for(const Number* from, int64_t numbers) {
 }
 
 // As many numbers of a row, or of what it is multiplied by, as one instruction multiplies.
-template <class Input>
+template <class Factor>
 struct Piece {
   static constexpr int WIDTH = LANES;
   typedef Floats Vector;
@@ -214,7 +220,7 @@ struct Piece<BFloat16> {
     return _mm512_cvtne2ps_pbh((__m512)widen(from + LANES), (__m512)widen(from));
   }
   static void add(Floats& to, Vector a, Vector b) {
-    to = (Floats)_mm512_dpbf16_ps((__m512)to, a, b);  // of a pair each lane the sum
+    to = (Floats)_mm512_dpbf16_ps((__m512)to, a, b);  // each lane adds the products of a pair
   }
 };
 #endif
@@ -224,10 +230,10 @@ constexpr int room(int numbers) { return (numbers + LANES - 1) / LANES * LANES; 
 
 // R rows of a matrix times T vectors: results[t * R + r]. A sum is C chains of additions, so that
 // one need not wait for another.
-template <int R, int T, bool ASKS, class Weight, class Input>
-[[gnu::noinline]] void products(const Weight* const* rows, const Input* x, int64_t x_stride,
+template <int R, int T, bool ASKS, class Weight, class Factor>
+[[gnu::noinline]] void products(const Weight* const* rows, const Factor* x, int64_t x_stride,
                                 int64_t size, float (&results)[room(R * T)]) {
-  typedef Piece<Input> P;
+  typedef Piece<Factor> P;
   constexpr int C = R > 1 || T > 4 ? 1 : T == 1 ? 4 : 2, W = P::WIDTH, ROOM = room(R * T);
   Floats parts[ROOM][C] = {};
   int64_t i = 0;
@@ -250,6 +256,14 @@ template <int R, int T, bool ASKS, class Weight, class Input>
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t)
         P::add(parts[t * R + r][0], P::of(rows[r] + i), P::of(x + t * x_stride + i));
+  if (W > LANES && i + LANES <= size) {  // half of what one instruction multiplies
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+        parts[t * R + r][0] += widen(rows[r] + i) * widen(x + t * x_stride + i);
+    i += LANES;
+  }
   Floats whole[ROOM];
 #pragma GCC unroll 16
   for (int k = 0; k < ROOM; ++k) {
@@ -270,12 +284,12 @@ template <int R, int T, bool ASKS, class Weight, class Input>
 
 // The same for any number of vectors, at most MANY at a time: taker.take<R, T>(t, results), where t
 // is the first of them.
-template <int R, int MANY, bool ASKS, class Weight, class Input, class Taker>
-inline void products(const Weight* const* rows, const Input* x, int64_t x_stride, int64_t size,
+template <int R, int MANY, bool ASKS, class Weight, class Factor, class Taker>
+inline void products(const Weight* const* rows, const Factor* x, int64_t x_stride, int64_t size,
                      int64_t vectors, Taker taker) {
   int64_t t = 0;
-  auto some = [&](auto number) {
-    constexpr int T = decltype(number)::value;
+  auto some = [&](auto count) {
+    constexpr int T = decltype(count)::value;
     float results[room(R * T)];
     if (t == 0)
       products<R, T, ASKS>(rows, x, x_stride, size, results);
@@ -291,7 +305,8 @@ inline void products(const Weight* const* rows, const Input* x, int64_t x_stride
   if (t < vectors) some(std::integral_constant<int, 1>{});
 }
 
-// Where products of rows go, or are added to, as the model's dtype holds them: to[t * stride + row].
+// Where products of rows go, or are added to, as the model's dtype holds them:
+// to[t * stride + row].
 template <class Real, bool ADDS>
 struct Rows {
   float* to;
@@ -327,8 +342,8 @@ struct Rows {
 };
 
 // Rows first to last of a matrix times some vectors.
-template <class Weight, class Input, class Into>
-inline void multiply(const Weight* matrix, const Input* x, int64_t x_stride, int64_t size,
+template <class Weight, class Factor, class Into>
+inline void multiply(const Weight* matrix, const Factor* x, int64_t x_stride, int64_t size,
                      int64_t vectors, int64_t first, int64_t last, Into into) {
   const Weight* rows[2];
   into.row = first;
@@ -394,9 +409,9 @@ struct Slices {
 struct Shared {
   int32_t* seen;       // slots that any token sees
   int64_t num_seen;
-  int32_t* sees_all;   // [T]: whether it sees every one of them
+  int32_t* sees_all;   // [T]: 1 for a token that sees every one of them, else 0
   float* projected;    // [T, qkv rows]
-  void* activated;     // [T, intermediate] of what products are made of
+  float* activated;    // [T, intermediate]: room for what products are made of
   int64_t span;        // slots of a block: attention is summed by blocks, never by threads
   int64_t blocks;
   float* most;         // [blocks, heads * T]: of the scores
@@ -424,6 +439,8 @@ Shared shared_of(const Decode& d, Slices& slices) {
   return shared;
 }
 
+constexpr int64_t GATES = 256;  // rows at a time: enough to be read in a stream
+
 template <class Real>
 struct Own {
   Input<Real>* x;      // [T, hidden], or [T, heads * head_dim]
@@ -434,8 +451,6 @@ struct Own {
   float* attended;     // [head_dim]
   float *gates, *ups;  // [T, GATES]
 };
-
-constexpr int64_t GATES = 256;  // rows at a time: enough to be read in a stream
 
 template <class Real>
 Own<Real> own_of(const Decode& d, Slices& slices) {
@@ -520,6 +535,7 @@ struct Worker : Own<Real> {
     num_seen = std::min(last_block * shared.span, shared.num_seen) - first_seen;
   }
 
+  float score_scale() const { return 1.0f / std::sqrt(float(d.head_dim)); }
   int64_t masses() const { return d.each ? d.tokens : 1; }
 
   void enter(int64_t block) {
@@ -570,7 +586,7 @@ struct Worker : Own<Real> {
     }
   }
 
-  // Queries [heads, T, head_dim], scaled; keys and values [kv_heads, T, head_dim].
+  // Queries [heads, T, head_dim] and keys [kv_heads, T, head_dim], rotated; values, as many.
   void split(int64_t layer) {
     for (int64_t t = 0; t < d.tokens; ++t) {
       const float* from = shared.projected + t * qkv_rows();
@@ -635,17 +651,16 @@ struct Worker : Own<Real> {
     const int32_t* slots = shared.seen + first;
     constexpr int ROWS = 4;
     const Real* rows[ROWS];
-    Scores into{block, length, 1.0f / std::sqrt(float(d.head_dim))};
-    int64_t& i = into.slot;
-    for (; i + ROWS <= length; i += ROWS) {
+    Scores into{block, length, score_scale()};
+    for (; into.slot + ROWS <= length; into.slot += ROWS) {
       for (int r = 0; r < ROWS; ++r) {
-        rows[r] = keys + slots[i + r] * d.head_dim;
+        rows[r] = keys + slots[into.slot + r] * d.head_dim;
         ask_for_row(keys_ahead);
       }
       products<ROWS, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
     }
-    for (; i < length; ++i) {
-      rows[0] = keys + slots[i] * d.head_dim;
+    for (; into.slot < length; ++into.slot) {
+      rows[0] = keys + slots[into.slot] * d.head_dim;
       ask_for_row(keys_ahead);
       products<1, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
     }
@@ -742,7 +757,7 @@ struct Worker : Own<Real> {
           const Input<Real>* row = keys + j * width;
           float score[room(1)];
           products<1, 1, false>(&row, query + q * width, width, width, score);
-          share[j] = score[0] / std::sqrt(float(width));
+          share[j] = score[0] * score_scale();
           most = std::max(most, share[j]);
         }
         float factors[MOST_BLOCKS], total = 0;
@@ -811,10 +826,10 @@ struct Worker : Own<Real> {
     const Weight* matrices = matrix(d.gate_up, layer, 2 * size, width);
     const float* scales = scale(d.gate_up, layer, 2 * size);
     for (int64_t row = begin(size); row < end(size); row += GATES) {
-      const int64_t number = std::min(GATES, end(size) - row);
-      auto some = [&](int64_t first, float* to) {
-        const Rows<Real, false> into{to, GATES, scales ? scales + first : nullptr};
-        multiply(matrices + first * width, x, width, width, d.tokens, 0, number, into);
+      const int64_t count = std::min(GATES, end(size) - row);
+      auto some = [&](int64_t from, float* to) {
+        const Rows<Real, false> into{to, GATES, scales ? scales + from : nullptr};
+        multiply(matrices + from * width, x, width, width, d.tokens, 0, count, into);
       };
       some(row, gates);
       some(size + row, ups);
@@ -822,7 +837,7 @@ struct Worker : Own<Real> {
         const float *gate = gates + t * GATES, *up = ups + t * GATES;
         Input<Real>* out = activated() + t * size + row;
 #pragma omp simd
-        for (int64_t i = 0; i < number; ++i) {
+        for (int64_t i = 0; i < count; ++i) {
           const float e = exponential(-std::abs(gate[i])), turned = gate[i] < 0 ? e : 1.0f;
           hold<Real>(rounded<Real>(gate[i] * turned / (1.0f + e)) * up[i], out + i);
         }
@@ -830,7 +845,7 @@ struct Worker : Own<Real> {
     }
   }
 
-  Input<Real>* activated() const { return static_cast<Input<Real>*>(shared.activated); }
+  Input<Real>* activated() const { return reinterpret_cast<Input<Real>*>(shared.activated); }
 
   // The first rows that this thread will read of a matrix, before it waits for the others.
   void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) const {
@@ -863,8 +878,9 @@ struct Worker : Own<Real> {
 #pragma omp barrier
     }
     norm(d.final_norm, 0);
+    const Rows<Real, false> into{d.logits, d.vocab, scale(d.head, 0, d.vocab)};
     multiply(matrix(d.head, 0, d.vocab, d.hidden_size), x, d.hidden_size, d.hidden_size, d.tokens,
-             begin(d.vocab), end(d.vocab), Rows<Real, false>{d.logits, d.vocab, scale(d.head, 0, d.vocab)});
+             begin(d.vocab), end(d.vocab), into);
     for (int64_t block = first_block; block < last_block; ++block) {
       enter(block);
       for (int64_t t = 0; t < masses(); ++t)

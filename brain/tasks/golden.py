@@ -28,8 +28,8 @@ def run(conf: Conf, run_dir: Path) -> None:
     """Checks golden files against the engine as configured; with ``task.write`` writes them.
 
     A check prints a table on standard error and writes ``golden.json`` into the run folder.
-    Raises Mismatch saying which goldens fail and where, Refused where nothing can be checked,
-    which goes for weights in eight bits.
+    Raises Mismatch saying which goldens fail and where, Refused where nothing can be checked, as
+    with weights in eight bits.
     """
     task = cast(GoldenTask, conf.task)
     if conf.weights is not WeightFormat.model:
