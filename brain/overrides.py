@@ -18,6 +18,7 @@ from brain.errors import Refused
 
 TEXT_KEYS = (
     "prompt",
+    "path",
     "model.path",
     "model.wheel",
     "cache_dir",

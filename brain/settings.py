@@ -23,6 +23,8 @@ from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf
 MOST_ROWS = 1 << 62
 FEWEST_ROWS_TO_CULL = 8
 """Below this target, sinks, recent rows and victims do not all fit."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of numbers by which logits are divided, and of brightness: float32 holds what comes of them."""
 
 WIDEST_LOOKUP = 31
 """Tokens proposed at most: a graph holds a choice for each of them."""
@@ -151,16 +153,19 @@ def _check_sampler(sampler: SamplerConf) -> None:
     def refuse(key: str, rule: str) -> None:
         raise Refused(f"sampler.{key} must be {rule}, not {getattr(sampler, key)}")
 
-    if not (math.isfinite(sampler.temperature) and sampler.temperature > 0):
-        refuse("temperature", "above 0 (for the likeliest token use sampler=greedy)")
+    if not SMALLEST <= sampler.temperature <= LARGEST:
+        refuse(
+            "temperature",
+            f"{SMALLEST:g} to {LARGEST:g} (for the likeliest token use sampler=greedy)",
+        )
     if sampler.top_k < 0:
         refuse("top_k", "0 (off) or more")
     if not 0 < sampler.top_p <= 1:
         refuse("top_p", "above 0 and at most 1 (off)")
     if not 0 <= sampler.min_p <= 1:
         refuse("min_p", "between 0 (off) and 1")
-    if not (math.isfinite(sampler.repetition_penalty) and sampler.repetition_penalty > 0):
-        refuse("repetition_penalty", "above 0 (1 is off)")
+    if not SMALLEST <= sampler.repetition_penalty <= LARGEST:
+        refuse("repetition_penalty", f"{SMALLEST:g} to {LARGEST:g} (1 is off)")
 
 
 def conduct_of(cull: CullConf, capacity: int) -> Conduct:
@@ -175,8 +180,11 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
     if not 0 <= brightness.decay <= 1:
         raise Refused(f"cull.brightness.decay must be between 0 and 1, not {brightness.decay}")
     for name, seed in brightness.seeds.items():
-        if not isinstance(seed, int | float) or not math.isfinite(seed):
-            raise Refused(f"cull.brightness.seeds: {name} is {shown(seed)}, not a finite number")
+        if not isinstance(seed, int | float) or not abs(seed) <= LARGEST:
+            raise Refused(
+                f"cull.brightness.seeds: {name} is {shown(seed)}, not a number of at most "
+                f"{LARGEST:g}"
+            )
     if not 0 <= cull.novelty.decay < 1:
         raise Refused(f"cull.novelty.decay must be in 0 to below 1, not {cull.novelty.decay}")
     if not 0 <= cull.novelty.share <= 1:

@@ -33,3 +33,12 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a process holds the run folder just now."""
+    try:
+        with sole_writer(folder):
+            return False
+    except Refused:
+        return True

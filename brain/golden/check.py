@@ -17,7 +17,7 @@ from brain.golden.replay import replay
 from brain.golden.seeded import SEEDED
 from brain.opening import open_checkpoint
 from brain.settings import settings_of
-from conf.schema import Conf, EngineConf
+from conf.schema import Conf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Brains:
         if key not in self._brains:
             conf = dataclasses.replace(
                 self.conf,
-                engine=EngineConf(
-                    compiled=self.conf.engine.compiled,
+                engine=dataclasses.replace(
+                    self.conf.engine,
                     widths=list(widths),
                     smallest_bucket=memory.smallest_bucket,
                     chunk=self.conf.engine.chunk if self.conf.engine.compiled else None,

@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from brain.checkpoints import Checkpoint
-from brain.checkpoints.hub import PATTERNS
-from brain.checkpoints.wheel import converted_wheel
 from brain.errors import Refused, one_line
 from brain.golden.cases import TEXT, Case, cases
 from brain.golden.files import Golden, save_golden
 from brain.golden.judge import Distance, Expected, distance, expected_of
 from brain.golden.reference import load_reference, reference_run, seeded_reference, transformers
 from brain.golden.seeded import SEEDED
-from brain.opening import open_checkpoint
-from conf.schema import Conf, Source
+from brain.opening import model_folder, open_checkpoint
+from conf.schema import Conf
 
 PASSAGE, ABOUT_PASSAGE = "passage.txt", "passage.json"
 LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +98,7 @@ def _run_all(
     def model_in(dtype: torch.dtype) -> Any:
         if seeded is not None:
             return seeded_reference(SEEDED[seeded], dtype)
-        return load_reference(_model_folder(conf), dtype)
+        return load_reference(model_folder(conf.model, conf.cache_dir), dtype)
 
     model = model_in(torch.float32)
     results: list[tuple[Expected, dict[str, Distance]]] = []
@@ -135,24 +132,3 @@ def _passage(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], list
     if len(ids) < TEXT:
         raise Refused(f"{path}: {len(ids)} tokens, but {TEXT} are read; use a longer text")
     return {"file": PASSAGE, "sha256": hashlib.sha256(raw).hexdigest(), **told}, ids
-
-
-def _model_folder(conf: Conf) -> Path:
-    """The folder of the configured model, which has been opened before."""
-    model = conf.model
-    cache = None if conf.cache_dir is None else Path(conf.cache_dir).expanduser()
-    if model.source is Source.wheel:
-        return converted_wheel(cache_dir=cache)
-    if model.source is Source.folder:
-        assert model.path is not None
-        return Path(model.path).expanduser()
-    assert model.repo is not None
-    return Path(
-        snapshot_download(
-            model.repo,
-            revision=model.revision,
-            cache_dir=cache,
-            allow_patterns=PATTERNS,
-            local_files_only=True,
-        )
-    )

@@ -29,6 +29,7 @@ from brain.bench.contestants import (
     PRECISIONS,
     Contestant,
     contestants,
+    key_of,
     row_bytes,
     weight_bytes,
     why_missing,
@@ -39,10 +40,10 @@ from brain.bench.tables import decode_table, flatness, scaling_table
 from brain.checkpoints.gguf_writer import converted_gguf
 from brain.checkpoints.hf_config import read_config
 from brain.errors import Refused
-from brain.opening import model_folder
+from brain.opening import MOST_THREADS, model_folder
 from brain.settings import device_of, settings_of
 from brain.terminal import note
-from conf.schema import BenchTask, Conf
+from conf.schema import BenchTask, Conf, DType, WeightFormat
 
 DECODE, SCALING = "decode", "scaling"
 MEASURES = (DECODE, SCALING)
@@ -51,9 +52,12 @@ MEASURES = (DECODE, SCALING)
 def run(conf: Conf, run_dir: Path) -> None:
     """Prints one table for each measure. Raises Refused before anything long begins."""
     task = cast(BenchTask, conf.task)
-    asked = [o for o in HydraConfig.get().overrides.task if not o.startswith("task")]
-    precisions = list(task.precisions) or _asked_precisions(conf, asked)
+    given = HydraConfig.get().overrides.task
+    asked = [override for override in given if key_of(override).partition(".")[0] != "task"]
+    keys = {key_of(override) for override in asked}
+    precisions = _precisions(task, conf, keys)
     _check(task, conf, precisions)
+    _check_untimed(conf, keys)
     bench = _Bench(conf, task, asked, precisions, run_dir)
     for measure in dict.fromkeys(task.measures):
         {DECODE: bench.decode, SCALING: bench.scaling}[measure]()
@@ -62,12 +66,25 @@ def run(conf: Conf, run_dir: Path) -> None:
     note(f"results and pictures in {run_dir}")
 
 
-def _asked_precisions(conf: Conf, asked: Sequence[str]) -> list[str]:
-    """Without ``task.precisions``: what ``dtype`` or ``weights`` say where they are given."""
-    if "weights=int8" in asked:
+def _precisions(task: BenchTask, conf: Conf, keys: set[str]) -> list[str]:
+    """``task.precisions``, whatever else is said, or what ``dtype`` or ``weights`` say where they
+    are given. Raises Refused for what cannot be timed together.
+    """
+    given = [key for key in ("dtype", "weights") if key in keys]
+    if task.precisions and given:
+        note(f"task.precisions says what is timed: {given[0]} is not looked at")
+    if task.precisions:
+        return list(task.precisions)
+    if conf.weights is WeightFormat.int8:
+        if "dtype" in given and conf.dtype is not DType.bfloat16:
+            raise Refused(
+                f"weights=int8 is timed with dtype=bfloat16 here, not {conf.dtype.value}: leave "
+                "out dtype"
+            )
         return [INT8]
-    given = any(override.startswith("dtype=") for override in asked)
-    return [conf.dtype.value] if given else ["float32", "bfloat16", INT8]
+    if "dtype" in given:
+        return [conf.dtype.value]
+    return ["float32", "bfloat16", *([] if given else [INT8])]
 
 
 def _check(task: BenchTask, conf: Conf, precisions: Sequence[str]) -> None:
@@ -86,6 +103,14 @@ def _check(task: BenchTask, conf: Conf, precisions: Sequence[str]) -> None:
     for name in ("context", "prefill", "tokens", "repeats", "rows"):
         if getattr(task, name) < 1:
             raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
+    if conf.threads is not None and not 1 <= conf.threads <= MOST_THREADS:
+        raise Refused(f"threads must be 1 to {MOST_THREADS}, not {conf.threads}")
+    _check_rows(task, conf)
+    settings_of(conf)
+
+
+def _check_rows(task: BenchTask, conf: Conf) -> None:
+    """Raises Refused where rows would not fit, or would be forgotten while they are counted on."""
     decoded = task.tokens + WARM_UP_TOKENS
     needed = max(task.prefill, task.context + decoded)
     if DECODE in task.measures and needed > conf.capacity:
@@ -98,9 +123,34 @@ def _check(task: BenchTask, conf: Conf, precisions: Sequence[str]) -> None:
         if max(task.counts) + decoded > max(task.capacities):
             most = max(task.capacities) - decoded
             raise Refused(f"task.counts must be {most} or less in a capacity of that size")
-    settings_of(conf)
-    if conf.threads is not None and conf.threads < 1:
-        raise Refused(f"threads must be at least 1, not {conf.threads}")
+    if conf.cull.policy != "none" and conf.cull.target is not None:
+        _check_target(task, conf.cull.target)
+
+
+def _check_target(task: BenchTask, target: int) -> None:
+    """Raises Refused where a target is not for every capacity, or below the rows to be timed."""
+    scales = SCALING in task.measures
+    if scales and target > min(task.capacities):
+        raise Refused(
+            f"cull.target={target} is more than the smallest of task.capacities, "
+            f"{min(task.capacities)}: leave it out, for it to be the capacity"
+        )
+    decode = [task.context] if DECODE in task.measures else []
+    held = max([*decode, *([task.rows, *task.counts] if scales else [])])
+    needed = held + task.tokens + WARM_UP_TOKENS
+    if target < needed:
+        raise Refused(
+            f"this benchmark needs cull.target={needed} or more, not {target}, so that none of "
+            f"{held} rows is forgotten; or leave it out, for it to be the capacity"
+        )
+
+
+def _check_untimed(conf: Conf, keys: set[str]) -> None:
+    """Says what is asked for and not looked at; raises Refused where that would mislead."""
+    if keys & {"engine", "engine.compiled"}:
+        note("task=bench times the engines of task.engines: engine is not looked at")
+    if conf.lookup.width:
+        raise Refused("a token of task=bench is a plain tick: use lookup=none")
 
 
 class _Bench:

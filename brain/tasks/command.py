@@ -6,6 +6,7 @@ from typing import cast
 from brain.commands import ANSWERS, parse_batch, send
 from brain.errors import Refused
 from brain.paths import given_path
+from brain.sole_writer import is_taken
 from brain.terminal import note
 from conf.schema import CommandTask, Conf
 
@@ -22,4 +23,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     parse_batch(task.actions, lambda text: [0] if text else [])
     folder = given_path(task.path)
     send(folder, task.actions)
-    note(f"sent; the answer will be in {folder / ANSWERS}")
+    if is_taken(folder):
+        note(f"sent; the answer will be in {folder / ANSWERS}")
+    else:
+        note(f"sent, but nobody runs in {folder}: it will be obeyed when that run goes on")

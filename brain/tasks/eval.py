@@ -20,11 +20,11 @@ from brain.evaluation import endurance, fluency, mending, plots, retrieval
 from brain.evaluation.contestants import FULL, Contestant, contestants
 from brain.evaluation.facts import KINDS, Fact, Kind, make_facts
 from brain.evaluation.texts import excerpts, read_text
-from brain.opening import open_checkpoint
+from brain.opening import open_checkpoint, use_threads
 from brain.settings import FEWEST_ROWS_TO_CULL, settings_of
 from brain.terminal import capture_graphs, note
 from compiled.score import MOST_CULLED
-from conf.schema import Conf, EvalTask, WeightFormat
+from conf.schema import Conf, EvalTask, Positions, WeightFormat
 
 MENDING_TICKS = 32
 """Ticks before a pair is looked at: what brightness needs to tell rows apart."""
@@ -43,6 +43,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     """Measures what ``task.measures`` names. Raises Refused before anything long begins."""
     task = cast(EvalTask, conf.task)
     _check(task, conf)
+    use_threads(conf.threads)
     policies = contestants(task.policies, task.budgets)
     kinds = _kinds(task.kinds)
     text = read_text(Path(task.text)) if task.text is not None else None
@@ -66,15 +67,18 @@ def run(conf: Conf, run_dir: Path) -> None:
         "device": str(settings.device),
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
+        "threads": torch.get_num_threads(),
         "seed": conf.seed,
         "task": dataclasses.asdict(task),
         "cull": dataclasses.asdict(conf.cull),  # of repair and endurance
+        "repair": dataclasses.asdict(conf.repair),
     }
     if text is not None:
         ids = checkpoint.tokenizer.encode(text, special=False)
         where = str(task.text)
         planting = _planting(checkpoint, task, kinds, conf.seed)
         _check_length(task, planting, len(ids), where)
+        _check_positions(checkpoint, task, planting)
         if "fluency" in task.measures:
             report["fluency"] = _fluency(checkpoint, policies, task, ids, where, run_dir)
         if "retrieval" in task.measures:
@@ -111,10 +115,29 @@ def _check(task: EvalTask, conf: Conf) -> None:
         raise Refused(f"task.budgets must be {FEWEST_ROWS_TO_CULL} rows or more")
     if not task.distances or not all(0 < d < math.inf for d in task.distances):
         raise Refused("task.distances must be above 0, in budgets, like [0.5,1,2]")
+    if retrieval.tokens_of(min(task.distances), min(task.budgets)) < 1:
+        raise Refused(
+            f"task.distances: {min(task.distances):g} of {min(task.budgets)} rows is not one token"
+        )
     if not 0 < task.spacing < math.inf:
         raise Refused(f"task.spacing must be above 0, not {task.spacing}")
-    if conf.ticks < 1:
+    if "endurance" in task.measures and conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
+    if "endurance" in task.measures and conf.cull.policy == "none":
+        raise Refused(
+            "task.measures=endurance needs a memory that forgets: use another than cull=none"
+        )
+    side_by_side = {"fluency", "retrieval"} & set(task.measures)
+    if side_by_side and conf.positions is Positions.rebase:
+        raise Refused(
+            f"positions=rebase does not apply to task.measures={min(side_by_side)}, whose texts "
+            "keep their positions: leave positions=keep"
+        )
+    if "repair" in task.measures and conf.cull.policy in ("none", "tova"):
+        raise Refused(
+            "task.measures=repair needs keep-scores between two ticks, which "
+            f"cull={conf.cull.policy} lacks: use another"
+        )
 
 
 def _kinds(names: Sequence[str]) -> list[Kind]:
@@ -151,6 +174,21 @@ def _check_length(task: EvalTask, planting: Planting, length: int, where: str) -
             raise Refused(
                 f"{where} has {length} tokens, but {measure} needs {needed[measure]}: give a "
                 "longer text, or lower task.budgets, task.tokens or task.distances"
+            )
+
+
+def _check_positions(checkpoint: Checkpoint, task: EvalTask, planting: Planting) -> None:
+    """Says so where texts are read past the positions that the model was trained on."""
+    trained = checkpoint.config.max_position_embeddings
+    lengths = {
+        "fluency": max(task.budgets) + task.tokens,
+        "retrieval": max(course.length for course in planting[1].values()),
+    }
+    for measure, length in lengths.items():
+        if measure in task.measures and length > trained:
+            note(
+                f"warning: {measure} reads {length} positions, but {checkpoint.name} was trained "
+                f"on {trained}: expect nats to rise there, whatever the policy"
             )
 
 
@@ -214,11 +252,13 @@ def _retrieval(
     rows = retrieval.table(results)
     trials = task.streams * task.facts
     print(f"\nretrieval: share of {trials} facts whose answer ranks first of ten, ± standard error")
-    distances = "".join(f"{distance:>13g}×" for distance in sorted(set(task.distances)))
+    distances = "".join(f"{distance:>13g}×" for distance in task.distances)
     print(f"{'policy':<34} {'rows':>5} {distances} {'nats/token':>11}")
     for policy, budget in entries:
         cells = [r for r in rows if (r["policy"], r["budget"]) == (policy.label, budget)]
-        shares = "".join(f"{c['recall']:>7.2f} ± {c['standard_error']:.2f}" for c in cells)
+        told = {cell["distance"]: cell for cell in cells}
+        asked = [told[retrieval.tokens_of(distance, budget)] for distance in task.distances]
+        shares = "".join(f"{c['recall']:>7.2f} ± {c['standard_error']:.2f}" for c in asked)
         print(f"{policy.label:<34} {budget:>5} {shares} {cells[0]['nll']:>11.4f}")
     plots.plot_recall(rows, run_dir / "retrieval.png")
     return rows

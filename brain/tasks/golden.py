@@ -13,7 +13,9 @@ from brain.errors import Refused
 from brain.golden.check import check, table
 from brain.golden.files import golden_names
 from brain.golden.write import chosen, write
+from brain.opening import use_threads
 from brain.paths import given_path
+from brain.settings import settings_of
 from brain.terminal import note
 from conf.schema import Conf, GoldenTask, WeightFormat
 
@@ -32,6 +34,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     with weights in eight bits.
     """
     task = cast(GoldenTask, conf.task)
+    use_threads(conf.threads)
     if conf.weights is not WeightFormat.model:
         raise Refused(
             f"weights={conf.weights.value} has no goldens: they are of the weights as the model "
@@ -48,7 +51,8 @@ def run(conf: Conf, run_dir: Path) -> None:
         "torch": torch.__version__,
         "engine": engine,
         "dtype": conf.dtype.value,
-        "device": conf.device,
+        "device": str(settings_of(conf).device),
+        "threads": torch.get_num_threads(),
         "goldens": [outcome.to_json() for outcome in outcomes],
     }
     (run_dir / "golden.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")

@@ -8,19 +8,29 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
+from brain.captures import TOP_IN_JSON
+from brain.chronicle import RUN, SAVES, TRANSCRIPT
 from brain.errors import Refused, one_line, printable
-from brain.heatmap import FILE, in_terminal, page, read_rows, rows_of
+from brain.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
+from brain.numbered_saves import NumberedSaves
 from brain.paths import given_path
 from brain.reading import RECORD_BYTES, open_plain, read_json
+from brain.saves import TENSORS
 from brain.terminal import note
 from conf.schema import Conf, InspectTask
 
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 """What a description of another shape than ours leads to."""
+UNREADABLE = (*DAMAGED, OSError, MemoryError, SafetensorError)
+
+CAPTURES = "captures"
+TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{RUN}")
+"""What a run leaves in its folder, whenever it is killed."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Prints what is remembered, and a captured tick if there is one; writes ``memory.html``.
+    """Prints what is remembered at the end of a run or, where that is newer or asked for, before
+    the patch of a captured tick, with everything about it; writes ``memory.html``.
 
     Raises Refused if the folder holds neither.
     """
@@ -30,19 +40,13 @@ def run(conf: Conf, run_dir: Path) -> None:
     if task.top < 1:
         raise Refused(f"task.top must be at least 1, not {task.top}")
     folder = given_path(task.path)
-    if task.tick is None and not _captures(folder) and (folder / FILE).is_file():
+    captures = _captures(folder)
+    if task.tick is None and _ends_later(folder, captures):
         rows, what = read_rows(folder / FILE), f"what {folder} remembers at its end"
     else:
-        path = _capture(folder, task.tick)
-        try:
-            described = read_json(path, RECORD_BYTES)
-            shapes = _shapes(path.with_suffix(".safetensors"))
-            told = legible(described, shapes, task.top)
-            rows = rows_of(described["remembered"])
-        except (*DAMAGED, OSError, MemoryError, SafetensorError) as error:
-            raise Refused(f"{path} is damaged ({one_line(error)})") from None
+        told, rows, tick = _captured(_capture(folder, captures, task.tick), task.top)
         print("\n".join(printable(line) for line in told.split("\n")))
-        what = f"what {folder} remembers before the patch of tick {described['tick']}"
+        what = f"what {folder} remembers before the patch of tick {tick}"
     what = printable(what)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"\n{what}: {len(rows)} rows\n")
@@ -53,12 +57,14 @@ def run(conf: Conf, run_dir: Path) -> None:
     note(f"heat map: {picture}")
 
 
-def _captures(folder: Path) -> list[Path]:
-    if (folder / "captures").is_dir():
-        folder = folder / "captures"
+def _captures(folder: Path) -> dict[int, Path]:
+    """Every capture in a run's folder, or in that of its captures, by its tick, in order."""
+    if (folder / CAPTURES).is_dir():
+        folder = folder / CAPTURES
     if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.glob("tick_*.json") if _number(path) is not None)
+        return {}
+    numbered = ((_number(path), path) for path in folder.glob("tick_*.json"))
+    return dict(sorted((tick, path) for tick, path in numbered if tick is not None))
 
 
 def _number(path: Path) -> int | None:
@@ -67,19 +73,77 @@ def _number(path: Path) -> int | None:
     return int(digits) if digits.isdecimal() and len(digits) < 19 else None
 
 
-def _capture(folder: Path, tick: int | None) -> Path:
-    found = _captures(folder)
-    if not found:
-        raise Refused(f"{folder} holds no captures: run brain with capture=true first")
+def _ends_later(folder: Path, captures: dict[int, Path]) -> bool:
+    """Whether a run has ended, and with a tick that is newer than every capture."""
+    if not (folder / FILE).is_file():
+        return False
+    return not captures or _last_tick(folder) > max(captures)
+
+
+def _last_tick(folder: Path) -> int:
+    """Ticks that the newest save of a run tells of: before it writes FILE, a run saves. -1 where
+    there is none that can be read.
+    """
+    saves = NumberedSaves(folder / SAVES)
+    try:
+        path = saves.save(max(saves.saves())) / TENSORS
+        with open_plain(path), safe_open(path, "pt") as file:
+            is_number = file.get_slice("cursor.tick").get_shape() == []
+            return int(file.get_tensor("cursor.tick")) if is_number else -1
+    except UNREADABLE:
+        return -1
+
+
+def _capture(folder: Path, captures: dict[int, Path], tick: int | None) -> Path:
+    """The capture of a tick, or the last one. Raises Refused."""
+    if not captures:
+        raise Refused(_why_empty(folder, tick))
     if tick is None:
-        return found[-1]
-    path = found[0].with_name(f"tick_{tick:06d}.json")
-    if path not in found:
-        numbers = [_number(p) for p in found]
+        return captures[max(captures)]
+    if tick not in captures:
         raise Refused(
-            f"task.tick={tick} was not captured: {folder} has ticks {numbers[0]} to {numbers[-1]}"
+            f"task.tick={tick} was not captured: {folder} has {len(captures)} captures, of ticks "
+            f"{min(captures)} to {max(captures)}"
         )
-    return path
+    return captures[tick]
+
+
+def _captured(path: Path, top: int) -> tuple[str, list[Row], Any]:
+    """A captured tick as text, what was remembered before its patch, and its number.
+
+    Raises Refused if it is damaged, or keeps fewer rows of its tables than ``top``.
+    """
+    try:
+        described = read_json(path, RECORD_BYTES)
+        told = legible(described, _shapes(path.with_suffix(".safetensors")), top)
+        rows = rows_of(described["remembered"])
+        kept = len(described["1 read"]["returned"]["likeliest"])
+    except UNREADABLE as error:
+        raise Refused(f"{path} is damaged ({one_line(error)})") from None
+    if top > max(kept, TOP_IN_JSON):
+        raise Refused(
+            f"task.top must be at most {kept}, the rows that {path} keeps of each table, not "
+            f"{top}: run brain with capture_top={top} to keep as many"
+        )
+    return told, rows, described["tick"]
+
+
+def _why_empty(folder: Path, tick: int | None) -> str:
+    """Why there is nothing to show in a folder without captures, and what would be right."""
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        return f"{folder} {what}: give task.path=RUN_FOLDER, the folder of a run"
+    if not any((folder / trace).exists() for trace in TRACES):
+        return f"{folder} is not the folder of a run: it has neither {FILE} nor {CAPTURES}"
+    if tick is not None and ((folder / FILE).is_file() or not (folder / CAPTURES).is_dir()):
+        return (
+            f"task.tick={tick} was not captured: the run in {folder} has no captures; leave out "
+            "task.tick, or run brain with capture=true in another folder"
+        )
+    return (
+        f"the run in {folder} has not ended: there is no {FILE} yet; wait for its end or, if it "
+        "was killed, give the same command again"
+    )
 
 
 def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:

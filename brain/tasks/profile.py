@@ -23,7 +23,7 @@ from brain.profiling.picture import draw_timeline
 from brain.profiling.ranges import legible, summary, table
 from brain.profiling.trace import kernels_named, profiler_ranges, record
 from brain.terminal import capture_graphs, note
-from conf.schema import Conf, ProfileTask
+from conf.schema import Conf, ProfileTask, WeightFormat
 
 UNWATCHED_TICKS = 5
 """Before the session: CUDA graphs differ on their first runs, and so does a cold cache."""
@@ -34,8 +34,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     Nsight Systems none of these. Raises Refused.
     """
     task = cast(ProfileTask, conf.task)
-    if task.ticks < 1:
-        raise Refused(f"task.ticks must be at least 1, not {task.ticks}")
+    _check(task, conf)
     note(f"loading {conf.model.name} …")
     brain = open_brain(conf)
     with contextlib.nullcontext() if conf.nvtx else kernels_named():
@@ -69,6 +68,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         "threads": torch.get_num_threads(),
         "model": brain.checkpoint.name,
         "dtype": conf.dtype.value,
+        "weights": conf.weights.value,
         "engine": "compiled" if brain.graphs.compiled else "eager",
         "capacity": brain.capacity,
         "rows": len(brain),
@@ -83,6 +83,18 @@ def run(conf: Conf, run_dir: Path) -> None:
     (run_dir / "profile.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     draw_timeline(ranges, run_dir / "timeline.png", _title(report))
     note(f"trace.json (chrome://tracing), profile.json and timeline.png are in {run_dir}")
+
+
+def _check(task: ProfileTask, conf: Conf) -> None:
+    """Raises Refused for what cannot be watched, or would not be."""
+    if task.ticks < 1:
+        raise Refused(f"task.ticks must be at least 1, not {task.ticks}")
+    if conf.lookup.width:
+        raise Refused("task=profile watches plain ticks: use lookup=none")
+    if conf.capture:
+        raise Refused("task=profile writes no captures: leave out capture=true")
+    if conf.stop_at_eos:
+        raise Refused("task=profile watches task.ticks ticks: leave out stop_at_eos=true")
 
 
 def _timed(brain: Brain) -> float:
@@ -105,5 +117,6 @@ def _profiled(device: torch.device) -> Iterator[None]:
 
 
 def _title(report: dict[str, Any]) -> str:
-    keys = ("model", "dtype", "engine", "device")
-    return ", ".join(str(report[key]) for key in keys) + f", {report['profiler']}"
+    rounded = ["int8 weights"] if report["weights"] == WeightFormat.int8.value else []
+    told = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
+    return ", ".join([*told, report["profiler"]])

@@ -272,6 +272,61 @@ def test_without_task_precisions_the_dtype_decides(
     assert [row["precision"] for row in report["engines"]] == ["bfloat16"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "precisions"),
+    [
+        ([], ["float32", "bfloat16", "int8"]),
+        (["++dtype=bfloat16"], ["bfloat16"]),
+        (["++weights=int8"], ["int8"]),
+        (["weights=int8", "dtype=bfloat16"], ["int8"]),
+        (["weights=model"], ["float32", "bfloat16"]),
+        (["weights=model", "dtype=float16"], ["float16"]),
+        (["++task.precisions=[int8,float32]"], ["int8", "float32"]),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_dtype_and_weights_choose_however_they_are_given(
+    tmp_path: Path,
+    run_bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    precisions: list[str],
+) -> None:
+    monkeypatch.setattr(bench, "result_of", invented)
+    status, _, err = run_bench(*SMALL, "task.engines=[eager]", "device=cpu", *arguments)
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    assert [row["precision"] for row in report["engines"]] == precisions
+    assert report["missing"] == {}
+
+
+def test_a_target_that_holds_all_rows_is_timed(
+    tmp_path: Path, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "result_of", invented)
+    for target in ("cull.target=24", "cull.target=64", "cull=none"):
+        status, _, err = run_bench(*SMALL, "task.engines=[eager]", "dtype=float32", target)
+        assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["engine=compiled"], "engine is not looked at"),
+        (["++engine.compiled=true"], "engine is not looked at"),
+        (["task.precisions=[float32]", "dtype=bfloat16"], "dtype is not looked at"),
+        (["task.precisions=[float32]", "++weights=model"], "weights is not looked at"),
+    ],
+)
+def test_what_is_not_looked_at_is_named(
+    asked: list[str], told: str, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "result_of", invented)
+    status, _, err = run_bench(*SMALL, "task.engines=[eager]", *asked)
+    assert status == 0, err
+    assert told in err
+
+
 def test_if_nobody_could_be_timed_it_says_so(
     run_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +345,27 @@ def test_if_nobody_could_be_timed_it_says_so(
         (["task.measures=[guess]"], "guess"),
         (["task.engines=[]"], "task.engines"),
         (["task.repeats=0"], "task.repeats"),
-        (["threads=0"], "threads"),
+        (["threads=0"], "threads must be 1 to 1024, not 0"),
+        (["threads=1025"], "threads must be 1 to 1024, not 1025"),
+        (["dtype=float32", "weights=int8"], "dtype=bfloat16 here, not float32"),
+        (["++dtype=float16", "++weights=int8"], "dtype=bfloat16 here, not float16"),
+        (["lookup=ngram"], "lookup=none"),
+        (["lookup.width=3"], "lookup=none"),
+        (["cull.target=23"], "cull.target=24 or more, not 23"),
+        (
+            [
+                *("task.measures=[scaling]", "task.capacities=[64,128]", "task.rows=32"),
+                *("task.counts=[8,50]", "cull.target=57"),
+            ],
+            "cull.target=58 or more, not 57",
+        ),
+        (
+            [
+                *("task.measures=[scaling]", "task.capacities=[64,128]", "task.rows=32"),
+                *("task.counts=[8,100]", "capacity=128", "cull.target=108"),
+            ],
+            "the smallest of task.capacities, 64",
+        ),
         (["task.measures=[scaling]", "task.capacities=[64]"], "task.capacities"),
         (["task.measures=[scaling]", "task.counts=[9000]"], "task.counts"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brain.checkpoints import open_folder, open_hub
 from brain.errors import Refused
+from brain.opening import compose_conf, model_folder, open_checkpoint
 from compiled.int8 import dequantize
 
 SaveLlama = Callable[..., dict[str, Tensor]]
@@ -42,6 +43,15 @@ def test_cached_repositories_load_offline(hub_cache: Path, revision: str | None)
     assert checkpoint.config == original.config
     assert torch.equal(dequantize(checkpoint.weights.qkv), dequantize(original.weights.qkv))
     assert checkpoint.sha256 == original.sha256
+
+
+def test_the_cache_folder_that_is_named_is_the_hub_s_too(hub_cache: Path) -> None:
+    conf = compose_conf(["model=tinyllama", "model.repo=someone/tiny", f"cache_dir={hub_cache}"])
+    checkpoint = open_checkpoint(
+        conf.model, conf.cache_dir, torch.float32, torch.device("cpu"), int8=False
+    )
+    assert checkpoint.name == "someone/tiny"
+    assert (model_folder(conf.model, conf.cache_dir) / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,11 @@ def test_settings_of_a_policy_may_be_changed() -> None:
         (["task.spacing=nan"], "task.spacing"),
         (["task.distances=[0]"], "task.distances"),
         (["task.kinds=[rumour]"], "rumour"),
+        (["task.distances=[0.001]", "task.budgets=[64]"], "task.distances: 0.001 of 64 rows"),
+        (["threads=-5", "task.text=."], "threads must be 1 to"),
+        (["task.text=x", "positions=rebase"], "positions=rebase does not apply"),
+        (["task.measures=[repair]", "cull=tova"], "cull=tova lacks"),
+        (["task.measures=[endurance]", "cull=none"], "needs a memory that forgets"),
         (["task.streams=0"], "task.streams"),
         (["task.measures=[endurance]", "prompt=Far too long a prompt", "capacity=8"], "capacity"),
     ],
@@ -326,7 +331,7 @@ def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) 
         "task.streams=2",
         "task.tokens=64",
         "task.facts=1",
-        "task.distances=[0.5,1]",
+        "task.distances=[1,0.5,0.501]",
         "task.bucket=5",
         "ticks=10",
         "prompt=Once",
@@ -338,7 +343,12 @@ def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) 
         assert word in done.stdout
     report = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert {row["budget"] for row in report["fluency"]} == {32, 64}
-    assert len(report["retrieval"]) == 3 * 2 * 2
+    assert len(report["retrieval"]) == 3 * 2 * 2  # 0.501 of these budgets are 0.5 of them
+    header, row = (
+        next(line for line in done.stdout.splitlines() if re.match(start, line))
+        for start in (r"policy +rows +1×", "novelty +32 +[0-9.]+ ±")
+    )
+    assert header.count("×") == row.count("±") == 3
     assert [row["ticks"] for row in report["endurance"]] == [5, 10]
     for picture in ("fluency.png", "retrieval.png", "endurance.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")

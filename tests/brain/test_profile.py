@@ -18,6 +18,7 @@ from brain import app
 from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK
 from brain.profiling.ranges import BETWEEN, Kernel, Range, legible, table, warm_up_of, with_kernels
 from brain.profiling.trace import profiler_ranges, ranges_of_trace, record
+from brain.tasks import profile
 
 OpenTiny = Callable[..., brain.Brain]
 GRAPHS = ["read T=1 bucket=32", "choose", "patch tick W=1"]
@@ -211,16 +212,50 @@ def test_the_task_writes_a_table_a_trace_and_a_picture(
     assert (tmp_path / "out" / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_ticks_are_refused(
+@pytest.mark.parametrize(
+    ("weights", "told"), [("model", "bfloat16, eager"), ("int8", "bfloat16, int8 weights, eager")]
+)
+def test_the_report_and_its_picture_tell_the_format_of_the_weights(
+    weights: str,
+    told: str,
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(profile, "draw_timeline", lambda ranges, path, title: titles.append(title))
+    asked = ["prompt=abc", "capacity=64", "task.ticks=1", "dtype=bfloat16", "device=cpu"]
+    run_main(monkeypatch, tmp_path, tiny_folder, *asked, f"weights={weights}")
+    report = json.loads((tmp_path / "out" / "profile.json").read_text("utf-8"))
+    assert report["weights"] == weights
+    assert titles == [f"{tiny_folder.name}, {told}, cpu, torch.profiler {torch.__version__}"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("task.ticks=0", "task.ticks must be at least 1, not 0"),
+        ("lookup=ngram", "task=profile watches plain ticks: use lookup=none"),
+        ("lookup.width=3", "task=profile watches plain ticks: use lookup=none"),
+        ("capture=true", "task=profile writes no captures: leave out capture=true"),
+        (
+            "stop_at_eos=true",
+            "task=profile watches task.ticks ticks: leave out stop_at_eos=true",
+        ),
+    ],
+)
+def test_what_would_not_be_watched_is_refused(
+    argument: str,
+    told: str,
     tmp_path: Path,
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        run_main(monkeypatch, tmp_path, tiny_folder, "task.ticks=0")
+        run_main(monkeypatch, tmp_path, tiny_folder, argument)
     assert left.value.code == 2
-    assert capsys.readouterr().err == "refused: task.ticks must be at least 1, not 0\n"
+    assert capsys.readouterr().err == f"refused: {told}\n"
 
 
 # Reports of Nsight Systems ------------------------------------------------------------------------
