@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from brain.actions import Action, Append, Limits, resolve, token_ids
+from brain.actions import Action, Append, Edit, Limits, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
-from brain.errors import Refused, warn
+from brain.errors import MemoryFull, Refused, warn
 from brain.lookahead import Lookahead
 from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
@@ -264,6 +264,14 @@ class Brain:
         """What the stream still owes: U+FFFD for a character never completed, else nothing."""
         return self._speech.finish()
 
+    @property
+    def most_pinned(self) -> int:
+        """Rows that may be pinned: of more, a tick might find none that it may forget."""
+        forgetting = self._forgetting
+        if not forgetting.target:
+            return self.capacity
+        return forgetting.target - forgetting.sinks - forgetting.recent - MOST_CULLED
+
     # Step 4
 
     def patch(self, actions: Sequence[Action]) -> None:
@@ -271,11 +279,23 @@ class Brain:
 
         Rows to append or put in place are first read against the memory as it is before the
         batch, and against each other. An append also commits the pending token, if there is one.
+
+        Where appending would leave the trained range, positions are renumbered first, and stay so
+        whatever comes after: an exception then has a note that says it.
         """
         mirror = self.mirror
         edit = resolve(actions, mirror, self._limits())
-        if edit.appending and self._stay_in_range(1 + len(edit.appending)):
-            edit, mirror = edit.moved(mirror.position.tolist()), self.mirror
+        renumbered = bool(edit.appending) and self._stay_in_range(1 + len(edit.appending))
+        try:
+            if renumbered:
+                edit, mirror = edit.moved(mirror.position.tolist()), self.mirror
+            self._commit(edit, mirror)
+        except BaseException as error:
+            if renumbered:
+                error.add_note("positions have been renumbered before that: look at the mirror")
+            raise
+
+    def _commit(self, edit: Edit, mirror: Mirror) -> None:
         rows = [Row(*row) for row in edit.replacing]
         pending: Told | None = None
         if edit.appending:
@@ -293,6 +313,9 @@ class Brain:
     def apply(self, actions: Sequence[Action]) -> None:
         """A batch for a brain that is running: as ``patch``, but what is appended passes through
         the loop token by token, so that a full memory forgets to make room for it.
+
+        Refused as a whole. What has been forgotten cannot be brought back: an exception from amid
+        those tokens has a note that says how many are missing.
         """
         appended = [action for action in actions if isinstance(action, Append)]
         rest = [action for action in actions if not isinstance(action, Append)]
@@ -306,8 +329,14 @@ class Brain:
             source_number(source)
         if rest:
             self.patch(rest)  # after all checks but its own: the batch is refused as a whole
-        for ids, source in fed:
-            self.feed(ids, source)
+        before = self.memory.tick
+        try:
+            for ids, source in fed:
+                self.feed(ids, source)
+        except BaseException as error:
+            missing = sum(len(ids) for ids, _ in fed) - (self.memory.tick - before)
+            error.add_note(f"the batch is done but for the last {missing} tokens to append")
+            raise
 
     def warm_up(self, *, edits: bool = True) -> Iterator[str]:
         """Captures every graph, or without ``edits`` those of ticks alone, yielding each one's name
@@ -441,15 +470,10 @@ class Brain:
         return Reading(nothing, nothing, nothing, torch.zeros_like(self.state.brightness), nothing)
 
     def _limits(self) -> Limits:
-        forgetting = self._forgetting
         return Limits(
             vocab_size=self.checkpoint.config.vocab_size,
             capacity=self.capacity,
-            unforgettable=(
-                forgetting.target - forgetting.sinks - forgetting.recent - MOST_CULLED
-                if forgetting.target
-                else self.capacity
-            ),
+            unforgettable=self.most_pinned,
             chunk=self.graphs.chunk,
             pending=self.memory.uncommitted,
         )
@@ -462,7 +486,7 @@ class Brain:
         # The first of them commits what is pending, each other one what the last one spoke.
         count = self.memory.count + int(self.memory.uncommitted) + ticks - 1
         if count > self.capacity and not self._forgetting.target:
-            raise Refused(
+            raise MemoryFull(
                 f"memory is full: {count} rows do not fit in {self.capacity} slots and cull=none "
                 "forgets nothing; set cull=brightness or a larger capacity"
             )

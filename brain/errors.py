@@ -15,6 +15,10 @@ class Refused(ValueError):
         super().__init__(as_line(message))
 
 
+class MemoryFull(Refused):
+    """A memory that forgets nothing has no room for another row."""
+
+
 LONGEST = 4000
 """Characters of a refusal."""
 

@@ -145,6 +145,12 @@ def _restore(brain: Brain, folder: Path, description: dict[str, Any]) -> None:
         raise Refused(f"{folder} holds {len(slot)} rows but capacity is {brain.capacity}")
     if type(high_water) is not int or high_water < occupied:
         raise Refused(f"{folder}: high_water {shown(high_water)} is below {occupied}")
+    pinned, most = int(rows["pinned"].sum()), brain.most_pinned
+    if pinned > most:
+        raise Refused(
+            f"{folder} holds {pinned} pinned rows, but of {brain.capacity} no more than {most} may "
+            "be: give a larger capacity"
+        )
     if max(high_water, occupied) > brain.capacity:  # of a larger memory
         rows["slot"], high_water = torch.arange(len(slot)), len(slot)
     try:

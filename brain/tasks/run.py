@@ -14,7 +14,7 @@ import torch
 from brain.brain import Brain
 from brain.captures import CaptureWriter
 from brain.chronicle import Chronicle
-from brain.errors import Refused
+from brain.errors import MemoryFull, Refused
 from brain.garbage import without_collection
 from brain.graph_cache import kept_graphs
 from brain.heatmap import FILE, remembered, write_rows
@@ -83,7 +83,12 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
         note(f"\033[2m{conf.prompt}\033[0m")
     primed = time.perf_counter()
     before = chronicle.spoken
-    interrupted = _speak(brain, conf, chronicle)
+    full: MemoryFull | None = None
+    interrupted = False
+    try:
+        interrupted = _speak(brain, conf, chronicle)
+    except MemoryFull as refusal:  # the end of a run with cull=none: reported as any other
+        full = refusal
     count, spoken = chronicle.spoken - before, time.perf_counter() - primed
     write_rows(remembered(brain), run_dir / FILE)
     _write_report(brain, conf, run_dir / "run.json", chronicle.tokens(), primed - started, spoken)
@@ -98,29 +103,40 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
             f"lookup: {account.tokens / account.passes:.2f} tokens per read, {account.accepted} of "
             f"{account.proposed} proposed tokens said"
         )
+    if full is not None:
+        raise full
     if interrupted:
         raise KeyboardInterrupt
 
 
 def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> bool:
     """Prints and records every token until there are enough; returns whether somebody asked to
-    stop before.
+    stop before. Raises MemoryFull, everything being saved, where there is no room for another.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
     before, interrupted = chronicle.spoken, False
     with asked_to_stop() as asked:
         chronicle.inbox.look()  # what came behind the last token, when the run was killed
-        while chronicle.spoken < conf.ticks and chronicle.last not in ending and not interrupted:
-            _print(chronicle.said(*brain.speak(conf.ticks - chronicle.spoken)))
-            chronicle.inbox.look()
-            chronicle.rest()
-            interrupted = asked()
-        chronicle.save()
-        rest = brain.finish_text()
-        chronicle.finish(rest)
+        try:
+            while not (chronicle.spoken >= conf.ticks or chronicle.last in ending or interrupted):
+                _print(chronicle.said(*brain.speak(conf.ticks - chronicle.spoken)))
+                chronicle.inbox.look()
+                chronicle.rest()
+                interrupted = asked()
+        except MemoryFull:
+            _end(brain, chronicle, before)
+            raise
+        _end(brain, chronicle, before)
+    return interrupted
+
+
+def _end(brain: Brain, chronicle: Chronicle, before: int) -> None:
+    """Saves, and prints and records what the text still owes."""
+    chronicle.save()
+    rest = brain.finish_text()
+    chronicle.finish(rest)
     if chronicle.spoken > before:
         _print(rest + "\n" if sys.stdout.isatty() else rest)
-    return interrupted
 
 
 def _print(text: str) -> None:
@@ -138,6 +154,9 @@ def _write_report(
         "python": platform.python_version(),
         "device": str(brain.device),
         "dtype": conf.dtype.value,
+        "weights": conf.weights.value,
+        "positions": conf.positions.value,
+        "cull": conf.cull.policy,
         "engine": "compiled" if brain.graphs.compiled else "eager",
         "seed": conf.seed,
         "capacity": brain.capacity,

@@ -116,6 +116,13 @@ def test_graphs_prints_an_account_that_comes_out(tmp_path: Path, tiny_folder: Pa
         (["sampler.top_p=0"], "top_p"),
         (["engine.widths=[2,4]"], "widths"),
         (["source=nobody"], "nobody"),
+        (["model=smollm2"], "model.path does not apply to model=smollm2: use model=folder"),
+        (["path=elsewhere"], "path=elsewhere and model.path="),
+        (["model.wheel=x.whl"], "model.wheel does not apply to model=folder"),
+        (["sampler.temperature=1e-40"], "sampler.temperature must be 1e-30 to 1e+30"),
+        (["cull.brightness.seeds={user: 1e39}"], "cull.brightness.seeds: user is 1e+39"),
+        (["task=golden", "threads=7777"], "threads must be 1 to 1024"),
+        (["task=golden", "weights=int8"], "weights=int8 has no goldens"),
         (["capture_top=-1"], "capture_top"),
         (["task=inspect"], "task.path"),
         (["task=inspect", "task.path=."], "captures"),
@@ -152,6 +159,37 @@ def test_a_refusal_is_status_2_for_the_shell(tmp_path: Path, tiny_folder: Path) 
     done = call(tmp_path, tiny_folder, "ticks=0", status=2)
     assert done.stderr == "refused: ticks must be at least 1, not 0\n"
     assert done.stdout == ""
+
+
+def test_a_memory_that_forgets_nothing_ends_its_run_with_everything_written(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    arguments = ["prompt=abcdefgh", "ticks=50", "capacity=16", "cull=none", "hydra.run.dir=out"]
+    for _ in range(2):  # the same again adds nothing
+        done = call(tmp_path, tiny_folder, *arguments, status=2)
+        assert done.stderr.splitlines()[-1].startswith("refused: memory is full: 17 rows")
+        report = json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))
+        assert report["rows"] == 16
+        assert len(report["tokens"]) == 9
+        assert (tmp_path / "out" / "memory.json").exists()
+        (save,) = (tmp_path / "out" / "saves").glob("*/brain.json")
+    call(tmp_path, tiny_folder, "task=inspect", "task.path=out")
+    roomier = brain.load(save.parent, capacity=32)
+    assert len(list(roomier.stream(4))) == 4
+
+
+def test_the_folder_of_a_model_has_a_short_name(tmp_path: Path, tiny_folder: Path) -> None:
+    done = subprocess.run(
+        [*command(tiny_folder)[:3], "model=folder", f"path={tiny_folder}", "prompt=abc", "ticks=2"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    opened = brain.open("folder", path=str(tiny_folder), capacity=16)
+    assert opened.conf.path is None
+    assert opened.conf.model.path == str(tiny_folder)
 
 
 def test_ctrl_c_ends_with_status_130_and_a_whole_transcript(

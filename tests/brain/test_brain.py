@@ -422,6 +422,19 @@ def test_a_pinned_row_outlives_everything_and_a_released_one_does_not(open_tiny:
 # Editing -----------------------------------------------------------------------------------------
 
 
+def test_a_row_that_is_put_somewhere_is_born_and_bright_there_and_then(
+    open_tiny: OpenTiny,
+) -> None:
+    b = open_tiny()
+    b.prime(IDS[:12])
+    list(b.stream(5))
+    b.patch([Replace((6, 7), [77]), Append([1, 2])])
+    mirror = b.mirror
+    put = [mirror.position.tolist().index(6), len(mirror) - 2, len(mirror) - 1]
+    assert mirror.token_id[put].tolist() == [77, 1, 2]
+    assert mirror.born[put].tolist() == mirror.lit[put].tolist() == [b.ticks] * 3
+
+
 def test_a_replaced_pair_is_read_as_of_its_place(either_brain: Brain) -> None:
     """The new row is the one that reading those tokens there would have given from the start."""
     b = either_brain

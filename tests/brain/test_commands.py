@@ -178,6 +178,7 @@ def test_a_full_memory_makes_room_for_what_is_injected(open_tiny: OpenTiny) -> N
     impossible: list[list[Action]] = [
         [Append([999])],
         [Append([1], "nobody")],
+        [Pin([int(first)], pinned=False), Append([1], "nobody")],
         [Append([1]), Pin([10**6])],
     ]
     for wrong in impossible:
@@ -187,6 +188,31 @@ def test_a_full_memory_makes_room_for_what_is_injected(open_tiny: OpenTiny) -> N
         assert digest(*b.state, *b.cursor) == before
 
 
+def test_a_batch_that_fails_amid_its_tokens_says_how_many_are_missing(
+    open_tiny: OpenTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full memory has forgotten rows for those that were said: nothing brings them back."""
+    b = open_tiny(**{"capacity": 24, "cull.target": 24})
+    b.prime(IDS)
+    keep, calls = b._keep, iter(range(10))
+
+    def fail(*arguments: Any) -> None:
+        if next(calls) == 2:
+            raise MemoryError
+        keep(*arguments)
+
+    monkeypatch.setattr(b, "_keep", fail)
+    ticks = b.ticks
+    with pytest.raises(MemoryError) as failed:
+        b.apply([Pin([10]), Append([1, 2, 3, 4], "tool")])
+    assert failed.value.__notes__ == ["the batch is done but for the last 2 tokens to append"]
+    assert b.ticks == ticks + 2
+    assert b.mirror.pinned.sum() == 1
+    b.apply([Append([3, 4], "tool")])
+    assert b.mirror.token_id[-3:].tolist() == [1, 2, 3]
+    assert int(b.cursor.token) == 4
+
+
 def test_sending_to_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not the folder of a run"):
         send(tmp_path / "nowhere", "[]")
@@ -194,6 +220,19 @@ def test_sending_to_nowhere_is_refused(tmp_path: Path) -> None:
         send(tmp_path, "[]")
     with pytest.raises(Refused, match="one line"):
         send(tmp_path, "[]\n[]")
+
+
+def test_a_command_to_a_run_that_has_ended_waits_for_it(tiny_folder: Path, tmp_path: Path) -> None:
+    from test_app import call
+
+    arguments = ["prompt=abc", "ticks=4", "capacity=32", "hydra.run.dir=out"]
+    call(tmp_path, tiny_folder, *arguments)
+    order = '[{"do": "inject", "text": "hi", "source": "tool"}]'
+    done = call(tmp_path, tiny_folder, "task=command", "task.path=out", f"task.actions={order}")
+    assert "nobody runs in" in done.stderr
+    assert not (tmp_path / "out" / ANSWERS).exists()
+    call(tmp_path, tiny_folder, *arguments)
+    assert (tmp_path / "out" / ANSWERS).exists()
 
 
 def test_a_running_brain_takes_commands(tiny_folder: Path, tmp_path: Path) -> None:

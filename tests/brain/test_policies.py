@@ -117,6 +117,16 @@ def test_novelty_keeps_the_most_novel_settled_rows_whatever_their_brightness() -
     assert torch.equal(scores("novelty", state, reading)[rest], state.brightness[rest])
 
 
+def test_a_row_is_settled_in_the_tick_in_which_nothing_protects_it_any_more() -> None:
+    """One tick later, and nobody would keep it for that tick, however novel it is."""
+    state, reading = scene()
+    state.novelty[:10] = torch.tensor([0.0, 5.0, 1.0, 6.0, 2.0, 4.0, 3.0, 9.0, 9.0, 9.0])
+    for position, kept in ((22, [1, 3, 7]), (23, [1, 3, 5])):  # the newest are 23 to 28
+        state.position[7] = position
+        told = scores("novelty", state, reading) - state.brightness > 1000
+        assert torch.nonzero(told)[:, 0].tolist() == kept
+
+
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (1.0, 8)])
 def test_novelty_for_nobody_or_for_everybody(share: float, kept: int) -> None:
     state, reading = scene()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import brain
-from brain import Append, Brain, Cull, Pin, Redact, Refused, Replace
+from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,12 +136,14 @@ def test_positions_of_a_batch_mean_those_before_it_even_if_it_rebases(
         b.tick()
     rows = list(zip(b.mirror.position.tolist(), b.mirror.token_id.tolist(), strict=True))
     gone, erased, first, second, pinned = (rows[index] for index in (5, 8, 10, 11, 14))
+    bright, before = rows[13], float(b.mirror.brightness[13])
     b.patch(
         [
             Cull([gone[0]]),
             Redact([erased[0]]),
             Replace([first[0], second[0]], [299]),
             Pin([pinned[0]]),
+            Boost([bright[0]], 100.0),
             Append([1, 2], source="tool"),
         ]
     )
@@ -154,6 +156,33 @@ def test_positions_of_a_batch_mean_those_before_it_even_if_it_rebases(
     assert mirror.position.max() < TRAINED
     held = {int(p): int(t) for p, t in zip(mirror.position, mirror.token_id, strict=True)}
     assert [held[int(p)] for p in mirror.position[mirror.pinned]] == [pinned[1]]
+    assert mirror.token_id[10] == bright[1]  # three rows before it are gone
+    assert float(mirror.brightness[10]) == pytest.approx(min(before + 100, 255))
+
+
+def test_a_batch_that_fails_after_it_rebased_says_so(
+    open_short: OpenShort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What positions meant before the batch is gone: the same call would mean other rows."""
+    b = open_short()
+    b.prime(IDS[:10])
+    while b.memory.position + 1 < TRAINED:
+        b.tick()
+    tokens = b.mirror.token_id.tolist()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(b.memory, "commit", fail)
+    with pytest.raises(MemoryError) as failed:
+        b.patch([Append([1, 2])])
+    assert failed.value.__notes__ == [
+        "positions have been renumbered before that: look at the mirror"
+    ]
+    assert b.mirror.token_id.tolist() == tokens
+    with pytest.raises(MemoryError) as failed:
+        b.patch([Append([1, 2])])  # they are dense now
+    assert not hasattr(failed.value, "__notes__")
 
 
 def test_a_refused_batch_rebases_nothing(open_short: OpenShort) -> None:

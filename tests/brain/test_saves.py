@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import brain
+from brain.actions import Pin
 from brain.brain import Brain
 from brain.errors import Refused
 from brain.saves import sealed
@@ -50,6 +51,24 @@ def test_a_memory_too_small_is_refused(saved: tuple[Brain, Path], open_tiny: Ope
     b.feed(IDS[:3])
     with pytest.raises(Refused, match=r"24 rows but capacity is 20|target"):
         brain.load(folder, capacity=20)
+
+
+def test_more_pins_than_a_smaller_memory_may_have_are_refused(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    """Nothing would be left that a tick may forget: it would write over a pinned row."""
+    b = open_tiny(capacity=64, **{"cull.target": None, "cull.recent": 4})
+    b.prime(IDS)
+    assert b.most_pinned == 64 - 4 - 4 - 2  # sinks, the newest, the most in a tick
+    b.patch([Pin(range(5, 36))])
+    b.save(tmp_path / "save")
+    smaller = brain.load(tmp_path / "save", capacity=44)
+    assert smaller.most_pinned == 34
+    list(smaller.stream(20))
+    assert smaller.mirror.pinned.sum() == 31
+    assert set(range(4)) < set(smaller.mirror.position.tolist())
+    with pytest.raises(Refused, match=r"31 pinned rows, but of 40 no more than 30 may be"):
+        brain.load(tmp_path / "save", capacity=40)
 
 
 def test_every_damaged_byte_is_found(saved: tuple[Brain, Path]) -> None:
