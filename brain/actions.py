@@ -7,8 +7,9 @@ does not matter. A batch is refused as a whole, with nothing changed, or applied
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from brain.errors import Refused
+from brain.errors import Refused, shown
 from brain.mirror import Mirror, source_number
 
 
@@ -101,12 +102,20 @@ class Limits:
     pending: bool  # a spoken token waits for its row
 
 
+def listed(values: Iterable[Any], what: str) -> list[Any]:
+    """What several are wanted of, as a list. Raises Refused for anything that has no members."""
+    try:
+        return list(values)
+    except TypeError:
+        raise Refused(f"{what} must be a list, not {shown(values)}") from None
+
+
 def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
     """Checks literal token ids. Raises Refused for none at all, for anything that is not an
     integer, and for ids outside the vocabulary.
     """
     checked = []
-    for index, token in enumerate(ids):
+    for index, token in enumerate(listed(ids, f"{what}: ids")):
         try:
             number = token.__index__()
         except AttributeError:
@@ -127,7 +136,7 @@ def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
 def resolve(actions: Sequence[Action], mirror: Mirror, limits: Limits) -> Edit:
     """Checks a whole batch against what is remembered. Raises Refused, naming the action."""
     edit = Edit()
-    for action in actions:
+    for action in listed(actions, "actions"):
         name = type(action).__name__
         if isinstance(action, Append):
             ids = token_ids(action.ids, limits.vocab_size, name)
@@ -164,7 +173,7 @@ def _finite(amount: object) -> float:
 
 def _positions(positions: Sequence[int], mirror: Mirror, name: str) -> list[int]:
     checked = []
-    for position in positions:
+    for position in listed(positions, f"{name}: positions"):
         if isinstance(position, bool) or not hasattr(position, "__index__"):
             raise Refused(f"{name}: position {position!r} is not an integer")
         mirror.index_of(position)

@@ -9,14 +9,15 @@ patch, three calls with no number crossing between host and device.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from brain.actions import Action, Append, Edit, Limits, resolve, token_ids
+from brain.actions import Action, Append, Edit, Limits, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
-from brain.errors import MemoryFull, Refused, warn
+from brain.errors import MemoryFull, Refused, shown, warn
 from brain.lookahead import Lookahead
 from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
@@ -142,7 +143,8 @@ class Brain:
                 first = self.memory.position + 1
                 where = list(range(first, first + len(ids)))
             else:
-                where = [self._checked_position(position) for position in positions]
+                at = listed(positions, "read: positions")
+                where = [self._checked_position(position) for position in at]
             if len(where) != len(ids):
                 raise Refused(f"read: {len(ids)} tokens at {len(where)} positions")
             if len(set(where)) != len(where):
@@ -165,10 +167,8 @@ class Brain:
         re-reads the last of them.
         """
         if isinstance(context, str):
-            ids = self.tokenizer.initial_prompt(context) if context else []
-        else:
-            ids = list(context)
-        ids = token_ids(ids, self.checkpoint.config.vocab_size, "prompt")
+            context = self.tokenizer.initial_prompt(context) if context else []
+        ids = token_ids(context, self.checkpoint.config.vocab_size, "prompt")
         if len(ids) > self.capacity:
             raise Refused(
                 f"prompt has {len(ids)} tokens but capacity is {self.capacity}: "
@@ -203,8 +203,8 @@ class Brain:
         They say what single ticks would say; a token that ends the text is the last of a pass.
         While there is an observer, every tick is a pass of its own, to be looked at.
         """
-        if most is not None and most < 1:
-            raise Refused(f"speak: at least 1 token, not {most}")
+        if most is not None and not _is_count(most):
+            raise Refused(f"speak: a number of at least 1, not {shown(most)}")
         ahead = self.lookahead
         proposal = None if self.observer else ahead.proposal(most)
         if proposal is None:
@@ -233,8 +233,8 @@ class Brain:
         ``lookup`` the memory may be some ticks ahead of the one that is yielded: it is where the
         last tick of its pass left it.
         """
-        if ticks is not None and ticks < 1:
-            raise Refused(f"ticks must be at least 1, not {ticks}")
+        if ticks is not None and not _is_count(ticks):
+            raise Refused(f"ticks must be a number of at least 1, not {shown(ticks)}")
         self._require_primed()
         return self._stream(ticks, stop_at_eos)
 
@@ -317,6 +317,7 @@ class Brain:
         Refused as a whole. What has been forgotten cannot be brought back: an exception from amid
         those tokens has a note that says how many are missing.
         """
+        actions = listed(actions, "actions")
         appended = [action for action in actions if isinstance(action, Append)]
         rest = [action for action in actions if not isinstance(action, Append)]
         if not appended or not self._forgetting.target:
@@ -528,3 +529,8 @@ class Brain:
     def _forced(self, tokens: Sequence[int], source: str) -> Forced:
         number = torch.tensor(source_number(source), dtype=torch.uint8, device=self.device)
         return Forced(self._tensor(tokens), number.repeat(len(tokens)))
+
+
+def _is_count(number: object) -> bool:
+    """Whether this is an integer of at least 1."""
+    return isinstance(number, SupportsIndex) and number is not True and number.__index__() >= 1

@@ -175,8 +175,10 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
     if unknown:
         raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
     for name in ("gain", "maximum"):
-        if math.isnan(getattr(brightness, name)):
-            raise Refused(f"cull.brightness.{name} must be a number, not nan")
+        if not getattr(brightness, name) >= 0:
+            raise Refused(
+                f"cull.brightness.{name} must be 0 or more, not {getattr(brightness, name)}"
+            )
     if not 0 <= brightness.decay <= 1:
         raise Refused(f"cull.brightness.decay must be between 0 and 1, not {brightness.decay}")
     for name, seed in brightness.seeds.items():

@@ -1,4 +1,4 @@
-"""The invariants of docs/design.md, each by its number, on a tiny Llama: eager, and captured.
+"""The invariants of the README, each by its number, on a tiny Llama: eager, and captured.
 
 ``tests/compiled`` holds those that need no brain, ``test_invariants_graphs.py`` those about the
 captured graphs, ``test_invariants_cuda.py`` those that need a GPU.

@@ -52,6 +52,7 @@ BAD_IDS: dict[str, tuple[Any, str]] = {
     "numpy float": (np.array([1.0]), "1.0"),
     "text": (["a"], "'a'"),
     "nothing": ([None], "None"),
+    "no list": (5, "must be a list, not 5"),
 }
 
 
@@ -94,8 +95,24 @@ def test_unknown_sources_are_refused(either_brain: Brain) -> None:
         assert "'nobody'" in refusal(b, call)
 
 
-@pytest.mark.parametrize("ticks", [0, -1])
-def test_fewer_than_one_tick_is_refused(ticks: int, either_brain: Brain) -> None:
+def test_actions_that_are_no_lists_are_refused(either_brain: Brain) -> None:
+    b = either_brain
+    b.prime(IDS[:9])
+    wrong: list[tuple[Any, str]] = [
+        (Cull([3]), "actions must be a list"),
+        ([Cull(3)], "Cull: positions must be a list, not 3"),  # type: ignore[arg-type]
+        ([Replace(3, [7])], "Replace: positions must be a list"),  # type: ignore[arg-type]
+        ([Replace([3], 7)], "Replace: ids must be a list, not 7"),  # type: ignore[arg-type]
+        ([Pin(None)], "Pin: positions must be a list, not None"),  # type: ignore[arg-type]
+    ]
+    for actions, told in wrong:
+        assert told in refusal(b, functools.partial(b.patch, actions))
+        assert told in refusal(b, functools.partial(b.apply, actions))
+    assert "read: positions must be a list" in refusal(b, lambda: b.read([1], 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ticks", [0, -1, 1.5, True, "3"])
+def test_fewer_than_one_tick_is_refused(ticks: Any, either_brain: Brain) -> None:
     b = either_brain
     b.prime(IDS[:5])
     assert str(ticks) in refusal(b, lambda: list(b.stream(ticks=ticks)))
