@@ -212,7 +212,7 @@ class Brain:
         else:
             ticks = self._advance_ahead(proposal, self._unforced_ahead)
         if self.observer is None:
-            ahead.look()
+            ahead.look(ticks)
         ahead.account.add(ticks)
         return ticks
 

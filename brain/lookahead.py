@@ -5,7 +5,8 @@ the host knows, without asking, that none of these ticks would forget, repair or
 and that every row has a free slot. Near a full memory, and in it, ticks are made one by one.
 
 The search runs right behind the patch, and only the number of tokens that it proposes travels to
-the host: text that does not repeat costs nothing else.
+the host. On a CPU it is left out where the host knows that it would find nothing: text that does
+not repeat costs next to nothing else.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import torch
 from brain.errors import Refused
 from brain.memory import Memory
 from brain.naming import CHOOSE, READ
+from brain.neighbours import Neighbours
 from brain.settings import Settings
 from brain.tick import HostCopy, Speech, Tick, Uttered, host_copies
 from compiled.choose import Forced
@@ -53,6 +55,14 @@ class _Search:
     length: HostCopy
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Neighbours in the text of one account."""
+
+    account: object
+    neighbours: Neighbours
+
+
 class Lookahead:
     """Proposals for one memory. Attributes: ``account``, of all passes."""
 
@@ -62,6 +72,8 @@ class Lookahead:
         self._forgetting = settings.conduct.forgetting
         self._last = trained - 1 if settings.rebases else None  # position before renumbering
         self._search: _Search | None = None
+        self._known: _Known | None = None
+        self._barren: object = None  # the account of a memory in which a search would find nothing
         self.account = Account()
 
     @property
@@ -69,13 +81,30 @@ class Lookahead:
         """Tokens that are read in one pass: the cursor's, and those proposed."""
         return 1 + (self._lookup.width if self._lookup else 0)
 
-    def look(self) -> None:
-        """Begins to look up, if the memory as it is now allows several tokens in one pass. What
-        goes wrong here is not heard: the ticks are done, and the next pass looks up again.
+    def look(self, ticks: Sequence[Tick]) -> None:
+        """Begins to look up what follows these ticks, which were the last pass, if the memory as it
+        is now allows several tokens in one. What goes wrong here is not heard: the ticks are done,
+        and the next pass looks up again.
         """
         if self._is_possible():
             with contextlib.suppress(RuntimeError, MemoryError):
-                self._begin()
+                if self._may_find(ticks):
+                    self._begin()
+                else:
+                    self._barren = self._memory.account
+
+    def _may_find(self, ticks: Sequence[Tick]) -> bool:
+        """Whether a search is worth its while; nothing that it would find is ever missed."""
+        if self._memory.device.type != "cpu" or self._lookup is None or self._lookup.shortest < 2:
+            return True
+        known, self._known = self._known, None
+        if known is None or any(tick.rebased or tick.repairs for tick in ticks):
+            neighbours = Neighbours(self._memory.state, self._memory.cursor)
+        else:
+            neighbours = known.neighbours
+            neighbours.follow(tick.token for tick in ticks)
+        self._known = _Known(self._memory.account, neighbours)
+        return neighbours.repeat
 
     def _begin(self) -> _Search:
         proposal = self._memory.graphs.propose()
@@ -86,7 +115,11 @@ class Lookahead:
 
     def proposal(self, most: int | None) -> Proposal | None:
         """What may be said beside the next token, ``most`` tokens in all; None for nothing."""
+        if self._known is not None and self._known.account is not self._memory.account:
+            self._known = None  # something has happened since
         if not self._is_possible() or (most is not None and most < 2):
+            return None
+        if self._barren is self._memory.account:
             return None
         search = self._search
         if search is None or search.account is not self._memory.account:

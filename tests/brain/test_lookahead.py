@@ -18,6 +18,7 @@ from brain.chronicle import Chronicle
 from brain.commands import send
 from brain.steps import Step
 from brain.tick import Tick
+from compiled.lookup import Proposal
 from conftest import OpenTiny
 from toys import digest
 
@@ -147,6 +148,51 @@ def test_a_memory_that_forgets_nothing_is_filled_to_the_last_slot(open_parrot: O
     assert said[0] == said[1]
     assert len(said[0]) == 40 - len(TEXT) + 1
     assert quick.lookahead.account.accepted > 3
+
+
+def lived(b: Brain, seed: int) -> list[list[int]]:
+    """What a brain says, pass by pass, while this and that happens to it."""
+    dice = random.Random(seed)
+    b.prime(TEXT)
+    told = []
+    while len(b) < 130:
+        deed = dice.random()
+        if deed < 0.92:
+            told.append([tick.token for tick in b.speak(dice.choice([None, None, 2, 1]))])
+        elif deed < 0.95:
+            b.feed(dice.choice([PERIOD, PERIOD[:2], dice.choices(range(300), k=3)]))
+        elif deed < 0.98:
+            b.patch([Cull(dice.sample(b.mirror.position.tolist()[:-1], 2))])
+        else:
+            b.patch([Append(dice.choices(range(300), k=2))])
+    return told
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_missed_where_no_search_is_made(
+    seed: int, open_parrot: OpenTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host leaves out searches that would find nothing: the same passes, to the bit."""
+    sure, thrifty = (open_parrot(**ROOMY, **LOOKUP, sampler="greedy") for _ in range(2))
+    monkeypatch.setattr(sure.lookahead, "_may_find", lambda ticks: True)
+    searches: list[Brain] = []
+
+    def counted(b: Brain) -> None:
+        search = b.graphs.propose
+
+        def propose() -> Proposal:
+            searches.append(b)
+            return search()
+
+        monkeypatch.setattr(b.graphs, "propose", propose)
+
+    for b in (sure, thrifty):
+        counted(b)
+    passes = lived(sure, seed)
+    assert lived(thrifty, seed) == passes
+    assert digest(*sure.state, *sure.cursor) == digest(*thrifty.state, *thrifty.cursor)
+    assert any(len(said) > 1 for said in passes)
+    assert searches.count(thrifty) < searches.count(sure)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
