@@ -5,6 +5,7 @@ does not matter. A batch is refused as a whole, with nothing changed, or applied
 """
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,17 +111,22 @@ def listed(values: Iterable[Any], what: str) -> list[Any]:
         raise Refused(f"{what} must be a list, not {shown(values)}") from None
 
 
+def integer(value: object) -> int | None:
+    """A value as an integer, if it is one; what is true or false is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
     """Checks literal token ids. Raises Refused for none at all, for anything that is not an
     integer, and for ids outside the vocabulary.
     """
     checked = []
     for index, token in enumerate(listed(ids, f"{what}: ids")):
-        try:
-            number = token.__index__()
-        except AttributeError:
-            number = None
-        if number is None or isinstance(token, bool):
+        number = integer(token)
+        if number is None:
             raise Refused(f"{what}: id {index} is {token!r}, not an integer token id")
         if not 0 <= number < vocab_size:
             raise Refused(
@@ -174,10 +180,11 @@ def _finite(amount: object) -> float:
 def _positions(positions: Sequence[int], mirror: Mirror, name: str) -> list[int]:
     checked = []
     for position in listed(positions, f"{name}: positions"):
-        if isinstance(position, bool) or not hasattr(position, "__index__"):
+        number = integer(position)
+        if number is None:
             raise Refused(f"{name}: position {position!r} is not an integer")
-        mirror.index_of(position)
-        checked.append(int(position))
+        mirror.index_of(number)
+        checked.append(number)
     if len(set(checked)) != len(checked):
         raise Refused(f"{name}: positions {checked} name a row twice")
     return checked

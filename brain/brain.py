@@ -9,12 +9,11 @@ patch, three calls with no number crossing between host and device.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from brain.actions import Action, Append, Edit, Limits, listed, resolve, token_ids
+from brain.actions import Action, Append, Edit, Limits, integer, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.commit import Row, Told
 from brain.errors import MemoryFull, Refused, shown, warn
@@ -203,15 +202,15 @@ class Brain:
         They say what single ticks would say; a token that ends the text is the last of a pass.
         While there is an observer, every tick is a pass of its own, to be looked at.
         """
-        if most is not None and not _is_count(most):
+        if most is not None and (integer(most) or 0) < 1:
             raise Refused(f"speak: a number of at least 1, not {shown(most)}")
-        ahead = self.lookahead
-        proposal = None if self.observer else ahead.proposal(most)
+        ahead, observed = self.lookahead, self.observer is not None
+        proposal = None if observed else ahead.proposal(most)
         if proposal is None:
             ticks: tuple[Tick, ...] = (self.tick(),)
         else:
             ticks = self._advance_ahead(proposal, self._unforced_ahead)
-        if self.observer is None:
+        if not observed:  # even if the observer has left meanwhile: nothing was followed for it
             ahead.look(ticks)
         ahead.account.add(ticks)
         return ticks
@@ -233,7 +232,7 @@ class Brain:
         ``lookup`` the memory may be some ticks ahead of the one that is yielded: it is where the
         last tick of its pass left it.
         """
-        if ticks is not None and not _is_count(ticks):
+        if ticks is not None and (integer(ticks) or 0) < 1:
             raise Refused(f"ticks must be a number of at least 1, not {shown(ticks)}")
         self._require_primed()
         return self._stream(ticks, stop_at_eos)
@@ -493,11 +492,12 @@ class Brain:
             )
 
     def _checked_position(self, position: int) -> int:
-        if isinstance(position, bool) or not hasattr(position, "__index__"):
+        number = integer(position)
+        if number is None:
             raise Refused(f"read: position {position!r} is not an integer")
-        if not 0 <= position < MOST_POSITIONS:
+        if not 0 <= number < MOST_POSITIONS:
             raise Refused(f"read: position {position} is not in 0 to {MOST_POSITIONS - 1}")
-        return int(position)
+        return number
 
     def _stay_in_range(self, tokens: int) -> bool:
         """Before ``tokens`` more positions are taken: renumbers the rows, or warns, if that would
@@ -529,8 +529,3 @@ class Brain:
     def _forced(self, tokens: Sequence[int], source: str) -> Forced:
         number = torch.tensor(source_number(source), dtype=torch.uint8, device=self.device)
         return Forced(self._tensor(tokens), number.repeat(len(tokens)))
-
-
-def _is_count(number: object) -> bool:
-    """Whether this is an integer of at least 1."""
-    return isinstance(number, SupportsIndex) and number is not True and number.__index__() >= 1

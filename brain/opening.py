@@ -83,8 +83,9 @@ def with_model_settled(conf: Conf) -> Conf:
         model = dataclasses.replace(model, path=conf.path)
     for key, source, choice in _OF_SOURCES:
         if getattr(model, key) is not None and model.source is not source:
+            named = key if key == "path" and conf.path is not None else f"model.{key}"
             raise Refused(
-                f"model.{key} does not apply to model={model.name}: use {choice}, or leave it out"
+                f"{named} does not apply to model={model.name}: use {choice}, or leave it out"
             )
     return dataclasses.replace(conf, model=model, path=None)
 

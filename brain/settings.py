@@ -23,8 +23,9 @@ from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf
 MOST_ROWS = 1 << 62
 FEWEST_ROWS_TO_CULL = 8
 """Below this target, sinks, recent rows and victims do not all fit."""
-SMALLEST, LARGEST = 1e-30, 1e30
-"""Of numbers by which logits are divided, and of brightness: float32 holds what comes of them."""
+SMALLEST, LARGEST = 1e-15, 1e15
+"""Of numbers by which logits are divided, one after the other, and of brightness seeds: float32
+holds what comes of them."""
 
 WIDEST_LOOKUP = 31
 """Tokens proposed at most: a graph holds a choice for each of them."""

@@ -10,6 +10,8 @@ from brain.errors import Refused, one_line
 from brain.own_files import require_own
 
 LOCK = ".lock"
+PATIENCE = 0.2
+"""Seconds: somebody may be looking whether the folder is taken."""
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     require_own([folder / LOCK])
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise Refused(
             f"{folder} belongs to a brain that is running: wait for it, send it commands "
@@ -37,8 +39,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 def is_taken(folder: Path) -> bool:
     """Whether a process holds the run folder just now."""
+    require_own([folder / LOCK])
     try:
-        with sole_writer(folder):
+        with FileLock(folder / LOCK, timeout=0):
             return False
-    except Refused:
+    except Timeout:
         return True
+    except OSError as error:
+        raise Refused(f"{folder} cannot be looked at ({one_line(error)})") from None

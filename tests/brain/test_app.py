@@ -119,7 +119,7 @@ def test_graphs_prints_an_account_that_comes_out(tmp_path: Path, tiny_folder: Pa
         (["model=smollm2"], "model.path does not apply to model=smollm2: use model=folder"),
         (["path=elsewhere"], "path=elsewhere and model.path="),
         (["model.wheel=x.whl"], "model.wheel does not apply to model=folder"),
-        (["sampler.temperature=1e-40"], "sampler.temperature must be 1e-30 to 1e+30"),
+        (["sampler.temperature=1e-40"], "sampler.temperature must be 1e-15 to 1e+15"),
         (["cull.brightness.seeds={user: 1e39}"], "cull.brightness.seeds: user is 1e+39"),
         (["task=golden", "threads=7777"], "threads must be 1 to 1024"),
         (["task=golden", "weights=int8"], "weights=int8 has no goldens"),

@@ -52,6 +52,7 @@ BAD_IDS: dict[str, tuple[Any, str]] = {
     "numpy float": (np.array([1.0]), "1.0"),
     "text": (["a"], "'a'"),
     "nothing": ([None], "None"),
+    "a tensor of no integer": (torch.tensor([2.5]), "tensor(2.5000)"),
     "no list": (5, "must be a list, not 5"),
 }
 
@@ -111,7 +112,7 @@ def test_actions_that_are_no_lists_are_refused(either_brain: Brain) -> None:
     assert "read: positions must be a list" in refusal(b, lambda: b.read([1], 4))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ticks", [0, -1, 1.5, True, "3"])
+@pytest.mark.parametrize("ticks", [0, -1, 1.5, True, "3", torch.tensor(2.5)])
 def test_fewer_than_one_tick_is_refused(ticks: Any, either_brain: Brain) -> None:
     b = either_brain
     b.prime(IDS[:5])

@@ -210,6 +210,27 @@ def test_no_more_is_said_than_was_asked_for(most: int, open_parrot: OpenTiny) ->
         quick.speak(0)
 
 
+def test_what_an_observer_sees_is_no_gap_in_what_is_known(open_parrot: OpenTiny) -> None:
+    """It may leave amid a tick."""
+    b = open_parrot(**ROOMY, **LOOKUP, sampler="greedy")
+    for number in range(1, 5):
+        b.prime(TEXT)
+        b.speak()
+        seen: list[Step] = []
+
+        def watch(step: Step, seen: list[Step] = seen, number: int = number) -> None:
+            seen.append(step)
+            if len(seen) == number:
+                b.observer = None
+
+        b.observer = watch
+        while len(b) < 120:
+            b.speak()
+            if b.lookahead._barren is b.memory.account:
+                assert int(b.graphs.propose().length) == 0
+        assert len(seen) == number
+
+
 def test_nothing_is_said_after_the_end_of_the_text(open_parrot: OpenTiny) -> None:
     probe = open_parrot(**ROOMY, sampler="greedy")
     probe.prime(TEXT)
