@@ -73,7 +73,6 @@ class Lookahead:
         self._last = trained - 1 if settings.rebases else None  # position before renumbering
         self._search: _Search | None = None
         self._known: _Known | None = None
-        self._barren: object = None  # the account of a memory in which a search would find nothing
         self.account = Account()
 
     @property
@@ -90,8 +89,6 @@ class Lookahead:
             with contextlib.suppress(RuntimeError, MemoryError):
                 if self._may_find(ticks):
                     self._begin()
-                else:
-                    self._barren = self._memory.account
 
     def _may_find(self, ticks: Sequence[Tick]) -> bool:
         """Whether a search is worth its while; nothing that it would find is ever missed."""
@@ -119,7 +116,7 @@ class Lookahead:
             self._known = None  # something has happened since
         if not self._is_possible() or (most is not None and most < 2):
             return None
-        if self._barren is self._memory.account:
+        if self._known is not None and not self._known.neighbours.repeat:
             return None
         search = self._search
         if search is None or search.account is not self._memory.account:

@@ -20,7 +20,7 @@ from brain.errors import Refused, one_line
 from brain.native_decoder import begin_native_decoder
 from brain.overrides import override
 from brain.paths import given_path
-from brain.settings import settings_of
+from brain.settings import Settings, settings_of
 from compiled.compiler import prepared
 from compiled.native import formats
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
@@ -110,14 +110,7 @@ def open_brain(conf: Conf) -> Brain:
         if wanted is not None:
             begin_native_decoder(wanted, settings.cache)
         prepared()
-    checkpoint = open_checkpoint(
-        conf.model,
-        conf.cache_dir,
-        settings.dtype,
-        settings.device,
-        int8=int8,
-    )
-    return Brain(checkpoint, settings, conf)
+    return Brain(checkpoint_of(conf, settings), settings, conf)
 
 
 def use_threads(threads: int | None) -> None:
@@ -127,6 +120,12 @@ def use_threads(threads: int | None) -> None:
     if not 1 <= threads <= MOST_THREADS:
         raise Refused(f"threads must be 1 to {MOST_THREADS}, not {threads}")
     torch.set_num_threads(threads)
+
+
+def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
+    """The model that a configuration names, in its number formats. Raises Refused."""
+    int8 = conf.weights is WeightFormat.int8
+    return open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8)
 
 
 def open_checkpoint(

@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
-from brain.opening import compose_conf, open_checkpoint
+from brain.opening import checkpoint_of, compose_conf, use_threads
 from brain.settings import settings_of
-from conf.schema import WeightFormat
 
 ROUNDS, TICKS = 3, 160
 PROSE_TOKENS = 400
@@ -65,13 +64,9 @@ def brain_of(checkpoint: Checkpoint | None, overrides: list[str]) -> Brain:
     """A brain with every graph captured, on weights that are open already if there are any."""
     conf = compose_conf(overrides)
     settings = settings_of(conf)
-    if conf.threads is not None:
-        torch.set_num_threads(conf.threads)
+    use_threads(conf.threads)
     if checkpoint is None:
-        int8 = conf.weights is WeightFormat.int8
-        checkpoint = open_checkpoint(
-            conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8
-        )
+        checkpoint = checkpoint_of(conf, settings)
     brain = Brain(checkpoint, settings, conf)
     for name in brain.warm_up():
         print(f"capturing {name}", file=sys.stderr, flush=True)

@@ -3,6 +3,8 @@
 import functools
 import json
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 import brain
+from brain import app
 from brain.checkpoints.wheel import converted_wheel
 from brain.errors import Refused
 from brain.golden.reference import load_reference, seeded_reference
 from brain.golden.seeded import SEEDED
-from brain.opening import compose_conf, open_checkpoint
+from brain.opening import checkpoint_of, compose_conf
 from brain.settings import settings_of
 
 # The same examples on every run, however slow the machine.
@@ -252,7 +255,7 @@ def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
         )
         settings = settings_of(conf)
         checkpoint = (
-            open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device, int8=False)
+            checkpoint_of(conf, settings)
             if real
             else SEEDED[model].checkpoint(settings.dtype, settings.device)
         )
@@ -335,3 +338,29 @@ def specimens(tmp_path_factory: pytest.TempPathFactory) -> Specimens:
 def toy_model(specimens: Specimens, tmp_path: Path) -> Path:
     """A model folder to damage: config.json, tokenizer.json, model.safetensors."""
     return specimens.copy(specimens.single, tmp_path / "model")
+
+
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> CommandLine:
+    """``command_line(*arguments)`` is ``brain`` in this process, where importing torch is done, in
+    ``tmp_path`` → its status, standard output and standard error.
+    """
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["brain", *arguments])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        status = 0
+        try:
+            app.main()
+        except SystemExit as left:
+            status = int(left.code or 0)
+        return status, *capsys.readouterr()
+
+    return run

@@ -20,11 +20,11 @@ from brain.evaluation import endurance, fluency, mending, plots, retrieval
 from brain.evaluation.contestants import FULL, Contestant, contestants
 from brain.evaluation.facts import KINDS, Fact, Kind, make_facts
 from brain.evaluation.texts import excerpts, read_text
-from brain.opening import open_checkpoint, use_threads
+from brain.opening import checkpoint_of, use_threads
 from brain.settings import FEWEST_ROWS_TO_CULL, settings_of
 from brain.terminal import capture_graphs, note
 from compiled.score import MOST_CULLED
-from conf.schema import Conf, EvalTask, Positions, WeightFormat
+from conf.schema import Conf, EvalTask, Positions
 
 MENDING_TICKS = 32
 """Ticks before a pair is looked at: what brightness needs to tell rows apart."""
@@ -51,10 +51,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise Refused("task.text is missing: give a UTF-8 file or a folder of them to measure on")
     settings = settings_of(conf)
     note(f"loading {conf.model.name} …")
-    int8 = conf.weights is WeightFormat.int8
-    checkpoint = open_checkpoint(
-        conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8
-    )
+    checkpoint = checkpoint_of(conf, settings)
     brain: Brain | None = None
     if "endurance" in task.measures:
         brain = Brain(checkpoint, settings, conf)

@@ -83,12 +83,7 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
         note(f"\033[2m{conf.prompt}\033[0m")
     primed = time.perf_counter()
     before = chronicle.spoken
-    full: MemoryFull | None = None
-    interrupted = False
-    try:
-        interrupted = _speak(brain, conf, chronicle)
-    except MemoryFull as refusal:  # the end of a run with cull=none: reported as any other
-        full = refusal
+    ended = _speak(brain, conf, chronicle)
     count, spoken = chronicle.spoken - before, time.perf_counter() - primed
     write_rows(remembered(brain), run_dir / FILE)
     _write_report(brain, conf, run_dir / "run.json", chronicle.tokens(), primed - started, spoken)
@@ -103,40 +98,33 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
             f"lookup: {account.tokens / account.passes:.2f} tokens per read, {account.accepted} of "
             f"{account.proposed} proposed tokens said"
         )
-    if full is not None:
-        raise full
-    if interrupted:
-        raise KeyboardInterrupt
+    if ended is not None:
+        raise ended
 
 
-def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> bool:
-    """Prints and records every token until there are enough; returns whether somebody asked to
-    stop before. Raises MemoryFull, everything being saved, where there is no room for another.
+def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> BaseException | None:
+    """Prints and records every token until there are enough; returns what ended it before that, to
+    be raised when everything is written: somebody who asked to stop, or a full memory.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
-    before, interrupted = chronicle.spoken, False
+    before = chronicle.spoken
+    ended: BaseException | None = None
     with asked_to_stop() as asked:
         chronicle.inbox.look()  # what came behind the last token, when the run was killed
         try:
-            while not (chronicle.spoken >= conf.ticks or chronicle.last in ending or interrupted):
+            while chronicle.spoken < conf.ticks and chronicle.last not in ending and not ended:
                 _print(chronicle.said(*brain.speak(conf.ticks - chronicle.spoken)))
                 chronicle.inbox.look()
                 chronicle.rest()
-                interrupted = asked()
-        except MemoryFull:
-            _end(brain, chronicle, before)
-            raise
-        _end(brain, chronicle, before)
-    return interrupted
-
-
-def _end(brain: Brain, chronicle: Chronicle, before: int) -> None:
-    """Saves, and prints and records what the text still owes."""
-    chronicle.save()
-    rest = brain.finish_text()
-    chronicle.finish(rest)
+                ended = KeyboardInterrupt() if asked() else None
+        except MemoryFull as full:  # the end of a run with cull=none
+            ended = full
+        chronicle.save()
+        rest = brain.finish_text()
+        chronicle.finish(rest)
     if chronicle.spoken > before:
         _print(rest + "\n" if sys.stdout.isatty() else rest)
+    return ended
 
 
 def _print(text: str) -> None:

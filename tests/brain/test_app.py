@@ -13,6 +13,7 @@ import torch
 
 import brain
 from brain import app
+from conftest import CommandLine
 
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
@@ -133,22 +134,12 @@ def test_graphs_prints_an_account_that_comes_out(tmp_path: Path, tiny_folder: Pa
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line_and_status_2(
-    tmp_path: Path,
-    tiny_folder: Path,
-    arguments: list[str],
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path, command_line: CommandLine, arguments: list[str], told: str
 ) -> None:
     # In this process, because there are many: importing torch takes longer than refusing.
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["brain", *command(tiny_folder, *arguments)[3:]])
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(SystemExit) as left:
-        app.main()
-    assert left.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    status, _, err = command_line(*command(tiny_folder, *arguments)[3:])
+    assert status == 2
+    lines = err.splitlines()
     refusals = [line for line in lines if line.startswith("refused: ")]
     assert len(refusals) == 1
     assert told in refusals[0]

@@ -3,7 +3,6 @@
 import json
 import stat
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from brain import app
 from brain.bench import contestants as who
 from brain.bench.contestants import Contestant, contestants, row_bytes, weight_bytes, why_missing
 from brain.bench.job import Failed, Job, result_of
@@ -21,6 +19,7 @@ from brain.bench.tables import decode_table, flatness, scaling_table
 from brain.checkpoints import open_folder
 from brain.checkpoints.hf_config import read_config
 from brain.tasks import bench
+from conftest import CommandLine
 
 SaveLlama = Callable[..., dict[str, Tensor]]
 
@@ -177,27 +176,12 @@ Bench = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run_bench(
-    tmp_path: Path,
-    tiny_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Bench:
+def run_bench(tmp_path: Path, tiny_folder: Path, command_line: CommandLine) -> Bench:
     """``run_bench(*arguments)`` in this process, in the run folder ``out`` → status, out, err."""
     model = ["model=folder", f"model.path={tiny_folder}", f"cache_dir={tmp_path / 'cache'}"]
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        command = ["brain", "task=bench", *model, "hydra.run.dir=out", *arguments]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", command)
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        status = 0
-        try:
-            app.main()
-        except SystemExit as left:
-            status = int(left.code or 0)
-        return status, *capsys.readouterr()
+        return command_line("task=bench", *model, "hydra.run.dir=out", *arguments)
 
     return run
 

@@ -1,8 +1,6 @@
 """Step captures tell what happened, and cost nothing when off."""
 
 import json
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import brain
-from brain import app
 from brain.captures import TOP_IN_JSON, CaptureWriter
 from brain.steps import Step
+from conftest import CommandLine
 
 OpenTiny = Callable[..., brain.Brain]
 
@@ -111,28 +109,14 @@ Call = Callable[..., str]
 
 
 @pytest.fixture
-def call(
-    tmp_path: Path,
-    tiny_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Call:
-    """``call(*arguments)`` in this process, on the tiny model, in ``tmp_path`` → its standard
-    output or, if it is refused, its last line on standard error.
+def call(tiny_folder: Path, command_line: CommandLine) -> Call:
+    """``call(*arguments)`` on the tiny model → its standard output or, if it is refused, its last
+    line on standard error.
     """
     model = ["model=folder", f"model.path={tiny_folder}", "capacity=64", "prompt=abc"]
 
     def call_(*arguments: str) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["brain", *model, *arguments])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        status = 0
-        try:
-            app.main()
-        except SystemExit as left:
-            status = int(left.code or 0)
-        out, err = capsys.readouterr()
+        status, out, err = command_line(*model, *arguments)
         assert status in (0, 2)
         return err.splitlines()[-1] if status else out
 
