@@ -21,10 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from brain.config.compose import configuration_error, typed
+from brain.config.overrides import literal_arguments
 from brain.errors import BrainWarning, Refused, as_line, one_line
-from brain.opening import configuration_error, typed
-from brain.overrides import literal_arguments
-from brain.stopping import sigterm_is_ctrl_c
+from brain.machine.signals import sigterm_is_ctrl_c
 from conf.schema import register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -80,7 +80,7 @@ def _application(composed: DictConfig) -> None:
     except OSError as error:
         _leave(f"refused: {_told(error)}", REFUSED)
     except RuntimeError as error:
-        from brain.room import is_out_of_memory
+        from brain.machine.memory import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

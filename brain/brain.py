@@ -15,20 +15,19 @@ from torch import Tensor
 
 from brain.actions import Action, Append, Edit, Limits, integer, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
-from brain.commit import Row, Told
+from brain.config.settings import Settings
+from brain.edits import Row, Told
 from brain.errors import MemoryFull, Refused, shown, warn
-from brain.lookahead import Lookahead
+from brain.machine.signals import Uninterrupted
 from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
 from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK, nvtx_ranges
 from brain.repair import Repair, best_repair, dimmest_pair
-from brain.settings import Settings
-from brain.steps import Observer, Step
-from brain.stopping import Uninterrupted
-from brain.tick import Speech, Tick
+from brain.speculate import Lookahead
+from brain.tick import Observer, Speech, Step, Tick
 from brain.tokens import StreamDecoder
-from compiled.capture import Graphs
 from compiled.choose import UNFORCED, Forced
+from compiled.graphs import Graphs
 from compiled.lookup import Proposal
 from compiled.patch import Plan
 from compiled.read import Reading, trimmed

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from brain.actions import Edit
 from brain.checkpoints import Checkpoint
-from brain.commit import (
+from brain.config.settings import Settings
+from brain.edits import (
     UNTOLD,
     Link,
     Row,
@@ -27,17 +28,16 @@ from brain.commit import (
     with_edit,
     with_saved_rows,
 )
+from brain.machine.cpu_operator import native_decoder
+from brain.machine.signals import Uninterrupted
 from brain.mirror import Mirror
-from brain.native_decoder import native_decoder
-from brain.settings import Settings
-from brain.stopping import Uninterrupted
-from compiled.capture import Behaviour, Graphs
+from compiled.graphs import Behaviour, Graphs
 from compiled.int8 import Int8
 from compiled.llama import Weights
-from compiled.native import formats
 from compiled.patch import Plan
 from compiled.philox import key_of
 from compiled.read import Reading, Study
+from compiled.read_cpu import formats
 from compiled.sample import Sampling, surprises
 from compiled.score import echo, running_novelty
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state

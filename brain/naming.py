@@ -5,7 +5,7 @@ up is a range too, with one for each graph that is captured. Whoever sets ``Grap
 who is told: Nsight Systems (``nvtx=true``) or PyTorch's profiler (``task=profile``).
 """
 
-from compiled.capture import Naming
+from compiled.graphs import Naming
 
 WHOLE_TICK, WARM_UP = "tick", "warm-up"
 READ, CHOOSE, PATCH = "1 read", "1 sample, 2 score, 3 decide", "4 patch"

@@ -1,40 +1,26 @@
 """From a configuration to a brain."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
 from brain.checkpoints.hub import hub_folder
 from brain.checkpoints.wheel import converted_wheel
-from brain.conf_types import check_types
-from brain.errors import Refused, one_line
-from brain.native_decoder import begin_native_decoder
-from brain.overrides import override
-from brain.paths import given_path
-from brain.settings import Settings, settings_of
+from brain.config.compose import compose_conf
+from brain.config.overrides import override
+from brain.config.settings import Settings, settings_of
+from brain.errors import Refused
+from brain.files import given_path
+from brain.machine.cpu_operator import begin_native_decoder
 from compiled.compiler import prepared
-from compiled.native import formats
-from conf.schema import Conf, ModelConf, Source, WeightFormat, register
+from compiled.read_cpu import formats
+from conf.schema import Conf, ModelConf, Source, WeightFormat
 
 MOST_THREADS = 1024
 """More than any machine gains from; of a billion, the process would die in starting them."""
-
-_OF_SOURCES = (
-    ("path", Source.folder, "model=folder"),
-    ("repo", Source.hub, "model=tinyllama"),
-    ("revision", Source.hub, "model=tinyllama"),
-    ("wheel", Source.wheel, "model=smollm2"),
-)
-"""What is said of a model, the source that it is for, and a choice of that source."""
 
 
 def open(model: str = "smollm2", **overrides: Any) -> Brain:
@@ -46,58 +32,6 @@ def open(model: str = "smollm2", **overrides: Any) -> Brain:
     """
     options = {"model": model, **overrides}
     return open_brain(compose_conf([override(key, value) for key, value in options.items()]))
-
-
-def compose_conf(overrides: list[str]) -> Conf:
-    """The typed configuration for these overrides, ``path`` in its place. Raises Refused."""
-    register()
-    around = GlobalHydra.instance()
-    hydra = around.hydra  # of an application that runs us, this one's own included
-    around.clear()
-    try:
-        with initialize_config_module("conf", version_base=None):
-            return typed(compose("config", overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise Refused(configuration_error(error)) from None
-    finally:
-        around.hydra = hydra
-
-
-def typed(conf: DictConfig) -> Conf:
-    """The dataclasses behind a composed configuration. Raises Refused for a value of another type
-    than the schema's, which can come in behind an escaped interpolation.
-    """
-    told = cast(Conf, OmegaConf.to_object(conf))
-    check_types(told, Conf)
-    return with_model_settled(told)
-
-
-def with_model_settled(conf: Conf) -> Conf:
-    """``path`` told where it belongs, in ``model.path``. Raises Refused where something is said of
-    the model that its source has no use for.
-    """
-    model = conf.model
-    if conf.path is not None:
-        if model.path is not None and model.path != conf.path:
-            raise Refused(f"path={conf.path} and model.path={model.path} differ: give one of them")
-        model = dataclasses.replace(model, path=conf.path)
-    for key, source, choice in _OF_SOURCES:
-        if getattr(model, key) is not None and model.source is not source:
-            named = key if key == "path" and conf.path is not None else f"model.{key}"
-            raise Refused(
-                f"{named} does not apply to model={model.name}: use {choice}, or leave it out"
-            )
-    return dataclasses.replace(conf, model=model, path=None)
-
-
-def configuration_error(error: BaseException) -> str:
-    """What Hydra has to say about an override, in one line."""
-    reasons = [str(error).split("\n")[0]]
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
-        reasons.append(str(cause).split("\n")[0])
-    told = ": ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons if reason))
-    return f"{told or one_line(error)}; brain --help lists the keys"
 
 
 def open_brain(conf: Conf) -> Brain:

@@ -5,15 +5,19 @@ Only asking a ``Tick`` for its token, text or surprise does.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from brain.machine.signals import Uninterrupted
 from brain.repair import Repair
-from brain.stopping import Uninterrupted
 from brain.tokens import StreamDecoder
-from compiled.state import NOWHERE
+from compiled.choose import Choice
+from compiled.patch import Plan
+from compiled.read import Reading
+from compiled.state import NOWHERE, Cursor
 
 MOST_UNSPOKEN = 8
 """Ticks whose text may be waiting to be asked for when a pass begins. Bounds what an endless loop
@@ -190,3 +194,18 @@ class Tick:
             f"Tick(number={self.number}, token={self.token}, text={self.text!r}, "
             f"position={self.position}, culled={self.culled}, count={self.count})"
         )
+
+
+class Step(NamedTuple):
+    """One tick, after step 3 and before its patch. The tensors are the brain's own: look, copy,
+    and be done before returning.
+    """
+
+    tick: Tick
+    cursor: Cursor  # into step 1: token, position, tick
+    reading: Reading  # out of step 1
+    choice: Choice  # out of steps 1 to 3
+    plan: Plan  # into step 4
+
+
+Observer = Callable[[Step], None]

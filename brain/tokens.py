@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brain.errors import Refused, one_line, shown
-from brain.reading import TOKENIZER_BYTES, read_bytes, read_json, read_text
+from brain.files import TOKENIZER_BYTES, read_bytes, read_json, read_text
 from brain.tokenizers.sentencepiece_model import read_sentencepiece
 from brain.tokenizers.tokenizer_json import read_tokenizer_json
 from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary

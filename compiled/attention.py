@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled.products import dot_rows, mix_rows, stored, streams_rows, sum_rows
+from compiled.linear import dot_rows, mix_rows, stored, streams_rows, sum_rows
 
 SLAB = 144
 """Queries that attend at a time, of one key head, where no compiler fuses the steps on a CPU: their

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compiled.attention import Visibility, attend
 from compiled.int8 import Int8, Matrix, part
-from compiled.products import linear
+from compiled.linear import linear
 from compiled.rope import RopeScaling, rotate
 
 

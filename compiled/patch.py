@@ -21,7 +21,7 @@ long text goes straight into such slots; a second copy of it is never kept.)
 
 A captured patch is one call, in which nothing is raised: it can fail before it, or its caller after
 it. Only a signal could come between two of its kernels, or between the patch and its caller's
-account of it: ``brain/stopping.py`` holds signals off.
+account of it: ``brain/machine/signals.py`` holds signals off.
 
 Re-basing renumbers positions densely in text order and turns every key by the difference. It does
 touch the whole cache, so it runs only when the positions would leave the range that the model was

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled.attention import Visibility, visibility
+from compiled.linear import linear, look_up
 from compiled.llama import (
     LayerWeights,
     LlamaConfig,
@@ -30,8 +31,7 @@ from compiled.llama import (
     layer_weights,
     rms_norm,
 )
-from compiled.native import Decode, Decoded
-from compiled.products import linear, look_up
+from compiled.read_cpu import Decode, Decoded
 from compiled.rope import rotation
 from compiled.sample import head_surprises
 from compiled.state import Cursor, State

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from compiled.int8 import Matrix, num_rows, part
+from compiled.linear import linear
 from compiled.philox import uniform
-from compiled.products import linear
 
 HEAD_BLOCK = 512
 """Rows of the head that are multiplied at a time where no logits are kept: the block of logits

@@ -52,7 +52,7 @@ class EngineConf:
     """How the graphs run."""
 
     compiled: bool = MISSING
-    native: bool = True  # on a CPU, captured reads by the operator of compiled/decode.cpp
+    native: bool = True  # on a CPU, captured reads by the operator of compiled/read_cpu.cpp
     widths: list[int] = MISSING  # tokens per captured read: 1, …
     smallest_bucket: int = MISSING  # slots; powers of two from here up to the capacity
     chunk: int | None = None  # most tokens per read of a prompt; null: the widest of the widths
@@ -156,7 +156,7 @@ class CommandTask:
 
     name: str = "command"
     path: str | None = None  # the folder of the run
-    actions: str | None = None  # a JSON list of actions, see brain/commands.py
+    actions: str | None = None  # a JSON list of actions, see brain/record/commands.py
 
 
 @dataclass

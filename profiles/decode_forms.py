@@ -19,12 +19,12 @@ from seeded_folder import SHAPES
 
 import compiled.attention
 import compiled.int8
-import compiled.products
+import compiled.linear
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
-from brain.golden.seeded import SeededModel
-from brain.opening import compose_conf
-from brain.settings import settings_of
+from brain.config.compose import compose_conf
+from brain.config.settings import settings_of
+from brain.measure.golden.seeded import SeededModel
 
 Options = dict[str, Any]
 FORMS: dict[str, tuple[bool, bool, Options]] = {  # streaming products, streaming attention, options
@@ -79,7 +79,7 @@ def ticks_per_second(form: str, asked: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     with (
-        mock.patch.object(compiled.products, "streams_rows", streams if products else never),
+        mock.patch.object(compiled.linear, "streams_rows", streams if products else never),
         mock.patch.object(compiled.attention, "streams_rows", streams if attention else never),
         torch._inductor.config.patch(options),
     ):

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brain.bench.memory_reader import read_memory
-from brain.opening import compose_conf
-from brain.settings import settings_of
+from brain.config.compose import compose_conf
+from brain.config.settings import settings_of
+from brain.measure.bench.memory_reader import read_memory
 from compiled.attention import attend, visibility
-from compiled.capture import Behaviour, Graphs
 from compiled.choose import Forced
+from compiled.graphs import Behaviour, Graphs
 from compiled.llama import LlamaConfig, Weights
 from compiled.patch import Plan
 from compiled.philox import key_of

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
-from brain.opening import checkpoint_of, compose_conf, use_threads
-from brain.settings import settings_of
+from brain.config.compose import compose_conf
+from brain.config.settings import settings_of
+from brain.opening import checkpoint_of, use_threads
 
 ROUNDS, TICKS = 3, 160
 PROSE_TOKENS = 400

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 import brain
-from brain.evaluation.facts import KINDS, make_facts
-from brain.evaluation.texts import read_text
+from brain.measure.evaluation.facts import KINDS, make_facts
+from brain.measure.evaluation.texts import read_text
 from compiled.read import read
 from compiled.state import State
 

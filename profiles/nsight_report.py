@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from brain.errors import Refused
-from brain.naming import WHOLE_TICK
-from brain.profiling.picture import draw_timeline
-from brain.profiling.ranges import (
+from brain.measure.profiling.picture import draw_timeline
+from brain.measure.profiling.ranges import (
     Kernel,
     Range,
     legible,
@@ -25,6 +24,7 @@ from brain.profiling.ranges import (
     warm_up_of,
     with_kernels,
 )
+from brain.naming import WHOLE_TICK
 
 PUSH_POP = 59
 """``ENUM_NSYS_EVENT_TYPE``: a range that was pushed and popped on one thread."""

@@ -38,7 +38,7 @@ from roofline_model import (
     tick,
 )
 
-from brain.golden.seeded import TINYLLAMA
+from brain.measure.golden.seeded import TINYLLAMA
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "results" / "bench.json"

@@ -5,7 +5,7 @@ them. ``roofline.py`` makes a page of it.
 import math
 from dataclasses import dataclass
 
-from brain.golden.seeded import TINYLLAMA
+from brain.measure.golden.seeded import TINYLLAMA
 from compiled.llama import LlamaConfig, weight_shapes
 
 MATRICES = ("qkv", "attention_out", "gate_up", "down", "head")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from brain.checkpoints.folder import INDEX
 from brain.checkpoints.llama_names import packed_parts
-from brain.golden.seeded import TINYLLAMA, SeededModel
+from brain.measure.golden.seeded import TINYLLAMA, SeededModel
 from compiled.llama import LlamaConfig
 
 SHARD_BYTES = 2 << 30

@@ -20,11 +20,12 @@ from torch import Tensor
 import brain
 from brain import app
 from brain.checkpoints.wheel import converted_wheel
+from brain.config.compose import compose_conf
+from brain.config.settings import settings_of
 from brain.errors import Refused
-from brain.golden.reference import load_reference, seeded_reference
-from brain.golden.seeded import SEEDED
-from brain.opening import checkpoint_of, compose_conf
-from brain.settings import settings_of
+from brain.measure.golden.reference import load_reference, seeded_reference
+from brain.measure.golden.seeded import SEEDED
+from brain.opening import checkpoint_of
 
 # The same examples on every run, however slow the machine.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)

@@ -13,15 +13,15 @@ import torch
 from large_cache import broken, measure
 
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace, app
-from brain.bench.job import Job, result_of
-from brain.bench.memory_reader import read_memory
-from brain.golden.check import Brains, examine
-from brain.golden.files import load_golden
-from brain.opening import compose_conf
-from brain.room import free_bytes
+from brain.config.compose import compose_conf
+from brain.config.settings import device_of, settings_of
+from brain.machine.memory import free_bytes
+from brain.measure.bench.job import Job, result_of
+from brain.measure.bench.memory_reader import read_memory
+from brain.measure.golden.check import Brains, examine
+from brain.measure.golden.files import load_golden
 from brain.saves import restore
-from brain.settings import device_of, settings_of
-from compiled.capture import REBASE, Behaviour, Graphs
+from compiled.graphs import REBASE, Behaviour, Graphs
 from compiled.llama import Weights
 from compiled.philox import key_of
 from compiled.sample import Sampling
@@ -254,7 +254,7 @@ def test_a_device_that_is_full_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("brain.settings.free_bytes", lambda device: None)
+    monkeypatch.setattr("brain.config.settings.free_bytes", lambda device: None)
     monkeypatch.chdir(tmp_path)
     model = ["model=folder", f"model.path={tiny_folder}", f"device={DEVICE}"]
     monkeypatch.setattr(sys, "argv", ["brain", *model, f"capacity={1 << 34}"])

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import brain
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Replace
 from brain.actions import Action
+from brain.machine.signals import Uninterrupted
 from brain.memory import Account
 from brain.saves import _tensors
-from brain.stopping import Uninterrupted
 from compiled.state import State
 from conftest import OpenTiny
 from toys import raw_bytes

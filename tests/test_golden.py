@@ -1,7 +1,7 @@
 """Golden logits: our engine against the committed files, against the live reference, and the check
 against damage of every kind.
 
-Tolerances are those of ``brain/golden/judge.py``, which says where they come from.
+Tolerances are those of ``brain/measure/golden/judge.py``, which says where they come from.
 """
 
 import dataclasses
@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from brain import Brain, Refused
-from brain.golden.cases import CONTEXT, cases
-from brain.golden.check import Brains, examine
-from brain.golden.files import Golden, golden_names, load_golden, save_golden
-from brain.golden.judge import (
+from brain.config.compose import compose_conf
+from brain.measure.golden.cases import CONTEXT, cases
+from brain.measure.golden.check import Brains, examine
+from brain.measure.golden.files import Golden, golden_names, load_golden, save_golden
+from brain.measure.golden.judge import (
     CLEAR_GAP,
     FEW,
     LOGIT_TOLERANCE,
@@ -32,11 +33,10 @@ from brain.golden.judge import (
     expected_of,
     judge,
 )
-from brain.golden.reference import reference_run
-from brain.golden.replay import replay
-from brain.golden.script import Cull, Feed, Label, Observed, Prime, Read, from_json, to_json
-from brain.golden.seeded import SEEDED
-from brain.opening import compose_conf
+from brain.measure.golden.reference import reference_run
+from brain.measure.golden.replay import replay
+from brain.measure.golden.script import Cull, Feed, Label, Observed, Prime, Read, from_json, to_json
+from brain.measure.golden.seeded import SEEDED
 from brain.tasks import golden as task
 from brain.tasks.golden import Mismatch
 from compiled.int8 import dequantize

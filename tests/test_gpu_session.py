@@ -11,7 +11,7 @@ from large_cache import broken
 from seeded_folder import SHAPES, SHARD_BYTES, write_folder
 
 import brain
-from brain.golden.seeded import TOY, SeededModel
+from brain.measure.golden.seeded import TOY, SeededModel
 
 SCRIPT = Path(__file__).parents[1] / "profiles" / "gpu.sh"
 

@@ -19,9 +19,9 @@ import torch
 from torch._inductor.graph import GraphLowering
 
 from brain import Brain
-from brain.golden.seeded import SeededModel
-from brain.opening import compose_conf
-from brain.settings import settings_of
+from brain.config.compose import compose_conf
+from brain.config.settings import settings_of
+from brain.measure.golden.seeded import SeededModel
 from brain.tick import Tick
 from compiled.llama import LlamaConfig, weight_shapes
 

@@ -29,7 +29,7 @@ from transformers import LlamaForCausalLM
 import brain
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace
 from brain.mirror import SOURCES
-from brain.steps import Step
+from brain.tick import Step
 from compiled.read import Reading, trimmed
 from compiled.state import State, addresses, allocate_state
 from toys import digest, raw_bytes

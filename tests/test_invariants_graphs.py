@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import brain
 import compiled
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Replace
-from compiled.captured import Capture
+from compiled.capture import Capture
 from compiled.read import Reading
 from toys import digest
 

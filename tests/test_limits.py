@@ -19,14 +19,14 @@ import torch
 import brain
 from brain import app
 from brain.brain import Brain
-from brain.checkpoints.built_folder import ensure_built
 from brain.checkpoints.hf_config import read_config
 from brain.checkpoints.llama_names import packed_parts
 from brain.checkpoints.safetensors_file import TensorFile, write_safetensors
+from brain.config.compose import compose_conf
+from brain.config.overrides import literal_arguments
+from brain.config.settings import settings_of
 from brain.errors import Refused
-from brain.opening import compose_conf
-from brain.overrides import literal_arguments
-from brain.settings import settings_of
+from brain.machine.built_folder import ensure_built
 from conftest import OpenTiny
 
 IDS = [(7 * n) % 300 for n in range(64)]

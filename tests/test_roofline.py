@@ -8,7 +8,7 @@ import roofline
 import torch
 from roofline_model import FORMATS, SMOLLM2, Format, row_bytes, tick, weight_bytes
 
-from brain.golden.seeded import TOY
+from brain.measure.golden.seeded import TOY
 from compiled.int8 import dequantize
 from compiled.llama import Weights
 from compiled.state import allocate_state

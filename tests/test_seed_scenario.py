@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from brain import Brain
-from brain.golden.judge import CLEAR_GAP, LOGIT_TOLERANCE
+from brain.measure.golden.judge import CLEAR_GAP, LOGIT_TOLERANCE
 from brain.saves import restore
-from brain.steps import Step
+from brain.tick import Step
 from compiled.state import State, addresses
 
 pytestmark = pytest.mark.usefixtures("all_threads")

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from brain.checkpoints.checkpoint import Checkpoint
-from brain.checkpoints.digest import files_sha256
 from brain.checkpoints.hf_config import read_config
 from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused, one_line, shown
-from brain.garbage import give_back_freed
-from brain.reading import TOKENIZER_BYTES, read_json
+from brain.files import TOKENIZER_BYTES, read_json
+from brain.machine.digest import files_sha256
+from brain.machine.memory import give_back_freed
 from brain.tokens import load_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

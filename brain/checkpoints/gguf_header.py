@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from brain.errors import Refused, one_line, shown
-from brain.reading import open_plain
+from brain.files import open_plain
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT, MOST_ALIGNMENT = 32, 1 << 16

@@ -16,8 +16,6 @@ from platformdirs import user_cache_path
 from torch import Tensor
 from tqdm import tqdm
 
-from brain.checkpoints.built_folder import ensure_built
-from brain.checkpoints.digest import files_sha256
 from brain.checkpoints.folder import weight_files
 from brain.checkpoints.gguf_file import gguf_name
 from brain.checkpoints.hf_config import read_config
@@ -25,6 +23,8 @@ from brain.checkpoints.llama_names import Part, packed_parts
 from brain.checkpoints.packing import checked_owners
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused
+from brain.machine.built_folder import ensure_built
+from brain.machine.digest import files_sha256
 from brain.tokenizers.gguf_vocabulary import vocabulary_fields
 from brain.tokens import Tokenizer, load_tokenizer
 from compiled.llama import LlamaConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from brain.errors import Refused, one_line, shown
-from brain.reading import read_json
+from brain.files import read_json
 from compiled.llama import LlamaConfig
 from compiled.rope import RopeScaling
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.safetensors_file import DTYPES, TensorFile
 from brain.errors import Refused
-from brain.room import free_bytes
+from brain.machine.memory import free_bytes
 from compiled.int8 import Int8, Matrix, quantize
 from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.rope import inverse_frequencies

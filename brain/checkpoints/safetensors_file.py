@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from brain.errors import Refused, one_line
-from brain.reading import open_plain, parse_json
+from brain.files import open_plain, parse_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PAGE = mmap.PAGESIZE

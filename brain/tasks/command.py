@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import cast
 
-from brain.commands import ANSWERS, parse_batch, send
 from brain.errors import Refused
-from brain.paths import given_path
-from brain.sole_writer import is_taken
+from brain.files import given_path
+from brain.record.commands import ANSWERS, parse_batch, send
+from brain.record.lock import is_taken
 from brain.terminal import note
 from conf.schema import CommandTask, Conf
 

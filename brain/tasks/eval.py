@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
+from brain.config.settings import FEWEST_ROWS_TO_CULL, settings_of
 from brain.errors import Refused
-from brain.evaluation import endurance, fluency, mending, plots, retrieval
-from brain.evaluation.contestants import FULL, Contestant, contestants
-from brain.evaluation.facts import KINDS, Fact, Kind, make_facts
-from brain.evaluation.texts import excerpts, read_text
+from brain.measure.evaluation import endurance, fluency, mending, plots, retrieval
+from brain.measure.evaluation.contestants import FULL, Contestant, contestants
+from brain.measure.evaluation.facts import KINDS, Fact, Kind, make_facts
+from brain.measure.evaluation.texts import excerpts, read_text
 from brain.opening import checkpoint_of, use_threads
-from brain.settings import FEWEST_ROWS_TO_CULL, settings_of
 from brain.terminal import capture_graphs, note
 from compiled.score import MOST_CULLED
 from conf.schema import Conf, EvalTask, Positions

@@ -9,13 +9,13 @@ from typing import cast
 
 import torch
 
+from brain.config.settings import settings_of
 from brain.errors import Refused
-from brain.golden.check import check, table
-from brain.golden.files import golden_names
-from brain.golden.write import chosen, write
+from brain.files import given_path
+from brain.measure.golden.check import check, table
+from brain.measure.golden.files import golden_names
+from brain.measure.golden.write import chosen, write
 from brain.opening import use_threads
-from brain.paths import given_path
-from brain.settings import settings_of
 from brain.terminal import note
 from conf.schema import Conf, GoldenTask, WeightFormat
 

@@ -8,13 +8,12 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
-from brain.captures import TOP_IN_JSON
-from brain.chronicle import RUN, SAVES, TRANSCRIPT
 from brain.errors import Refused, one_line, printable
-from brain.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
-from brain.numbered_saves import NumberedSaves
-from brain.paths import given_path
-from brain.reading import RECORD_BYTES, open_plain, read_json
+from brain.files import RECORD_BYTES, given_path, open_plain, read_json
+from brain.record.captures import TOP_IN_JSON
+from brain.record.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
+from brain.record.numbered_saves import NumberedSaves
+from brain.record.run_record import RUN, SAVES, TRANSCRIPT
 from brain.saves import TENSORS
 from brain.terminal import note
 from conf.schema import Conf, InspectTask

@@ -18,10 +18,10 @@ import torch
 
 from brain.brain import Brain
 from brain.errors import Refused
+from brain.measure.profiling.picture import draw_timeline
+from brain.measure.profiling.ranges import legible, summary, table
+from brain.measure.profiling.trace import kernels_named, profiler_ranges, record
 from brain.opening import open_brain
-from brain.profiling.picture import draw_timeline
-from brain.profiling.ranges import legible, summary, table
-from brain.profiling.trace import kernels_named, profiler_ranges, record
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf, ProfileTask, WeightFormat
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from brain.brain import Brain
-from brain.captures import CaptureWriter
-from brain.chronicle import Chronicle
 from brain.errors import MemoryFull, Refused
-from brain.garbage import without_collection
-from brain.graph_cache import kept_graphs
-from brain.heatmap import FILE, remembered, write_rows
+from brain.files import given_path
+from brain.machine.graph_cache import kept_graphs
+from brain.machine.memory import without_collection
+from brain.machine.signals import asked_to_stop
 from brain.opening import open_brain
-from brain.paths import given_path
-from brain.sole_writer import sole_writer
-from brain.stopping import asked_to_stop
+from brain.record.captures import CaptureWriter
+from brain.record.heatmap import FILE, remembered, write_rows
+from brain.record.lock import sole_writer
+from brain.record.run_record import Chronicle
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
@@ -33,8 +33,8 @@ def run(conf: Conf, run_dir: Path) -> None:
     versions), ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was
     replaced, by what, when and with what gain), ``saves/`` and, if asked to, ``captures/`` into the
     run folder. Where the folder has the record of this run already, ended or killed, it goes on
-    with the next token (see ``brain/chronicle.py``). Between ticks it does what ``commands.jsonl``
-    there asks for (see ``brain/commands.py``).
+    with the next token (see ``brain/record/run_record.py``). Between ticks it does what
+    ``commands.jsonl`` there asks for (see ``brain/record/commands.py``).
     """
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Library
 
 from brain.errors import Refused, one_line, shown
-from brain.reading import parse_json
+from brain.files import parse_json
 from brain.tokenizers.byte_level import byte_of_character, is_byte_token
 from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 

@@ -16,18 +16,18 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import brain
 from brain.brain import Brain
-from brain.captures import CaptureWriter
 from brain.checkpoints.gguf_file import RENAMED, RENAMED_IN_LAYER
 from brain.checkpoints.hf_config import parse_config
 from brain.checkpoints.llama_names import Part, packed_parts
 from brain.checkpoints.safetensors_file import write_safetensors
-from brain.chronicle import Chronicle
-from brain.commands import send
-from brain.golden.files import Golden, MemoryShape, save_golden
-from brain.golden.judge import Distance, expected_of
-from brain.golden.replay import replay
-from brain.golden.script import Cull, Feed, Prime, Read
-from brain.heatmap import remembered, write_rows
+from brain.measure.golden.files import Golden, MemoryShape, save_golden
+from brain.measure.golden.judge import Distance, expected_of
+from brain.measure.golden.replay import replay
+from brain.measure.golden.script import Cull, Feed, Prime, Read
+from brain.record.captures import CaptureWriter
+from brain.record.commands import send
+from brain.record.heatmap import remembered, write_rows
+from brain.record.run_record import Chronicle
 from brain.saves import save
 from fuzzing.formats import gguf_marks
 

@@ -20,15 +20,15 @@ from brain import saves
 from brain.brain import Brain
 from brain.checkpoints import open_folder, wheel
 from brain.checkpoints.gguf_file import convert_gguf
-from brain.chronicle import Chronicle
-from brain.commands import INBOX, Inbox, parse_batch
 from brain.errors import Refused
-from brain.evaluation.texts import read_text
-from brain.golden.check import check
-from brain.golden.files import golden_names
-from brain.heatmap import in_terminal, remembered
-from brain.journal import read_journal
+from brain.measure.evaluation.texts import read_text
+from brain.measure.golden.check import check
+from brain.measure.golden.files import golden_names
 from brain.opening import open_brain
+from brain.record.commands import INBOX, Inbox, parse_batch
+from brain.record.heatmap import in_terminal, remembered
+from brain.record.journal import read_journal
+from brain.record.run_record import Chronicle
 from brain.saves import load, restore, sealed
 from brain.tasks import inspect
 from brain.tokens import StreamDecoder, load_tokenizer

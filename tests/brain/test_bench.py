@@ -11,13 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from brain.bench import contestants as who
-from brain.bench.contestants import Contestant, contestants, row_bytes, weight_bytes, why_missing
-from brain.bench.job import Failed, Job, result_of
-from brain.bench.results import engine_rows, limit_rows, scaling_rows
-from brain.bench.tables import decode_table, flatness, scaling_table
 from brain.checkpoints import open_folder
 from brain.checkpoints.hf_config import read_config
+from brain.measure.bench import contestants as who
+from brain.measure.bench.contestants import (
+    Contestant,
+    contestants,
+    row_bytes,
+    weight_bytes,
+    why_missing,
+)
+from brain.measure.bench.job import Failed, Job, result_of
+from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
+from brain.measure.bench.tables import decode_table, flatness, scaling_table
 from brain.tasks import bench
 from conftest import CommandLine
 

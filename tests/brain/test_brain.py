@@ -13,7 +13,7 @@ import torch
 import brain
 from brain import Append, Boost, Brain, Cull, Pin, Refused, Replace
 from brain.brain import MOST_POSITIONS
-from brain.steps import Step
+from brain.tick import Step
 from compiled.score import Forgetting, cull_count
 from toys import digest
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import brain
-from brain.captures import TOP_IN_JSON, CaptureWriter
-from brain.steps import Step
+from brain.record.captures import TOP_IN_JSON, CaptureWriter
+from brain.tick import Step
 from conftest import CommandLine
 
 OpenTiny = Callable[..., brain.Brain]

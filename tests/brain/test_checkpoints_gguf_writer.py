@@ -13,13 +13,13 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 import brain
-from brain.bench.job import Job
-from brain.bench.llama_cpp_peer import LlamaCpp
 from brain.checkpoints import open_folder
 from brain.checkpoints.gguf_file import convert_gguf, gguf_name
 from brain.checkpoints.gguf_writer import converted_gguf, tensor_bytes, write_gguf
 from brain.checkpoints.hf_config import read_config
 from brain.errors import Refused
+from brain.measure.bench.job import Job
+from brain.measure.bench.llama_cpp_peer import LlamaCpp
 
 SaveLlama = Callable[..., dict[str, Tensor]]
 

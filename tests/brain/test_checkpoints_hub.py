@@ -10,8 +10,9 @@ from huggingface_hub import errors
 from torch import Tensor
 
 from brain.checkpoints import open_folder, open_hub
+from brain.config.compose import compose_conf
 from brain.errors import Refused
-from brain.opening import compose_conf, model_folder, open_checkpoint
+from brain.opening import model_folder, open_checkpoint
 from compiled.int8 import dequantize
 
 SaveLlama = Callable[..., dict[str, Tensor]]

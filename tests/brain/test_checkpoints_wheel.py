@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from brain.checkpoints import built_folder, open_wheel, wheel
-from brain.checkpoints.built_folder import MANIFEST, ensure_built, is_intact
+from brain.checkpoints import open_wheel, wheel
 from brain.errors import Refused
+from brain.machine import built_folder
+from brain.machine.built_folder import MANIFEST, ensure_built, is_intact
 
 
 def fill(folder: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from brain.checkpoints.built_folder import ensure_built
+from brain.machine.built_folder import ensure_built
 def build(folder):
     (folder / "half").write_text("half")
     Path(sys.argv[2]).open("a").write("x")

@@ -18,10 +18,10 @@ from soak import soak
 from test_app import ENVIRONMENT, call, command
 
 from brain.brain import Brain
-from brain.chronicle import Chronicle
-from brain.commands import ANSWERS, INBOX, send
 from brain.errors import Refused, Unwritten
-from brain.sole_writer import sole_writer
+from brain.record.commands import ANSWERS, INBOX, send
+from brain.record.lock import sole_writer
+from brain.record.run_record import Chronicle
 from conftest import OpenTiny
 from toys import digest, raw_bytes
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace
 from brain.actions import Action
-from brain.commands import ANSWERS, INBOX, LONGEST_LINE, Inbox, parse_batch, send
+from brain.record.commands import ANSWERS, INBOX, LONGEST_LINE, Inbox, parse_batch, send
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")

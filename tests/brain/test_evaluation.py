@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from brain import Brain, Refused
-from brain.evaluation import fluency, mending, retrieval
-from brain.evaluation.contestants import FULL, Contestant, contestants
-from brain.evaluation.endurance import endure
-from brain.evaluation.facts import DISTRACTORS, KINDS, make_facts
-from brain.evaluation.fluency import Fluency
-from brain.evaluation.retrieval import Answer, Course, Recall, lay_course, planted
-from brain.evaluation.streams import Streams
-from brain.evaluation.texts import excerpts, read_text
+from brain.measure.evaluation import fluency, mending, retrieval
+from brain.measure.evaluation.contestants import FULL, Contestant, contestants
+from brain.measure.evaluation.endurance import endure
+from brain.measure.evaluation.facts import DISTRACTORS, KINDS, make_facts
+from brain.measure.evaluation.fluency import Fluency
+from brain.measure.evaluation.retrieval import Answer, Course, Recall, lay_course, planted
+from brain.measure.evaluation.streams import Streams
+from brain.measure.evaluation.texts import excerpts, read_text
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -301,7 +301,7 @@ def test_settings_of_a_policy_may_be_changed() -> None:
 def test_what_makes_no_sense_is_refused_before_anything_long(
     arguments: list[str], told: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    from brain.opening import compose_conf
+    from brain.config.compose import compose_conf
     from brain.tasks import eval as task
 
     conf = compose_conf(

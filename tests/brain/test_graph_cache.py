@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from brain.graph_cache import LOCK, NAME, SEAL, VARIABLE, kept_graphs
+from brain.machine.graph_cache import LOCK, NAME, SEAL, VARIABLE, kept_graphs
 
 Damage = Callable[[Path], None]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from brain import Brain, Cull, Pin, Refused
-from brain.heatmap import (
+from brain.record.heatmap import (
     BARS,
     GAP,
     Row,

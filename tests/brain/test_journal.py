@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from brain.errors import Refused
-from brain.journal import Journal, read_journal
+from brain.record.journal import Journal, read_journal
 
 RECORDS: list[Any] = [{"said": 7}, {"heard": "ä\udcff\n", "inbox": 3}, [], None, "x" * 5000]
 

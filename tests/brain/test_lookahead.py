@@ -14,10 +14,9 @@ from test_chronicle import _was_sent as was_sent
 
 import brain
 from brain import Append, Brain, Cull, Pin, Refused
-from brain.chronicle import Chronicle
-from brain.commands import send
-from brain.steps import Step
-from brain.tick import Tick
+from brain.record.commands import send
+from brain.record.run_record import Chronicle
+from brain.tick import Step, Tick
 from compiled.lookup import Proposal
 from conftest import OpenTiny
 from toys import digest

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from brain.errors import Refused
-from brain.native_decoder import native_decoder
-from compiled.native import Formats, operator
+from brain.machine.cpu_operator import native_decoder
+from compiled.read_cpu import Formats, operator
 
 FLOATS = Formats("float", "float")
 

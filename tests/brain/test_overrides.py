@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brain.config.compose import compose_conf
+from brain.config.overrides import literal_arguments, override
 from brain.errors import Refused
-from brain.opening import compose_conf
-from brain.overrides import literal_arguments, override
 
 AWKWARD = [
     "It's (odd), isn't it?",

@@ -15,9 +15,17 @@ import torch
 
 import brain
 from brain import app
+from brain.measure.profiling.ranges import (
+    BETWEEN,
+    Kernel,
+    Range,
+    legible,
+    table,
+    warm_up_of,
+    with_kernels,
+)
+from brain.measure.profiling.trace import profiler_ranges, ranges_of_trace, record
 from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK
-from brain.profiling.ranges import BETWEEN, Kernel, Range, legible, table, warm_up_of, with_kernels
-from brain.profiling.trace import profiler_ranges, ranges_of_trace, record
 from brain.tasks import profile
 
 OpenTiny = Callable[..., brain.Brain]

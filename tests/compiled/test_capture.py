@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiled.capture import Behaviour, Graphs, buckets, smallest_at_least
 from compiled.choose import Conduct
+from compiled.graphs import Behaviour, Graphs, buckets, smallest_at_least
 from compiled.philox import key_of
 from compiled.sample import Sampling, SamplingMethod
 from compiled.score import Brightness, Forgetting, Novelty

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from compiled.choose import UNFORCED, Conduct, Forced, choose
-from compiled.choose_ahead import Said, choose_ahead
 from compiled.lookup import Proposal
 from compiled.patch import patch
 from compiled.philox import key_of
 from compiled.read import AheadReading, Reading, read, read_ahead
 from compiled.sample import Sampling, SamplingMethod, candidates, penalize, seen_tokens
 from compiled.score import Brightness, Forgetting, Novelty
+from compiled.speculate import Said, choose_ahead
 from compiled.state import Cursor, State
 from toys import digest, toy_config, toy_cursor, toy_state, toy_weights
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compiled.int8 import Int8, dequantize, num_rows, part, quantize
+from compiled.linear import linear, look_up
 from compiled.llama import LayerWeights, Weights, layer_weights
-from compiled.products import linear, look_up
 from compiled.read import read, study
 from toys import toy_config, toy_state, toy_weights
 

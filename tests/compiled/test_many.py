@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from compiled.batched import Memories, advance, allocate_memories, last_logits
 from compiled.choose import Conduct, Forced, follow
-from compiled.many import Memories, advance, allocate_memories, last_logits
 from compiled.patch import patch
 from compiled.read import read
 from compiled.score import Brightness, Forgetting, Novelty

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brain.native_decoder import native_decoder
+from brain.machine.cpu_operator import native_decoder
 from compiled.int8 import Int8, quantize
 from compiled.llama import LlamaConfig, Weights
-from compiled.native import SOURCE, Decode, Formats, _Decode, formats, operator
 from compiled.read import read, read_ahead
+from compiled.read_cpu import SOURCE, Decode, Formats, _Decode, formats, operator
 from compiled.state import State, allocate_state
 from toys import CPU, digest, toy_config, toy_cursor, toy_weights
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch._inductor.test_operators
 
-import compiled.products
+import compiled.linear
 from compiled.int8 import Matrix, dequantize, quantize
-from compiled.products import _names_onednn, dot_rows, linear, streams_rows
+from compiled.linear import _names_onednn, dot_rows, linear, streams_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ def test_streaming_is_the_same_product(
     if int8:
         weight = quantize(dequantize(weight))
     plain = linear(x, weight)
-    monkeypatch.setattr(compiled.products, "streams_rows", lambda x, num_tokens: True)
+    monkeypatch.setattr(compiled.linear, "streams_rows", lambda x, num_tokens: True)
     streamed = linear(x, weight)
     assert plain.dtype == streamed.dtype == dtype
     assert plain.shape == streamed.shape == (1, 48)

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brain.native_decoder import native_decoder
+from brain.machine.cpu_operator import native_decoder
 from compiled.int8 import dequantize
 from compiled.llama import LlamaConfig, Weights
-from compiled.native import Formats, operator
 from compiled.read import Reading, read, study, trimmed
+from compiled.read_cpu import Formats, operator
 from compiled.sample import surprises
 from compiled.state import State
 from plain import PlainReading, plain_read

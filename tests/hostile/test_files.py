@@ -17,11 +17,11 @@ from brain.checkpoints import open_folder, packing, wheel
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import LONGEST, Refused, as_line, shown
-from brain.evaluation.texts import read_text
-from brain.golden.files import load_golden
-from brain.heatmap import read_rows
-from brain.journal import read_journal
-from brain.reading import parse_json
+from brain.files import parse_json
+from brain.measure.evaluation.texts import read_text
+from brain.measure.golden.files import load_golden
+from brain.record.heatmap import read_rows
+from brain.record.journal import read_journal
 from brain.saves import restore
 from brain.tasks import inspect
 from brain.tokens import load_tokenizer

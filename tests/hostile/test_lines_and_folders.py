@@ -11,12 +11,12 @@ from fuzzing import arguments
 from fuzzing.specimens import TEXT, Specimens
 
 import brain
-from brain.checkpoints.digest import file_sha256
-from brain.chronicle import Chronicle
-from brain.commands import ANSWERS, INBOX, LONGEST_LINE, MOST_AT_ONCE, Inbox, parse_batch
 from brain.errors import Refused
+from brain.machine.digest import file_sha256
+from brain.record.commands import ANSWERS, INBOX, LONGEST_LINE, MOST_AT_ONCE, Inbox, parse_batch
+from brain.record.lock import LOCK, sole_writer
+from brain.record.run_record import Chronicle
 from brain.saves import DESCRIPTION, TENSORS, load, restore, sealed
-from brain.sole_writer import LOCK, sole_writer
 
 # Saves --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""What may be set: the configuration, checked once."""

@@ -1,0 +1,74 @@
+"""From Hydra overrides to the typed configuration."""
+
+import dataclasses
+from typing import cast
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from brain.config.type_check import check_types
+from brain.errors import Refused, one_line
+from conf.schema import Conf, Source, register
+
+_OF_SOURCES = (
+    ("path", Source.folder, "model=folder"),
+    ("repo", Source.hub, "model=tinyllama"),
+    ("revision", Source.hub, "model=tinyllama"),
+    ("wheel", Source.wheel, "model=smollm2"),
+)
+"""What is said of a model, the source that it is for, and a choice of that source."""
+
+
+def compose_conf(overrides: list[str]) -> Conf:
+    """The typed configuration for these overrides, ``path`` in its place. Raises Refused."""
+    register()
+    around = GlobalHydra.instance()
+    hydra = around.hydra  # of an application that runs us, this one's own included
+    around.clear()
+    try:
+        with initialize_config_module("conf", version_base=None):
+            return typed(compose("config", overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refused(configuration_error(error)) from None
+    finally:
+        around.hydra = hydra
+
+
+def typed(conf: DictConfig) -> Conf:
+    """The dataclasses behind a composed configuration. Raises Refused for a value of another type
+    than the schema's, which can come in behind an escaped interpolation.
+    """
+    told = cast(Conf, OmegaConf.to_object(conf))
+    check_types(told, Conf)
+    return with_model_settled(told)
+
+
+def with_model_settled(conf: Conf) -> Conf:
+    """``path`` told where it belongs, in ``model.path``. Raises Refused where something is said of
+    the model that its source has no use for.
+    """
+    model = conf.model
+    if conf.path is not None:
+        if model.path is not None and model.path != conf.path:
+            raise Refused(f"path={conf.path} and model.path={model.path} differ: give one of them")
+        model = dataclasses.replace(model, path=conf.path)
+    for key, source, choice in _OF_SOURCES:
+        if getattr(model, key) is not None and model.source is not source:
+            named = key if key == "path" and conf.path is not None else f"model.{key}"
+            raise Refused(
+                f"{named} does not apply to model={model.name}: use {choice}, or leave it out"
+            )
+    return dataclasses.replace(conf, model=model, path=None)
+
+
+def configuration_error(error: BaseException) -> str:
+    """What Hydra has to say about an override, in one line."""
+    reasons = [str(error).split("\n")[0]]
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        reasons.append(str(cause).split("\n")[0])
+    told = ": ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons if reason))
+    return f"{told or one_line(error)}; brain --help lists the keys"

@@ -1,0 +1,273 @@
+"""The configuration of one brain, checked and in the terms of ``compiled/``."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from brain.errors import Refused, shown
+from brain.files import given_path
+from brain.machine.memory import free_bytes
+from brain.mirror import SOURCES
+from brain.policies import policy
+from brain.repair import RepairSettings
+from compiled.choose import Conduct
+from compiled.llama import LlamaConfig
+from compiled.lookup import Lookup
+from compiled.sample import SamplingMethod
+from compiled.score import MOST_CULLED, Brightness, Forgetting, Novelty
+from compiled.state import state_bytes
+from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf
+
+MOST_ROWS = 1 << 62
+FEWEST_ROWS_TO_CULL = 8
+"""Below this target, sinks, recent rows and victims do not all fit."""
+SMALLEST, LARGEST = 1e-15, 1e15
+"""Of numbers by which logits are divided, one after the other, and of brightness seeds: float32
+holds what comes of them."""
+
+WIDEST_LOOKUP = 31
+"""Tokens proposed at most: a graph holds a choice for each of them."""
+LONGEST_WINDOW = 1024
+"""Tokens for which a lookup is tried, at most."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a brain but its model."""
+
+    capacity: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    compiled: bool
+    native: bool
+    cache: Path | None
+    widths: tuple[int, ...]
+    smallest_bucket: int
+    chunk: int | None
+    method: SamplingMethod
+    temperature: float
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    conduct: Conduct
+    repair: RepairSettings
+    lookup: Lookup | None
+    rebases: bool
+    nvtx: bool
+
+    def check_against(self, config: LlamaConfig) -> None:
+        """Raises Refused if a memory of this capacity cannot be had on the device."""
+        roomy = config.max_position_embeddings * 3 // 4
+        if self.rebases and self.capacity > roomy:
+            # Nearer to the range, keys would be turned, and rounded, every few ticks.
+            raise Refused(
+                f"positions=rebase needs capacity={roomy} or less, three quarters of the "
+                f"{config.max_position_embeddings} positions the model was trained on, not "
+                f"{self.capacity}"
+            )
+        needed = state_bytes(config, self.capacity, self.dtype)
+        free = free_bytes(self.device)
+        if free is not None and needed > free:
+            raise Refused(
+                f"capacity={self.capacity} needs {needed / 1e9:.1f} GB of memory but "
+                f"{free / 1e9:.1f} GB are free on {self.device}"
+            )
+
+
+def settings_of(conf: Conf) -> Settings:
+    """Checks the configuration. Raises Refused, naming the key."""
+    if not 1 <= conf.capacity <= MOST_ROWS:
+        raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")
+    if not -(2**63) <= conf.seed < 2**64:
+        raise Refused(f"seed must fit in 64 bits, not {conf.seed}")
+    widths = conf.engine.widths
+    if len(widths) < 2 or widths[0] != 1 or list(widths) != sorted(set(widths)):
+        raise Refused(f"engine.widths must ascend from 1, like [1, 16], not {list(widths)}")
+    if conf.engine.smallest_bucket < 1:
+        raise Refused(
+            f"engine.smallest_bucket must be at least 1, not {conf.engine.smallest_bucket}"
+        )
+    if conf.engine.chunk is not None and conf.engine.chunk < 1:
+        raise Refused(f"engine.chunk must be at least 1, not {conf.engine.chunk}")
+    _check_sampler(conf.sampler)
+    device = device_of(conf.device)
+    if conf.engine.compiled and device.type == "cpu":
+        _check_linkable(Path(torch.__file__).parent)
+    return Settings(
+        capacity=conf.capacity,
+        dtype=getattr(torch, conf.dtype.value),
+        device=device,
+        seed=conf.seed,
+        compiled=conf.engine.compiled,
+        native=conf.engine.compiled and conf.engine.native,
+        cache=None if conf.cache_dir is None else given_path(conf.cache_dir),
+        widths=tuple(widths),
+        smallest_bucket=conf.engine.smallest_bucket,
+        chunk=conf.engine.chunk,
+        method=SamplingMethod(
+            greedy=conf.sampler.greedy,
+            top_k=conf.sampler.top_k,
+            nucleus=conf.sampler.top_p < 1.0,
+        ),
+        temperature=conf.sampler.temperature,
+        top_p=conf.sampler.top_p,
+        min_p=conf.sampler.min_p,
+        repetition_penalty=conf.sampler.repetition_penalty,
+        conduct=conduct_of(conf.cull, conf.capacity),
+        repair=_repair(conf),
+        lookup=_lookup(conf.lookup, conf.capacity),
+        rebases=conf.positions is Positions.rebase,
+        nvtx=conf.nvtx,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; ``auto`` is CUDA where there is one. Raises Refused."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Refused(f"device={name} is unknown: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise Refused(f"device={name} is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Refused(f"device={name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _check_linkable(libraries: Path) -> None:
+    """Graphs for a CPU are built by a C++ compiler, which PyTorch tells where to find its libraries
+    without quoting the path.
+    """
+    if any(character.isspace() or character in "'\"" for character in str(libraries)):
+        raise Refused(
+            f"engine=compiled cannot use a PyTorch whose path has a space or quote ({libraries}): "
+            "install it under another path, or use engine=eager"
+        )
+
+
+def _check_sampler(sampler: SamplerConf) -> None:
+    def refuse(key: str, rule: str) -> None:
+        raise Refused(f"sampler.{key} must be {rule}, not {getattr(sampler, key)}")
+
+    if not SMALLEST <= sampler.temperature <= LARGEST:
+        refuse(
+            "temperature",
+            f"{SMALLEST:g} to {LARGEST:g} (for the likeliest token use sampler=greedy)",
+        )
+    if sampler.top_k < 0:
+        refuse("top_k", "0 (off) or more")
+    if not 0 < sampler.top_p <= 1:
+        refuse("top_p", "above 0 and at most 1 (off)")
+    if not 0 <= sampler.min_p <= 1:
+        refuse("min_p", "between 0 (off) and 1")
+    if not SMALLEST <= sampler.repetition_penalty <= LARGEST:
+        refuse("repetition_penalty", f"{SMALLEST:g} to {LARGEST:g} (1 is off)")
+
+
+def conduct_of(cull: CullConf, capacity: int) -> Conduct:
+    """What decides which rows stay in a memory of this capacity. Raises Refused, naming the key."""
+    brightness = cull.brightness
+    unknown = set(brightness.seeds) - set(SOURCES)
+    if unknown:
+        raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
+    for name in ("gain", "maximum"):
+        if not getattr(brightness, name) >= 0:
+            raise Refused(
+                f"cull.brightness.{name} must be 0 or more, not {getattr(brightness, name)}"
+            )
+    if not 0 <= brightness.decay <= 1:
+        raise Refused(f"cull.brightness.decay must be between 0 and 1, not {brightness.decay}")
+    for name, seed in brightness.seeds.items():
+        if not isinstance(seed, int | float) or not abs(seed) <= LARGEST:
+            raise Refused(
+                f"cull.brightness.seeds: {name} is {shown(seed)}, not a number of at most "
+                f"{LARGEST:g}"
+            )
+    if not 0 <= cull.novelty.decay < 1:
+        raise Refused(f"cull.novelty.decay must be in 0 to below 1, not {cull.novelty.decay}")
+    if not 0 <= cull.novelty.share <= 1:
+        raise Refused(f"cull.novelty.share must be between 0 and 1, not {cull.novelty.share}")
+    lifetime = cull.novelty.lifetime
+    if lifetime is not None and not lifetime > 0:
+        raise Refused(f"cull.novelty.lifetime must be above 0, or null, not {lifetime}")
+    forgetting = _forgetting(cull, capacity)
+    return Conduct(
+        brightness=Brightness(
+            brightness.decay,
+            brightness.gain,
+            brightness.maximum,
+            tuple(float(brightness.seeds.get(source, 0.0)) for source in SOURCES),
+        ),
+        novelty=Novelty(cull.novelty.decay),
+        forgetting=forgetting,
+        keep_score=policy(cull.policy, forgetting, cull.novelty.share, lifetime),
+    )
+
+
+def _repair(conf: Conf) -> RepairSettings:
+    repair = conf.repair
+    if repair.every < 0:
+        raise Refused(f"repair.every must be 0 (never) or more, not {repair.every}")
+    if repair.candidates < 1:
+        raise Refused(f"repair.candidates must be at least 1, not {repair.candidates}")
+    if math.isnan(repair.least_gain):
+        raise Refused("repair.least_gain must be a number of nats, not nan")
+    if repair.every and conf.cull.policy == "tova":
+        raise Refused("repair=pairs needs keep-scores between two ticks, which cull=tova lacks")
+    return RepairSettings(repair.every, repair.candidates, repair.least_gain)
+
+
+def _lookup(lookup: LookupConf, capacity: int) -> Lookup | None:
+    if not 0 <= lookup.width <= WIDEST_LOOKUP:
+        raise Refused(
+            f"lookup.width must be between 0 (off) and {WIDEST_LOOKUP}, not {lookup.width}"
+        )
+    if not 1 <= lookup.shortest <= lookup.longest:
+        raise Refused(
+            "lookup.shortest must be at least 1 and at most lookup.longest="
+            f"{lookup.longest}, not {lookup.shortest}"
+        )
+    if lookup.longest > WIDEST_LOOKUP:
+        raise Refused(f"lookup.longest must be at most {WIDEST_LOOKUP}, not {lookup.longest}")
+    if not 0 <= lookup.window <= LONGEST_WINDOW:
+        raise Refused(f"lookup.window must be between 0 and {LONGEST_WINDOW}, not {lookup.window}")
+    if not 0 <= lookup.trust <= 1:
+        raise Refused(f"lookup.trust must be between 0 and 1, not {lookup.trust}")
+    if lookup.width == 0:
+        return None
+    if lookup.width >= capacity:
+        raise Refused(
+            f"lookup.width={lookup.width} needs capacity={lookup.width + 1} or more, not {capacity}"
+        )
+    return Lookup(lookup.width, lookup.longest, lookup.shortest, lookup.window, lookup.trust)
+
+
+def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
+    """Constants of culling. In a small memory the protected ranges shrink with it, so that there
+    is always something to forget.
+    """
+    if cull.policy == "none":
+        return Forgetting(target=0)
+    target = capacity if cull.target is None else cull.target
+    if target > capacity:
+        raise Refused(f"cull.target={target} is more than capacity={capacity}")
+    if target < FEWEST_ROWS_TO_CULL:
+        raise Refused(
+            f"cull.target={target} is too few rows to choose from: use "
+            f"{FEWEST_ROWS_TO_CULL} or more, or cull=none"
+        )
+    if cull.sinks < 0:
+        raise Refused(f"cull.sinks must be 0 or more, not {cull.sinks}")
+    if cull.recent < 1:
+        raise Refused(f"cull.recent must be at least 1 (the row being read), not {cull.recent}")
+    if not 0 <= cull.recent_share <= 0.5:
+        raise Refused(f"cull.recent_share must be between 0 and 0.5, not {cull.recent_share}")
+    sinks = min(cull.sinks, target // 4)
+    recent = min(max(cull.recent, int(cull.recent_share * target)), target // 2)
+    assert sinks + recent + MOST_CULLED <= target
+    return Forgetting(target, sinks, recent, cull.at_once)

@@ -1,0 +1,113 @@
+"""Files that anybody may have written, and paths as people give them.
+
+What a file is and how large it is are known before it is read.
+
+A named pipe would make its reader wait for ever, a device would never end, and a file may claim
+terabytes of which none is on the disk. So what is no plain file is not opened, and what is too
+large is not read. Links are followed: caches of models are made of them.
+"""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from brain.errors import Refused
+
+SETTINGS_BYTES = 1 << 22
+"""Of a small JSON file, like config.json."""
+TOKENIZER_BYTES = 1 << 26
+"""Of a vocabulary; Gemma's, the largest known, takes half of that."""
+PIECE = 1 << 20
+RECORD_BYTES = 1 << 28
+"""Of a file that a run has written about itself."""
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Opens a plain file for reading. Raises OSError, at once, for anything else."""
+    _require_plain(os.stat(path), path)
+    # It may have been exchanged since: a pipe is opened without waiting, and looked at again.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", getattr(os, "O_BINARY", 0)))
+    try:
+        _require_plain(os.fstat(descriptor), path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_plain(status: os.stat_result, path: Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a plain file. Raises OSError, before reading it, if it has more bytes."""
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # In pieces: some files do not know their size, and some grow.
+        content = bytearray()
+        while size <= most and (block := file.read(PIECE)):
+            content += block
+            size = max(size, len(content))
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+        return bytes(content)
+
+
+def read_text(path: Path, most: int) -> str:
+    """The same as UTF-8 text. Raises ValueError as well."""
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_json(path: Path, most: int = SETTINGS_BYTES) -> Any:
+    """The same as JSON. Raises ValueError for anything else, as :func:`parse_json` does."""
+    return parse_json(read_text(path, most))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON in which no object names a key twice: readers would not agree on what it says.
+
+    Raises ValueError for anything else, however deeply it is nested.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:40]!r} stands there twice")
+    return made
+
+
+def require_own(paths: Iterable[Path]) -> None:
+    """Raises Refused for the first of these that is there and is neither a plain file nor a folder.
+
+    Through a link, a file elsewhere would be written or cut off; a pipe would wait for ever.
+    """
+    for path in paths:
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
+            raise Refused(f"{path} is {kind}: remove it, or choose another folder")
+
+
+def given_path(path: str | Path) -> Path:
+    """The path, ``~`` being somebody's home. Raises Refused if nobody's home is known by it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise Refused(f"{path}: no such home folder is known; give the path in full") from None

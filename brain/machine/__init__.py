@@ -1,0 +1,1 @@
+"""The machine at hand: signals, memory, compilers and what is built by them."""

@@ -1,0 +1,115 @@
+"""The CPU's decode operator, built for this machine once and kept in the cache folder."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+
+from platformdirs import user_cache_path
+
+from brain.errors import Refused, one_line
+from brain.machine.built_folder import ensure_built
+from compiled.read_cpu import SOURCE, Formats
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
+
+
+def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
+    """The shared library of ``read_cpu.cpp`` for these number formats, as :func:`built_library`
+    builds it. Raises Refused where it cannot be built or loaded.
+    """
+    compiler = cpp_compiler()
+    defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
+    try:
+        library = built_library(SOURCE, compiler, defined, cache_dir)
+        ctypes.CDLL(str(library))  # a folder may forbid to run what lies in it
+    except (Refused, OSError) as error:
+        raise Refused(f"{one_line(error)}; or use engine.native=false") from None
+    return library
+
+
+def built_library(
+    source: Path, compiler: str, defined: tuple[str, ...] = (), cache_dir: Path | None = None
+) -> Path:
+    """The shared library of a C++ file, compiled first where it is absent or damaged.
+
+    It is named for all that it depends on: source, flags, compiler and processor. ``cache_dir``
+    defaults to the user's cache folder. Raises Refused where the compiler or the disk refuses.
+    """
+    flags = (*FLAGS, *defined)
+    name = f"{source.stem}-{_identity(source, compiler, flags)}"
+    root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
+
+    def build(folder: Path) -> None:
+        library = folder / f"{name}.so"
+        command = [compiler, *flags, str(source), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), "?")
+            raise Refused(
+                f"{compiler} cannot build {source.name} ({reason.strip()[:200]}): "
+                "set CXX to another C++17 compiler with OpenMP"
+            )
+
+    return ensure_built(root / name, build) / f"{name}.so"
+
+
+def begin_native_decoder(formats: Formats, cache_dir: Path | None = None) -> None:
+    """Begins with what :func:`native_decoder` does, beside other work. That waits for it, or does
+    it itself if this fails, and says what is wrong.
+    """
+
+    def build() -> None:
+        with contextlib.suppress(Refused, OSError):
+            native_decoder(formats, cache_dir)
+
+    # A daemon: whoever is refused meanwhile need not wait for it.
+    Thread(target=build, name="native-decoder", daemon=True).start()
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler: what ``CXX`` says, or what is there. Raises Refused."""
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "clang++", "c++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    if asked:
+        raise Refused(
+            f"CXX={asked} is no program that can be run: name a C++ compiler without arguments, "
+            "or use engine.native=false"
+        )
+    raise Refused("no C++ compiler is installed (g++ or clang++): install one, or use engine=eager")
+
+
+def _identity(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
+    """Sixteen hexadecimal digits for everything that the library depends on."""
+    resolved = Path(compiler).resolve()
+    status = resolved.stat()
+    built_by = (flags, str(resolved), status.st_size, status.st_mtime_ns, platform.machine())
+    told = repr((source.read_text("utf-8"), built_by, _processor()))
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` sees: homes are shared by machines of different kinds."""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").split("\n\n")[0]
+        wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+        return "\n".join(line for line in lines.splitlines() if line.startswith(wanted))
+    return platform.processor()

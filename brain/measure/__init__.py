@@ -1,0 +1,1 @@
+"""Instruments: bench, evaluation, goldens and profiles. Not part of the product."""

@@ -1,0 +1,130 @@
+"""Who is timed: an engine at a precision."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from brain.config.compose import compose_conf
+from brain.config.settings import settings_of
+from brain.errors import Refused
+from compiled.llama import LlamaConfig
+
+COMPILED, EAGER = "compiled", "eager"
+LLAMA_CPP = "llama-cpp"
+DYNAMIC, STATIC = "transformers-dynamic", "transformers-static-compiled"
+OURS = (COMPILED, EAGER)
+PEERS = {LLAMA_CPP: "llama_cpp", DYNAMIC: "transformers", STATIC: "transformers"}
+"""Engines that are not ours, and the package that each needs."""
+
+ENGINES = (*OURS, *PEERS)
+MEMORY = "memory"
+"""Not an engine: reads as many bytes as a token needs and does nothing with them."""
+
+GREEDY = "sampler=greedy"
+
+INT8 = "int8"
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of weights, and of activations and cache."""
+
+    overrides: tuple[str, ...]  # that our engines take
+    dtype: str  # of activations and cache
+    weight_bytes: int  # of one number in a matrix
+    gguf: str  # the nearest format of a GGUF file
+
+
+PRECISIONS = {
+    "float32": Precision(("dtype=float32",), "float32", 4, "F32"),
+    "bfloat16": Precision(("dtype=bfloat16",), "bfloat16", 2, "BF16"),
+    "float16": Precision(("dtype=float16",), "float16", 2, "F16"),
+    INT8: Precision(("dtype=bfloat16", "weights=int8"), "bfloat16", 1, "Q8_0"),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An engine, or the reading of memory, at a precision."""
+
+    engine: str
+    precision: str
+
+    @property
+    def label(self) -> str:
+        """What it is called in front of people."""
+        return f"{self.engine} {self.precision}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of the two engines of this program."""
+        return self.engine in OURS
+
+    def overrides(self, asked: Sequence[str]) -> list[str]:
+        """The configuration of our engines: what was asked for, at this precision. Where nothing is
+        said of a sampler they take the likeliest token, as the others do.
+        """
+        keys = [key_of(override) for override in asked]
+        rest = [o for o, key in zip(asked, keys, strict=True) if key not in ("dtype", "weights")]
+        sampled = any(key.partition(".")[0] == "sampler" for key in keys)
+        return [*rest, *([] if sampled else [GREEDY]), *PRECISIONS[self.precision].overrides]
+
+
+def key_of(override: str) -> str:
+    """What an override of the command line is about."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def contestants(engines: Sequence[str], precisions: Sequence[str]) -> list[Contestant]:
+    """Every engine at every precision that it has: transformers has no int8."""
+    return [
+        Contestant(engine, precision)
+        for precision in precisions
+        for engine in engines
+        if not (precision == INT8 and PEERS.get(engine) == "transformers")
+    ]
+
+
+def why_missing(contestant: Contestant, asked: Sequence[str]) -> str | None:
+    """Why it cannot be timed here, in one line; None where it can."""
+    package = PEERS.get(contestant.engine)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed: pip install 'positronic-brain[peers]'"
+    if contestant.is_ours:
+        try:
+            settings_of(compose_conf(contestant.overrides(asked)))
+        except Refused as refusal:
+            return str(refusal)
+    return None
+
+
+def weight_bytes(config: LlamaConfig, precision: str) -> int:
+    """Bytes of weights that a token needs: everything but an embedding that is not the head.
+
+    Norms count as numbers of the activations' format; int8 has a float32 scale for each output.
+    """
+    c = config
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    matrices = [  # outputs, inputs, how many
+        (queries + 2 * keys, c.hidden_size, c.num_layers),
+        (c.hidden_size, queries, c.num_layers),
+        (2 * c.intermediate_size, c.hidden_size, c.num_layers),
+        (c.hidden_size, c.intermediate_size, c.num_layers),
+        (c.vocab_size, c.hidden_size, 1),
+    ]
+    each = PRECISIONS[precision].weight_bytes
+    scale = SCALE_BYTES if precision == INT8 else 0
+    in_matrices = sum(count * rows * (columns * each + scale) for rows, columns, count in matrices)
+    norms = (2 * c.num_layers + 1) * c.hidden_size
+    return in_matrices + norms * _activation_bytes(precision)
+
+
+def row_bytes(config: LlamaConfig, precision: str) -> int:
+    """Bytes of the cache that a token needs for each remembered row."""
+    numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return numbers * _activation_bytes(precision)
+
+
+def _activation_bytes(precision: str) -> int:
+    return 4 if PRECISIONS[precision].dtype == "float32" else 2

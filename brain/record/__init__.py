@@ -1,0 +1,1 @@
+"""A run on disk: its record, journal, lock, commands and captures."""

@@ -1,0 +1,242 @@
+"""Commands to a running brain: lines of a file, each a batch of actions.
+
+``RUN_FOLDER/commands.jsonl`` is looked at between ticks. Every complete line that has been added is
+a JSON list of actions, applied wholly or refused wholly; ``answers.jsonl`` beside it gets one line
+for each. A line may be written by hand, by another program, or by ``brain task=command``:
+
+    [{"do": "pin", "positions": [3, 4]}, {"do": "inject", "text": " It rained.", "source": "tool"}]
+
+=========  =======================================================================================
+pin        positions; ``"pinned": false`` releases them
+boost      positions, amount
+cull       positions
+redact     positions
+replace    positions (neighbours), and the text or ids to put there; source (default repair)
+inject     text or ids to add after what has been said; source (default user). They pass through
+           the loop like tokens that are spoken, so that a full memory makes room for them
+=========  =======================================================================================
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
+from brain.brain import Brain
+from brain.errors import Refused, Unwritten, one_line, shown
+from brain.files import open_plain, parse_json
+
+INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
+LONGEST_LINE = 1 << 20
+"""Characters of one batch."""
+MOST_AT_ONCE = 8 * LONGEST_LINE
+"""Bytes that are read in one look."""
+
+Encode = Callable[[str], Sequence[int]]
+
+
+def parse_batch(line: str, encode: Encode) -> list[Action]:
+    """The actions of one line. Raises Refused, naming what is wrong with which action."""
+    if len(line) > LONGEST_LINE:
+        raise Refused(f"command of {len(line)} characters: at most {LONGEST_LINE} in one line")
+    try:
+        batch = parse_json(line)
+    except ValueError as error:
+        raise Refused(f"command is not JSON ({one_line(error)})") from None
+    if isinstance(batch, dict):
+        batch = [batch]
+    if not isinstance(batch, list) or not batch:
+        raise Refused('command must be a list of actions, like [{"do": "pin", "positions": [3]}]')
+    return [_action(given, number, encode) for number, given in enumerate(batch)]
+
+
+def _action(given: Any, number: int, encode: Encode) -> Action:
+    if not isinstance(given, dict) or not isinstance(given.get("do"), str):
+        raise Refused(f'action {number} must be an object with a "do"')
+    fields = dict(given)
+    do = fields.pop("do")
+    if do not in _READERS:
+        raise Refused(f"action {number}: {shown(do)} is unknown; use {', '.join(_READERS)}")
+    action = _READERS[do](_Fields(fields, f"action {number} ({do})", encode))
+    return action
+
+
+class _Fields:
+    """What is given to one action; every field is taken once, and none may be left."""
+
+    def __init__(self, given: dict[str, Any], where: str, encode: Encode) -> None:
+        self._given, self._where, self._encode = given, where, encode
+
+    def take(self, name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
+        """A field of some type. Raises Refused if it is missing or another."""
+        if name not in self._given:
+            if default:
+                return default[0]
+            raise Refused(f"{self._where}: {name} is missing")
+        value = self._given.pop(name)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in kinds:
+            told = " or ".join(k.__name__ for k in kinds)
+            raise Refused(f"{self._where}: {name} is {shown(value)}, expected {told}")
+        return value
+
+    def tokens(self) -> Sequence[int]:
+        """Text or ids: exactly one of them."""
+        if ("text" in self._given) == ("ids" in self._given):
+            raise Refused(f"{self._where}: give either text or ids")
+        if "ids" in self._given:
+            ids: list[int] = self.take("ids", list)
+            return ids
+        return self._encode(self.take("text", str))
+
+    def finish(self, action: Action) -> Action:
+        """The action, if nothing was given in vain."""
+        if self._given:
+            raise Refused(f"{self._where}: {shown(min(self._given))} is not one of its fields")
+        return action
+
+
+def _pin(f: _Fields) -> Action:
+    return f.finish(Pin(f.take("positions", list), f.take("pinned", bool, True)))
+
+
+def _boost(f: _Fields) -> Action:
+    return f.finish(Boost(f.take("positions", list), f.take("amount", (int, float))))
+
+
+def _cull(f: _Fields) -> Action:
+    return f.finish(Cull(f.take("positions", list)))
+
+
+def _redact(f: _Fields) -> Action:
+    return f.finish(Redact(f.take("positions", list)))
+
+
+def _replace(f: _Fields) -> Action:
+    positions = f.take("positions", list)
+    return f.finish(Replace(positions, f.tokens(), f.take("source", str, "repair")))
+
+
+def _inject(f: _Fields) -> Action:
+    return f.finish(Append(f.tokens(), f.take("source", str, "user")))
+
+
+_READERS: dict[str, Callable[[_Fields], Action]] = {
+    "pin": _pin,
+    "boost": _boost,
+    "cull": _cull,
+    "redact": _redact,
+    "replace": _replace,
+    "inject": _inject,
+}
+
+
+class Lost(NamedTuple):
+    """A row that was redacted: the tick of its birth, its token, and whether the model spoke it."""
+
+    born: int
+    token: int
+    spoken: bool
+
+
+class Inbox:
+    """The commands of one run. Looking costs one call to the file system.
+
+    Attributes: ``read``, bytes of the inbox that have been obeyed; ``heard``, called with each line
+    after it was obeyed (or refused) and before it is answered; ``redacted``, called after that with
+    the rows it redacted, if any.
+    """
+
+    def __init__(self, folder: Path, brain: Brain) -> None:
+        self._inbox, self._answers = folder / INBOX, folder / ANSWERS
+        self._brain = brain
+        # Bytes. What an earlier run in this folder was told is not said to this one.
+        self.read = self._inbox.stat().st_size if self._inbox.exists() else 0
+        self.heard: Callable[[bytes], None] | None = None
+        self.redacted: Callable[[Sequence[Lost]], None] | None = None
+
+    def look(self) -> int:
+        """Applies what has come since the last look; returns how many batches were applied."""
+        try:
+            size = self._inbox.stat().st_size
+            if size < self.read:
+                self.read = 0  # written anew
+            if size == self.read:
+                return 0
+            with open_plain(self._inbox) as file:
+                file.seek(self.read)
+                added = file.read(MOST_AT_ONCE)
+        except OSError:
+            return 0  # nobody has written one yet
+        applied = 0
+        whole = added[: added.rfind(b"\n") + 1]
+        if not whole and len(added) == MOST_AT_ONCE:
+            whole = added  # longer than any command may be: refused in parts
+        for line in whole.splitlines(keepends=True):
+            self.read += len(line)  # what has no line break is still being written
+            if line.strip():
+                applied += self.obey(line)
+        return applied
+
+    def obey(self, line: bytes) -> bool:
+        """Applies one line and answers; returns whether it was applied."""
+        answer: dict[str, Any] = {"tick": self._brain.ticks}
+        lost: Sequence[Lost]
+        try:
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise Refused(f"command is not UTF-8 (byte {error.start})") from None
+            actions = parse_batch(text, self._brain.encode)
+            lost = self._redacted(actions)
+            self._brain.apply(actions)
+            answer |= {"applied": len(actions), "rows": len(self._brain)}
+        except Unwritten:
+            raise
+        except Refused as refused:
+            lost = ()
+            answer["refused"] = str(refused)
+        if self.heard is not None:
+            self.heard(line)
+        try:
+            with self._answers.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise Unwritten(f"{self._answers} cannot be written ({one_line(error)})") from None
+        if lost and self.redacted is not None:
+            self.redacted(lost)
+        return "applied" in answer
+
+    def _redacted(self, actions: Sequence[Action]) -> list[Lost]:
+        """The rows that these actions mean to redact."""
+        redactions = [action.positions for action in actions if isinstance(action, Redact)]
+        positions = {p for given in redactions for p in given if isinstance(p, int)}
+        if not positions:
+            return []
+        mirror = self._brain.mirror
+        rows = zip(
+            mirror.position.tolist(),
+            mirror.born.tolist(),
+            mirror.token_id.tolist(),
+            mirror.sources(),
+            strict=True,
+        )
+        return [
+            Lost(born, token, spoken=source == "model")
+            for position, born, token, source in rows
+            if position in positions
+        ]
+
+
+def send(folder: Path, line: str) -> None:
+    """Adds one line to the inbox of a run. Raises Refused if there is no such run."""
+    if "\n" in line.strip():
+        raise Refused("a command is one line")
+    if not (folder / "transcript.txt").is_file():
+        raise Refused(f"{folder} is not the folder of a run")
+    try:
+        with (folder / INBOX).open("a", encoding="utf-8") as file:
+            file.write(line.strip() + "\n")
+    except OSError as error:
+        raise Refused(f"{folder / INBOX} cannot be written ({one_line(error)})") from None

@@ -1,0 +1,929 @@
+// A few tokens through every layer of a Llama decoder, against a cache that is only read.
+//
+// One parallel region for the whole model: a token costs what its weights cost to read, and what
+// lies between two products (norms, rotation, softmax) is done by every thread for itself, because
+// that takes less time than waiting for another to do it. Threads wait for each other five times a
+// layer. The twin in PyTorch, and the meaning of every step, is `decoder_layer` in llama.py;
+// `native.py` calls this, and brain/machine/cpu_operator.py has it built.
+//
+// Numbers are float32 wherever they are not stored: a matrix, the cache and what the twin rounds
+// are in the model's dtype. Vectors are the compiler's own (GCC, Clang); only conversions, sums of
+// whole vectors and products of bfloat16 are named for a processor. No sum depends on how many
+// threads there are.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// As wide as the processor's registers: GCC takes wider vectors apart, through memory. `MOST`
+// vectors are multiplied at a time by two rows, as many as there are registers for.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST = 8;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, MOST = 4;
+#else
+constexpr int LANES = 4, MOST = 4;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+typedef int64_t Pairs __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+inline Floats widen(const float* from) { return load<Floats>(from); }
+
+inline Floats widen(const BFloat16* from) {
+#if defined(__AVX512F__)  // GCC 12 converts one number after another
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
+#else
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
+#endif
+}
+
+inline Floats widen(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+#endif
+}
+
+inline float number(float x) { return x; }
+inline float number(int8_t x) { return x; }
+inline float number(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+
+// To the nearest, ties to even; what is no number stays none.
+inline void narrow(float x, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// As the model's dtype would hold it.
+template <class Real>
+inline float rounded(float x) {
+  Real held;
+  narrow(x, &held);
+  return number(held);
+}
+
+template <class Real>
+inline Floats rounded(Floats x) {
+  if constexpr (std::is_same_v<Real, float>) {
+    return x;
+  } else {
+    const Bits bits = (Bits)x, odd = (bits >> 16) & 1;
+    return x != x ? x : (Floats)((bits + 0x7fff + odd) & 0xffff0000);
+  }
+}
+
+// What products are made of: bfloat16 where the model is in it and the processor multiplies pairs,
+// else float32.
+#if defined(__AVX512BF16__)
+template <class Real>
+using Input = Real;
+#else
+template <class Real>
+using Input = float;
+#endif
+
+// As the model's dtype would hold it, for products to come.
+template <class Real>
+inline void hold(float x, Input<Real>* to) {
+  if constexpr (std::is_same_v<Input<Real>, Real>)
+    narrow(x, to);
+  else
+    *to = rounded<Real>(x);
+}
+
+inline float sum(Floats vector) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad quads[LANES / 4];
+  std::memcpy(quads, &vector, sizeof vector);
+#pragma GCC unroll 4
+  for (int half = LANES / 8; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < half; ++i) quads[i] += quads[i + half];
+  return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
+}
+
+// Lane i is the sum of vector i. In AVX-512 a third of the steps that so many single sums take.
+inline Floats sums(const Floats* vectors) {
+#if defined(__AVX512F__)
+  __m512 quads[4], halves[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Floats* v = vectors + 4 * i;
+    const __m512 even = _mm512_unpacklo_ps(v[0], v[2]) + _mm512_unpackhi_ps(v[0], v[2]);
+    const __m512 odd = _mm512_unpacklo_ps(v[1], v[3]) + _mm512_unpackhi_ps(v[1], v[3]);
+    quads[i] = _mm512_unpacklo_ps(even, odd) + _mm512_unpackhi_ps(even, odd);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    halves[i] = _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88) +
+                _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd);
+  return (Floats)(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88) +
+                  _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+#else
+  Floats all;
+  for (int i = 0; i < LANES; ++i) all[i] = sum(vectors[i]);
+  return all;
+#endif
+}
+
+// e^x for x <= 0, to some 2 units in the last place; 0 where float32 has no normal number for it.
+inline float exponential(float x) {
+  constexpr float LEAST = -87.0f;
+  const float clamped = x > LEAST ? x : LEAST;  // what is no number, too: it has no integer
+  const float turns = std::nearbyint(clamped * 1.44269504f);
+  const float rest = (clamped - turns * 0.693145752f) - turns * 1.42860677e-6f;
+  float series = 1.0f / 5040;
+  series = series * rest + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = series * rest + 0.5f;
+  series = series * rest + 1.0f;
+  series = series * rest + 1.0f;
+  const uint32_t bits = uint32_t(int32_t(turns) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x >= LEAST ? series * power : x != x ? x : 0.0f;
+}
+
+// Bytes from what is being read to what is asked for: memory answers late, and what a thread reads
+// lies in one piece. Rows one after another, not side by side, are 1.3 times as fast.
+constexpr int64_t AHEAD = 8192;
+
+template <class Number>
+inline void ask_for(const Number* from, int64_t numbers) {
+  const char* start = reinterpret_cast<const char*>(from) + AHEAD;
+#pragma GCC unroll 8
+  for (int64_t line = 0; line < numbers * int64_t(sizeof(Number)); line += 64)
+    __builtin_prefetch(start + line, 0, 0);
+}
+
+// As many numbers of a row, or of what it is multiplied by, as one instruction multiplies.
+template <class Factor>
+struct Piece {
+  static constexpr int WIDTH = LANES;
+  typedef Floats Vector;
+  template <class Number>
+  static Vector of(const Number* from) {
+    return widen(from);
+  }
+  static void add(Floats& to, Vector a, Vector b) { to += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Piece<BFloat16> {
+  static constexpr int WIDTH = 2 * LANES;
+  typedef __m512bh Vector;
+  static Vector of(const BFloat16* from) { return (Vector)load<__m512i>(from); }
+  static Vector of(const int8_t* from) {
+    return _mm512_cvtne2ps_pbh((__m512)widen(from + LANES), (__m512)widen(from));
+  }
+  static void add(Floats& to, Vector a, Vector b) {
+    to = (Floats)_mm512_dpbf16_ps((__m512)to, a, b);  // each lane adds the products of a pair
+  }
+};
+#endif
+
+// So many numbers in whole vectors.
+constexpr int room(int numbers) { return (numbers + LANES - 1) / LANES * LANES; }
+
+// R rows of a matrix times T vectors: results[t * R + r]. A sum is C chains of additions, so that
+// one need not wait for another.
+template <int R, int T, bool ASKS, class Weight, class Factor>
+[[gnu::noinline]] void products(const Weight* const* rows, const Factor* x, int64_t x_stride,
+                                int64_t size, float (&results)[room(R * T)]) {
+  typedef Piece<Factor> P;
+  constexpr int C = R > 1 || T > 4 ? 1 : T == 1 ? 4 : 2, W = P::WIDTH, ROOM = room(R * T);
+  Floats parts[ROOM][C] = {};
+  int64_t i = 0;
+  for (; i + C * W <= size; i += C * W) {
+    if (ASKS) ask_for(rows[0] + i * R, R * C * W);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      typename P::Vector row[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) row[r] = P::of(rows[r] + i + c * W);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const typename P::Vector column = P::of(x + t * x_stride + i + c * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) P::add(parts[t * R + r][c], row[r], column);
+      }
+    }
+  }
+  for (; C > 1 && i + W <= size; i += W)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t)
+        P::add(parts[t * R + r][0], P::of(rows[r] + i), P::of(x + t * x_stride + i));
+  if (W > LANES && i + LANES <= size) {  // half of what one instruction multiplies
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+        parts[t * R + r][0] += widen(rows[r] + i) * widen(x + t * x_stride + i);
+    i += LANES;
+  }
+  Floats whole[ROOM];
+#pragma GCC unroll 16
+  for (int k = 0; k < ROOM; ++k) {
+    whole[k] = parts[k][0];
+#pragma GCC unroll 8
+    for (int c = 1; c < C; ++c) whole[k] += parts[k][c];
+  }
+  if (R * T == 1)
+    results[0] = sum(whole[0]);
+  else
+#pragma GCC unroll 4
+    for (int k = 0; k < ROOM; k += LANES) store(results + k, sums(whole + k));
+  for (; i < size; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t)
+        results[t * R + r] += number(rows[r][i]) * number(x[t * x_stride + i]);
+}
+
+// The same for any number of vectors, at most MANY at a time: taker.take<R, T>(t, results), where t
+// is the first of them.
+template <int R, int MANY, bool ASKS, class Weight, class Factor, class Taker>
+inline void products(const Weight* const* rows, const Factor* x, int64_t x_stride, int64_t size,
+                     int64_t vectors, Taker taker) {
+  int64_t t = 0;
+  auto some = [&](auto count) {
+    constexpr int T = decltype(count)::value;
+    float results[room(R * T)];
+    if (t == 0)
+      products<R, T, ASKS>(rows, x, x_stride, size, results);
+    else
+      products<R, T, false>(rows, x + t * x_stride, x_stride, size, results);
+    taker.template take<R, T>(t, results);
+    t += T;
+  };
+  while (t + MANY <= vectors) some(std::integral_constant<int, MANY>{});
+  if (MANY > 4 && t + 4 <= vectors) some(std::integral_constant<int, 4>{});
+  if (t + 3 <= vectors) some(std::integral_constant<int, 3>{});
+  if (t + 2 <= vectors) some(std::integral_constant<int, 2>{});
+  if (t < vectors) some(std::integral_constant<int, 1>{});
+}
+
+// Where products of rows go, or are added to, as the model's dtype holds them:
+// to[t * stride + row].
+template <class Real, bool ADDS>
+struct Rows {
+  float* to;
+  int64_t stride;
+  const float* scale;  // of every row, or null
+  int64_t row = 0;
+
+  template <int R, int T>
+  void take(int64_t t, float* results) const {
+    if constexpr (R * T == 1)
+      results[0] = rounded<Real>(scale ? results[0] * scale[row] : results[0]);
+    else
+      for (int k = 0; k < R * T; k += LANES) {
+        const Floats held = load<Floats>(results + k);
+        store(results + k, rounded<Real>(scale ? held * scales<R>() : held));
+      }
+    for (int i = 0; i < T; ++i) {
+      float* place = to + (t + i) * stride + row;
+      for (int r = 0; r < R; ++r)
+        place[r] = ADDS ? place[r] + results[i * R + r] : results[i * R + r];
+    }
+  }
+
+  // Of R rows, over and over.
+  template <int R>
+  Floats scales() const {
+    static_assert(R <= 2);
+    if (R == 1) return Floats{} + scale[row];
+    int64_t pair;
+    std::memcpy(&pair, scale + row, sizeof pair);
+    return (Floats)(Pairs{} + pair);
+  }
+};
+
+// Rows first to last of a matrix times some vectors.
+template <class Weight, class Factor, class Into>
+inline void multiply(const Weight* matrix, const Factor* x, int64_t x_stride, int64_t size,
+                     int64_t vectors, int64_t first, int64_t last, Into into) {
+  const Weight* rows[2];
+  into.row = first;
+  if (vectors > 4)  // two rows, so that a vector that is loaded serves both
+    for (; into.row + 2 <= last; into.row += 2) {
+      rows[0] = matrix + into.row * size;
+      rows[1] = rows[0] + size;
+      products<2, MOST, true>(rows, x, x_stride, size, vectors, into);
+    }
+  for (; into.row < last; ++into.row) {
+    rows[0] = matrix + into.row * size;
+    products<1, MOST, true>(rows, x, x_stride, size, vectors, into);
+  }
+}
+
+}  // namespace
+
+// Filled in by native.py: the order and width of the fields are a contract between the two.
+struct Matrix {
+  const void* values;
+  const float* scale;  // of every row, where the values are bytes; otherwise null
+};
+
+struct Decode {
+  int64_t layers, hidden_size, intermediate, heads, kv_heads, head_dim, vocab;
+  int64_t tokens, capacity, bucket;
+  int64_t each;  // whether every token's attention mass is wanted apart
+  double eps;
+  const void* attention_norm;  // [layers, hidden]
+  const void* mlp_norm;        // [layers, hidden]
+  const void* final_norm;      // [hidden]
+  Matrix qkv, attention_out, gate_up, down, head;
+  const void* keys;    // [layers, kv_heads, capacity, head_dim]
+  const void* values;  // [layers, kv_heads, capacity, head_dim]
+  float* hidden;       // [T, hidden], written over
+  const float* cos;    // [T, head_dim / 2]
+  const float* sin;
+  const uint8_t* cached;  // [T, bucket]
+  const uint8_t* fresh;   // [T, T]: who of the new tokens sees whom
+  const float* live;      // [T]
+  float* logits;          // [T, vocab]
+  void* new_keys;         // [layers, kv_heads, T, head_dim]
+  void* new_values;       // [layers, kv_heads, T, head_dim]
+  float* mass;            // [each ? T : 1, bucket + T], zeros before
+  float* workspace;       // see native.py
+  int64_t threads;        // at most
+};
+
+namespace {
+
+// What one thread, or all of them, work with: slices of the workspace.
+// Without a base it only counts.
+struct Slices {
+  float* base;
+  int64_t used;
+  float* take(int64_t size) {
+    float* slice = base ? base + used : nullptr;
+    used += (size + LANES - 1) / LANES * LANES;
+    return slice;
+  }
+};
+
+struct Shared {
+  int32_t* seen;       // slots that any token sees
+  int64_t num_seen;
+  int32_t* sees_all;   // [T]: 1 for a token that sees every one of them, else 0
+  float* projected;    // [T, qkv rows]
+  float* activated;    // [T, intermediate]: room for what products are made of
+  int64_t span;        // slots of a block: attention is summed by blocks, never by threads
+  int64_t blocks;
+  float* most;         // [blocks, heads * T]: of the scores
+  float* total;        // [blocks, heads * T]: of their exponentials
+  float* mixed;        // [blocks, heads * T, head_dim]
+  float* scores;       // [heads * T, slots of the first block], then of the next
+  float* mass;         // the same, [each ? T : 1, slots]
+};
+
+constexpr int64_t MOST_BLOCKS = 32, SHORTEST_BLOCK = 64;  // so many threads can attend
+
+Shared shared_of(const Decode& d, Slices& slices) {
+  const int64_t queries = d.heads * d.tokens;
+  const int64_t blocks = std::min((d.bucket + SHORTEST_BLOCK - 1) / SHORTEST_BLOCK, MOST_BLOCKS);
+  Shared shared{};
+  shared.seen = reinterpret_cast<int32_t*>(slices.take(d.bucket));
+  shared.sees_all = reinterpret_cast<int32_t*>(slices.take(d.tokens));
+  shared.projected = slices.take(d.tokens * (d.heads + 2 * d.kv_heads) * d.head_dim);
+  shared.activated = slices.take(d.tokens * d.intermediate);
+  shared.most = slices.take(blocks * queries);
+  shared.total = slices.take(blocks * queries);
+  shared.mixed = slices.take(blocks * queries * d.head_dim);
+  shared.scores = slices.take(queries * d.bucket);
+  shared.mass = slices.take((d.each ? d.tokens : 1) * d.bucket);
+  return shared;
+}
+
+constexpr int64_t GATES = 256;  // rows at a time: enough to be read in a stream
+
+template <class Real>
+struct Own {
+  Input<Real>* x;      // [T, hidden], or [T, heads * head_dim]
+  Input<Real>* query;  // [heads, T, head_dim]
+  Input<Real>* key;    // [kv_heads, T, head_dim]
+  float* value;        // [kv_heads, T, head_dim]
+  float* own;          // [heads, T, T]: shares of the new tokens
+  float* attended;     // [head_dim]
+  float *gates, *ups;  // [T, GATES]
+};
+
+template <class Real>
+Own<Real> own_of(const Decode& d, Slices& slices) {
+  Own<Real> own{};
+  auto inputs = [&](int64_t size) { return reinterpret_cast<Input<Real>*>(slices.take(size)); };
+  own.x = inputs(d.tokens * std::max(d.hidden_size, d.heads * d.head_dim));
+  own.query = inputs(d.heads * d.tokens * d.head_dim);
+  own.key = inputs(d.kv_heads * d.tokens * d.head_dim);
+  own.value = slices.take(d.kv_heads * d.tokens * d.head_dim);
+  own.own = slices.take(d.heads * d.tokens * d.tokens);
+  own.attended = slices.take(d.head_dim);
+  own.gates = slices.take(d.tokens * GATES);
+  own.ups = slices.take(d.tokens * GATES);
+  return own;
+}
+
+int64_t shared_size(const Decode& d) {
+  Slices counted{nullptr, 0};
+  shared_of(d, counted);
+  return counted.used;
+}
+
+template <class Real>
+int64_t own_size(const Decode& d) {
+  Slices counted{nullptr, 0};
+  own_of<Real>(d, counted);
+  return counted.used;
+}
+
+// Rows of the cache in the order in which a thread reads them, of one key head after another.
+template <class Real>
+struct Walk {
+  const Real* plane;  // [capacity, head_dim]
+  int64_t planes;     // from this one on
+  int64_t row;        // which of the thread's slots is next
+};
+
+// Where scores go: to[q * stride + slot].
+struct Scores {
+  float* to;
+  int64_t stride;
+  float factor;
+  int64_t slot = 0;
+
+  template <int R, int T>
+  void take(int64_t q, const float* results) const {
+    for (int k = 0; k < R * T; ++k) to[(q + k / R) * stride + slot + k % R] = results[k] * factor;
+  }
+};
+
+template <class Real, class Weight>
+struct Worker : Own<Real> {
+  using Own<Real>::x, Own<Real>::query, Own<Real>::key, Own<Real>::value, Own<Real>::own,
+      Own<Real>::attended, Own<Real>::gates, Own<Real>::ups;
+  const Decode& d;
+  const Shared& shared;
+  int64_t thread, threads;
+  int64_t first_block, last_block;  // of this thread
+  int64_t first, last;              // of the slots that are seen: those of one block
+  float *scores, *mass;             // theirs
+  int64_t first_seen, num_seen;     // of the slots that are seen: those of all this thread's blocks
+  Walk<Real> keys_ahead, values_ahead;
+
+  int64_t queries() const { return d.heads * d.tokens; }
+  int64_t qkv_rows() const { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
+  // Rows in pairs, as they are multiplied: however many threads there are, sums are the same.
+  int64_t begin(int64_t size) const { return (size + 1) / 2 * thread / threads * 2; }
+  int64_t end(int64_t size) const {
+    return std::min((size + 1) / 2 * (thread + 1) / threads * 2, size);
+  }
+
+  Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads,
+         const Own<Real>& own)
+      : Own<Real>(own), d(d), shared(shared), thread(thread), threads(threads) {
+    first_block = shared.blocks * thread / threads;
+    last_block = shared.blocks * (thread + 1) / threads;
+    for (int64_t block = first_block; block < last_block; ++block) {
+      enter(block);
+      std::memset(mass, 0, sizeof(float) * masses() * (last - first));
+    }
+    first_seen = std::min(first_block * shared.span, shared.num_seen);
+    num_seen = std::min(last_block * shared.span, shared.num_seen) - first_seen;
+  }
+
+  float score_scale() const { return 1.0f / std::sqrt(float(d.head_dim)); }
+  int64_t masses() const { return d.each ? d.tokens : 1; }
+
+  void enter(int64_t block) {
+    first = block * shared.span;
+    last = std::min(first + shared.span, shared.num_seen);
+    scores = shared.scores + queries() * first;
+    mass = shared.mass + masses() * first;
+  }
+
+  const Weight* matrix(const Matrix& m, int64_t layer, int64_t rows, int64_t columns) const {
+    return static_cast<const Weight*>(m.values) + layer * rows * columns;
+  }
+  const float* scale(const Matrix& m, int64_t layer, int64_t rows) const {
+    return m.scale ? m.scale + layer * rows : nullptr;
+  }
+
+  // Root-mean-square norm of the hidden state into x.
+  void norm(const void* gains, int64_t layer) {
+    const Real* gain = static_cast<const Real*>(gains) + layer * d.hidden_size;
+    for (int64_t t = 0; t < d.tokens; ++t) {
+      const float* hidden = d.hidden + t * d.hidden_size;
+      float squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < d.hidden_size; ++i) squares += hidden[i] * hidden[i];
+      const float factor = 1.0f / std::sqrt(squares / d.hidden_size + float(d.eps));
+      Input<Real>* out = x + t * d.hidden_size;
+#pragma omp simd
+      for (int64_t i = 0; i < d.hidden_size; ++i)
+        hold<Real>(rounded<Real>(hidden[i] * factor) * number(gain[i]), out + i);
+    }
+  }
+
+  void project(int64_t layer) {
+    const int64_t rows = qkv_rows();
+    const Rows<Real, false> into{shared.projected, rows, scale(d.qkv, layer, rows)};
+    multiply(matrix(d.qkv, layer, rows, d.hidden_size), x, d.hidden_size, d.hidden_size, d.tokens,
+             begin(rows), end(rows), into);
+  }
+
+  // One head's vector, rotated by its position's angles.
+  void rotate(const float* from, int64_t t, Input<Real>* to) const {
+    const int64_t half = d.head_dim / 2;
+    const float *cos = d.cos + t * half, *sin = d.sin + t * half;
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      hold<Real>(from[i] * cos[i] - from[i + half] * sin[i], to + i);
+      hold<Real>(from[i + half] * cos[i] + from[i] * sin[i], to + i + half);
+    }
+  }
+
+  // Queries [heads, T, head_dim] and keys [kv_heads, T, head_dim], rotated; values, as many.
+  void split(int64_t layer) {
+    for (int64_t t = 0; t < d.tokens; ++t) {
+      const float* from = shared.projected + t * qkv_rows();
+      for (int64_t h = 0; h < d.heads; ++h, from += d.head_dim)
+        rotate(from, t, query + (h * d.tokens + t) * d.head_dim);
+      for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
+        rotate(from, t, key + (h * d.tokens + t) * d.head_dim);
+      for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
+        std::memcpy(value + (h * d.tokens + t) * d.head_dim, from, sizeof(float) * d.head_dim);
+    }
+    if (thread == 0) {
+      const int64_t size = d.kv_heads * d.tokens * d.head_dim;
+      Real* keys = static_cast<Real*>(d.new_keys) + layer * size;
+      Real* values = static_cast<Real*>(d.new_values) + layer * size;
+      for (int64_t i = 0; i < size; ++i) {
+        narrow(number(key[i]), keys + i);
+        narrow(value[i], values + i);
+      }
+    }
+  }
+
+  // The first of this layer's cached rows, before this thread waits for the others. Keys and values
+  // alternate block by block, too soon for the processor to see where either goes on.
+  void ask_for_cache(int64_t layer) {
+    const int64_t plane = layer * d.kv_heads * d.capacity * d.head_dim;
+    const int64_t planes = num_seen > 0 ? d.kv_heads : 0;
+    keys_ahead = {static_cast<const Real*>(d.keys) + plane, planes, 0};
+    values_ahead = {static_cast<const Real*>(d.values) + plane, planes, 0};
+    const int64_t rows = AHEAD / 2 / (d.head_dim * int64_t(sizeof(Real)));
+    for (int64_t i = 0; i < rows; ++i) ask_for_row(keys_ahead);
+    for (int64_t i = 0; i < rows; ++i) ask_for_row(values_ahead);
+  }
+
+  void ask_for_row(Walk<Real>& walk) {
+    if (walk.planes == 0) return;
+    const Real* row = walk.plane + shared.seen[first_seen + walk.row] * d.head_dim;
+    for (int64_t i = 0; i < d.head_dim; i += 64 / int64_t(sizeof(Real)))
+      __builtin_prefetch(row + i, 0, 3);
+    if (++walk.row < num_seen) return;
+    walk = {walk.plane + d.capacity * d.head_dim, walk.planes - 1, 0};
+  }
+
+  // Scores of this thread's slots, and block by block their sum of exponentials and mixed values.
+  void attend(int64_t layer) {
+    const int64_t group = d.heads / d.kv_heads * d.tokens, plane = d.capacity * d.head_dim;
+    for (int64_t h = 0; h < d.kv_heads; ++h) {
+      const Real* keys = static_cast<const Real*>(d.keys) + (layer * d.kv_heads + h) * plane;
+      const Real* values = static_cast<const Real*>(d.values) + (layer * d.kv_heads + h) * plane;
+      for (int64_t block = first_block; block < last_block; ++block) {
+        enter(block);
+        const int64_t length = last - first, found = block * queries() + h * group;
+        float* weights = scores + h * group * length;
+        score(keys, query + h * group * d.head_dim, weights, group);
+        for (int64_t q = 0; q < group; ++q) soften(weights + q * length, found + q);
+        mix(values, weights, shared.mixed + found * d.head_dim, group);
+      }
+    }
+  }
+
+  void score(const Real* keys, const Input<Real>* queries, float* block, int64_t group) {
+    const int64_t length = last - first;
+    const int32_t* slots = shared.seen + first;
+    constexpr int ROWS = 4;
+    const Real* rows[ROWS];
+    Scores into{block, length, score_scale()};
+    for (; into.slot + ROWS <= length; into.slot += ROWS) {
+      for (int r = 0; r < ROWS; ++r) {
+        rows[r] = keys + slots[into.slot + r] * d.head_dim;
+        ask_for_row(keys_ahead);
+      }
+      products<ROWS, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
+    }
+    for (; into.slot < length; ++into.slot) {
+      rows[0] = keys + slots[into.slot] * d.head_dim;
+      ask_for_row(keys_ahead);
+      products<1, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
+    }
+    for (int64_t q = 0; q < group; ++q) {
+      if (shared.sees_all[q % d.tokens]) continue;
+      const uint8_t* visible = d.cached + q % d.tokens * d.bucket;
+      for (int64_t j = 0; j < length; ++j)
+        if (!visible[slots[j]]) block[q * length + j] = -INFINITY;
+    }
+  }
+
+  // Scores to exponentials, for the place where their largest and their sum are kept.
+  void soften(float* row, int64_t place) const {
+    const int64_t length = last - first;
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < length; ++i) most = std::max(most, row[i]);
+    const float base = most == -INFINITY ? 0.0f : most;
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < length; ++i) {
+      row[i] = exponential(row[i] - base);
+      total += row[i];
+    }
+    shared.most[place] = most;
+    shared.total[place] = total;
+  }
+
+  // The values of this thread's slots, each by its weight: several queries and vectors at a time,
+  // so that a value that is loaded once serves them all.
+  void mix(const Real* values, const float* weights, float* mixed, int64_t group) {
+    int64_t q = 0;
+    for (; q + 3 <= group; q += 3) mix_some<3>(values, weights, mixed, q);
+    for (; q < group; ++q) mix_some<1>(values, weights, mixed, q);
+  }
+
+  template <int Q>
+  void mix_some(const Real* values, const float* weights, float* mixed, int64_t q) {
+    constexpr int WIDE = 4;
+    int64_t column = 0;
+    for (; column + WIDE * LANES <= d.head_dim; column += WIDE * LANES)
+      mix_columns<Q, WIDE>(values, weights, mixed, q, column);
+    for (; column + LANES <= d.head_dim; column += LANES)
+      mix_columns<Q, 1>(values, weights, mixed, q, column);
+    const int64_t length = last - first;
+    for (; column < d.head_dim; ++column)
+      for (int i = 0; i < Q; ++i) {
+        float sum = 0;
+        for (int64_t j = 0; j < length; ++j)
+          sum += weights[(q + i) * length + j] *
+                 number(values[shared.seen[first + j] * d.head_dim + column]);
+        mixed[(q + i) * d.head_dim + column] = sum;
+      }
+  }
+
+  template <int Q, int WIDE>
+  void mix_columns(const Real* values, const float* weights, float* mixed, int64_t q,
+                   int64_t column) {
+    const int64_t length = last - first;
+    const int32_t* slots = shared.seen + first;
+    const bool asks = q == 0 && column == 0;  // once, however often a row is read
+    Floats sums[Q][WIDE] = {};
+    for (int64_t j = 0; j < length; ++j) {
+      const Real* row = values + slots[j] * d.head_dim + column;
+      if (asks) ask_for_row(values_ahead);
+#pragma GCC unroll 8
+      for (int w = 0; w < WIDE; ++w) {
+        const Floats part = widen(row + w * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; ++i) sums[i][w] += part * weights[(q + i) * length + j];
+      }
+    }
+    for (int i = 0; i < Q; ++i)
+      for (int w = 0; w < WIDE; ++w)
+        store(mixed + (q + i) * d.head_dim + column + w * LANES, sums[i][w]);
+  }
+
+  // What all blocks found, and the new tokens among themselves: one softmax over both. Attended
+  // values into x [T, heads * head_dim]; this thread's slots receive their mass.
+  void combine() {
+    const int64_t group = d.heads / d.kv_heads, width = d.head_dim;
+    for (int64_t h = 0; h < d.heads; ++h)
+      for (int64_t t = 0; t < d.tokens; ++t) {
+        const int64_t q = h * d.tokens + t;
+        const Input<Real>* keys = key + h / group * d.tokens * width;
+        const float* values = value + h / group * d.tokens * width;
+        const uint8_t* visible = d.fresh + t * d.tokens;
+        float* share = own + q * d.tokens;
+        float most = -INFINITY;
+        for (int64_t block = 0; block < shared.blocks; ++block)
+          most = std::max(most, shared.most[block * queries() + q]);
+        for (int64_t j = 0; j < d.tokens; ++j) {
+          if (!visible[j]) continue;
+          const Input<Real>* row = keys + j * width;
+          float score[room(1)];
+          products<1, 1, false>(&row, query + q * width, width, width, score);
+          share[j] = score[0] * score_scale();
+          most = std::max(most, share[j]);
+        }
+        float factors[MOST_BLOCKS], total = 0;
+        for (int64_t block = 0; block < shared.blocks; ++block) {
+          factors[block] = exponential(shared.most[block * queries() + q] - most);
+          total += shared.total[block * queries() + q] * factors[block];
+        }
+        for (int64_t j = 0; j < d.tokens; ++j) {
+          share[j] = visible[j] ? exponential(share[j] - most) : 0.0f;
+          total += share[j];
+        }
+        for (int64_t block = 0; block < shared.blocks; ++block) factors[block] /= total;
+        mix_blocks(shared.mixed + q * width, factors);
+        for (int64_t j = 0; j < d.tokens; ++j)
+          if (visible[j]) add(attended, values + j * width, share[j] / total, width);
+        Input<Real>* out = x + (t * d.heads + h) * width;
+        for (int64_t i = 0; i < width; ++i) hold<Real>(attended[i], out + i);
+
+        const float counts = d.each ? 1.0f : d.live[t];
+        for (int64_t block = first_block; block < last_block; ++block) {
+          enter(block);
+          add(mass + (d.each ? t * (last - first) : 0), scores + q * (last - first),
+              counts * factors[block], last - first);
+        }
+        if (thread == 0)
+          add(d.mass + (d.each ? t * (d.bucket + d.tokens) : 0) + d.bucket, share, counts / total,
+              d.tokens);
+      }
+  }
+
+  // What every block of slots attended to, by its factor, into attended.
+  void mix_blocks(const float* mixed, const float* factors) {
+    constexpr int WIDE = 4;
+    const int64_t stride = queries() * d.head_dim;
+    int64_t i = 0;
+    for (; i + WIDE * LANES <= d.head_dim; i += WIDE * LANES) {
+      Floats sums[WIDE] = {};
+      for (int64_t block = 0; block < shared.blocks; ++block)
+#pragma GCC unroll 4
+        for (int w = 0; w < WIDE; ++w)
+          sums[w] += load<Floats>(mixed + block * stride + i + w * LANES) * factors[block];
+      for (int w = 0; w < WIDE; ++w) store(attended + i + w * LANES, sums[w]);
+    }
+    for (; i < d.head_dim; ++i) {
+      attended[i] = 0;
+      for (int64_t block = 0; block < shared.blocks; ++block)
+        attended[i] += mixed[block * stride + i] * factors[block];
+    }
+  }
+
+  static void add(float* to, const float* from, float factor, int64_t size) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) to[i] += from[i] * factor;
+  }
+
+  // Rows of the hidden state receive a product.
+  void receive(const Matrix& m, int64_t layer, const Input<Real>* from, int64_t columns) {
+    const int64_t rows = d.hidden_size;
+    multiply(matrix(m, layer, rows, columns), from, columns, columns, d.tokens, begin(rows),
+             end(rows), Rows<Real, true>{d.hidden, rows, scale(m, layer, rows)});
+  }
+
+  // SwiGLU: a gate's row and the row above it, side by side.
+  void activate(int64_t layer) {
+    const int64_t size = d.intermediate, width = d.hidden_size;
+    const Weight* matrices = matrix(d.gate_up, layer, 2 * size, width);
+    const float* scales = scale(d.gate_up, layer, 2 * size);
+    for (int64_t row = begin(size); row < end(size); row += GATES) {
+      const int64_t count = std::min(GATES, end(size) - row);
+      auto some = [&](int64_t from, float* to) {
+        const Rows<Real, false> into{to, GATES, scales ? scales + from : nullptr};
+        multiply(matrices + from * width, x, width, width, d.tokens, 0, count, into);
+      };
+      some(row, gates);
+      some(size + row, ups);
+      for (int64_t t = 0; t < d.tokens; ++t) {
+        const float *gate = gates + t * GATES, *up = ups + t * GATES;
+        Input<Real>* out = activated() + t * size + row;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+          const float e = exponential(-std::abs(gate[i])), turned = gate[i] < 0 ? e : 1.0f;
+          hold<Real>(rounded<Real>(gate[i] * turned / (1.0f + e)) * up[i], out + i);
+        }
+      }
+    }
+  }
+
+  Input<Real>* activated() const { return reinterpret_cast<Input<Real>*>(shared.activated); }
+
+  // The first rows that this thread will read of a matrix, before it waits for the others.
+  void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) const {
+    const Weight* from = matrix(m, layer, rows, columns) + row * columns;
+    const char* start = reinterpret_cast<const char*>(from);
+    for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 0);
+  }
+
+  void work() {
+    for (int64_t layer = 0; layer < d.layers; ++layer) {
+      norm(d.attention_norm, layer);
+      project(layer);
+      ask_for_cache(layer);
+#pragma omp barrier
+      split(layer);
+      attend(layer);
+      ask_early(d.attention_out, layer, d.hidden_size, d.heads * d.head_dim, begin(d.hidden_size));
+#pragma omp barrier
+      combine();
+      receive(d.attention_out, layer, x, d.heads * d.head_dim);
+      ask_early(d.gate_up, layer, 2 * d.intermediate, d.hidden_size, begin(d.intermediate));
+#pragma omp barrier
+      norm(d.mlp_norm, layer);
+      activate(layer);
+      ask_early(d.down, layer, d.hidden_size, d.intermediate, begin(d.hidden_size));
+#pragma omp barrier
+      receive(d.down, layer, activated(), d.intermediate);
+      if (layer + 1 < d.layers)
+        ask_early(d.qkv, layer + 1, qkv_rows(), d.hidden_size, begin(qkv_rows()));
+#pragma omp barrier
+    }
+    norm(d.final_norm, 0);
+    const Rows<Real, false> into{d.logits, d.vocab, scale(d.head, 0, d.vocab)};
+    multiply(matrix(d.head, 0, d.vocab, d.hidden_size), x, d.hidden_size, d.hidden_size, d.tokens,
+             begin(d.vocab), end(d.vocab), into);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      enter(block);
+      for (int64_t t = 0; t < masses(); ++t)
+        for (int64_t i = first; i < last; ++i)
+          d.mass[t * (d.bucket + d.tokens) + shared.seen[i]] =
+              mass[t * (last - first) + i - first];
+    }
+  }
+};
+
+template <class Real, class Weight>
+void decode(const Decode& d) {
+  Slices common{d.workspace, 0};
+  Shared shared = shared_of(d, common);
+  int64_t seen = 0;
+  for (int64_t slot = 0; slot < d.bucket; ++slot) {
+    int64_t t = 0;
+    while (t < d.tokens && !d.cached[t * d.bucket + slot]) ++t;
+    if (t < d.tokens) shared.seen[seen++] = int32_t(slot);
+  }
+  shared.num_seen = seen;
+  for (int64_t t = 0; t < d.tokens; ++t) {
+    int64_t sees = 0;
+    for (int64_t slot = 0; slot < d.bucket; ++slot) sees += d.cached[t * d.bucket + slot];
+    shared.sees_all[t] = sees == seen;
+  }
+  shared.span = std::max((seen + MOST_BLOCKS - 1) / MOST_BLOCKS, SHORTEST_BLOCK);
+  shared.span = (shared.span + 3) / 4 * 4;
+  shared.blocks = (seen + shared.span - 1) / shared.span;
+#pragma omp parallel num_threads(d.threads)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    Slices slices{d.workspace, common.used + thread * own_size<Real>(d)};
+    Worker<Real, Weight>(d, shared, thread, threads, own_of<Real>(d, slices)).work();
+  }
+}
+
+}  // namespace
+
+// For one pair of number formats, named when this is built: there are as many libraries as pairs.
+extern "C" void decode(const Decode* d) { decode<REAL, WEIGHT>(*d); }
+
+// Floats that the workspace must hold for this many threads.
+extern "C" int64_t workspace_size(const Decode* d) {
+  return shared_size(*d) + d->threads * own_size<REAL>(*d);
+}
