@@ -15,9 +15,9 @@ from patch_cost import SMOLLM2
 from torch import Tensor
 
 from brain.policies import policy
-from compiled.patch import Plan, RowColumns, patch
+from compiled.plan import Plan, RowColumns, patch
 from compiled.read import Reading
-from compiled.score import Brightness, Forgetting, Novelty, brighten, decide_cull, echo
+from compiled.score import Brightness, Culling, Novelty, brighten, decide_cull, echo
 from compiled.state import Cursor, State, allocate_cursor, allocate_state
 
 CAPACITIES = (1024, 8192, 65536)
@@ -48,7 +48,7 @@ def main() -> None:
         for name in POLICIES:
             torch._dynamo.reset()
             state, cursor, reading = full_memory(capacity)
-            forgetting = Forgetting(capacity)
+            forgetting = Culling(capacity)
             keep_score = policy(name, forgetting, 0.25)
 
             def steps(state: State, cursor: Cursor, reading: Reading) -> Tensor:

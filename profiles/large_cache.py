@@ -29,9 +29,9 @@ from brain.config.settings import settings_of
 from brain.measure.bench.memory_reader import read_memory
 from compiled.attention import attend, visibility
 from compiled.choose import Forced
-from compiled.graphs import Behaviour, Graphs
+from compiled.graphs import GraphSpec, Graphs
 from compiled.llama import LlamaConfig, Weights
-from compiled.patch import Plan
+from compiled.plan import Plan
 from compiled.philox import key_of
 from compiled.read import Reading
 from compiled.sample import Sampling
@@ -74,7 +74,7 @@ class Subject:
         sampling = Sampling(number, number, number * 0, number, key_of(0).to(device))
         nothing = torch.zeros(1, device=device)
         weights = Weights(*(nothing for _ in Weights._fields))
-        behaviour = Behaviour(config, settings.method, settings.conduct)
+        behaviour = GraphSpec(config, settings.method, settings.conduct)
         self.graphs = Graphs(behaviour, weights, self.state, cursor, sampling, compiled=True)
         rows = (layers, config.num_kv_heads, 1, config.head_dim)
         mass = torch.rand(slots, device=device) / slots

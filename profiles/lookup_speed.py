@@ -88,7 +88,7 @@ def compare(subject: Subject, plain: Brain, quick: Brain) -> dict[str, Any]:
     prompt = plain.encode(subject.prompt)[:PROSE_TOKENS]
     seconds: dict[Brain, list[float]] = {plain: [], quick: []}
     said: dict[Brain, list[int]] = {}
-    account = quick.lookahead.account
+    account = quick.lookahead.counts
     before = (account.passes, account.tokens, account.proposed, account.accepted)
     for number in range(ROUNDS):
         for brain in (plain, quick) if number % 2 == 0 else (quick, plain):

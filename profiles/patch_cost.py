@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from compiled.llama import LlamaConfig
-from compiled.patch import Plan, RowColumns, patch
+from compiled.plan import Plan, RowColumns, patch
 from compiled.state import Cursor, State, addresses, allocate_cursor, allocate_state
 
 CAPACITIES = (1024, 8192, 65536)

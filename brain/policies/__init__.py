@@ -1,6 +1,6 @@
 """Which rows are forgotten first: one file per policy, one function each.
 
-A policy is a tensor function ``(state, reading) → keep-scores [capacity]``, compiled into the graph
+A policy is a tensor function ``(state, look) → keep-scores [capacity]``, compiled into the graph
 that chooses. The lowest scores go first; protection is not its business.
 """
 
@@ -18,7 +18,7 @@ from brain.policies import (
     tova,
 )
 from compiled.choose import KeepScore
-from compiled.score import Forgetting
+from compiled.score import Culling
 
 PLAIN: dict[str, KeepScore] = {
     "none": sink_recent.keep_score,  # never asked: without a target nothing is culled
@@ -33,16 +33,14 @@ PLAIN: dict[str, KeepScore] = {
 POLICIES = (*PLAIN, "novelty")
 
 
-def policy(
-    name: str, forgetting: Forgetting, share: float, lifetime: float | None = None
-) -> KeepScore:
+def policy(name: str, culling: Culling, share: float, lifetime: float | None = None) -> KeepScore:
     """The keep-score function of a policy; ``share`` of the target is what ``novelty`` keeps for
     novel rows, and ``lifetime``, in targets, how long they stay novel. Raises Refused for an
     unknown name.
     """
     if name == "novelty":
-        ticks = math.inf if lifetime is None else lifetime * forgetting.target
-        return novelty.Novelty(round(share * forgetting.target), forgetting.recent, ticks)
+        ticks = math.inf if lifetime is None else lifetime * culling.target
+        return novelty.Novelty(round(share * culling.target), culling.recent, ticks)
     if name not in PLAIN:
         raise Refused(f"cull.policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
     return PLAIN[name]

@@ -254,7 +254,7 @@ class Chronicle:
             case {"said": int(token)}:
                 self._write_token(self._brain.tick(token))
             case {"said": list(ids)}:
-                for tick in self._brain.retell(ids):
+                for tick in self._brain.replay(ids):
                     self._write_token(tick)
             case {"heard": str(told), "inbox": int(read)} if read >= 0:
                 try:
@@ -341,7 +341,7 @@ class Chronicle:
                     kept.remove(line)
             decoder = StreamDecoder(self._brain.tokenizer, at_start=False)
             text = "".join(decoder.push(token) for _, token in kept)
-            self._brain.speak_on(decoder.unfinished)
+            self._brain.resume_text(decoder.unfinished)
             told = "".join(f"{tick} {token}\n" for tick, token in kept)
             for name, content in ((TOKENS, told), (TRANSCRIPT, text)):
                 self._rewritten(name, number).write_text(content, "utf-8", newline="")

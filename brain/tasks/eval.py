@@ -54,7 +54,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     checkpoint = checkpoint_of(conf, settings)
     brain: Brain | None = None
     if "endurance" in task.measures:
-        brain = Brain(checkpoint, settings, conf)
+        brain = Brain(checkpoint, settings)
         capture_graphs(brain)
         brain.prime(conf.prompt, conf.source)
     report: dict[str, Any] = {
@@ -274,7 +274,7 @@ def _repair(
             cull = dataclasses.replace(conf.cull, target=budget)
             capacity = budget + MOST_CULLED
             settings = settings_of(dataclasses.replace(conf, cull=cull, capacity=capacity))
-            mended, dropped = (Brain(checkpoint, settings, conf) for _ in range(2))
+            mended, dropped = (Brain(checkpoint, settings) for _ in range(2))
             texts = excerpts(ids, task.pairs, budget + task.horizon, where)
             row = mending.measure(mended, dropped, texts, ticks, task.horizon, bar.update)
             rows.append({"budget": budget, **row})
