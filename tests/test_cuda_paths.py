@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from large_cache import broken, measure
 
-from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace, app
+from brain import Append, Boost, Cull, Pin, Redact, Refused, Replace, app
 from brain.config.compose import compose_conf
 from brain.config.settings import device_of, settings_of
 from brain.machine.memory import free_bytes
@@ -26,7 +25,8 @@ from compiled.llama import Weights
 from compiled.philox import key_of
 from compiled.sample import Sampling
 from compiled.state import Cursor, State
-from test_invariants_cuda import recordings
+from cuda_graphs import recordings
+from fixture_types import OpenTiny
 from toys import digest, toy_config, toy_cursor, toy_state, toy_weights
 
 DEVICE = "cuda"
@@ -36,7 +36,6 @@ pytestmark = [
     pytest.mark.usefixtures("strict_cuda"),
 ]
 
-OpenTiny = Callable[..., Brain]
 IDS = [(37 * index + 11) % 300 for index in range(200)]
 GOLDENS = Path(__file__).parent / "golden"
 ENGINES = pytest.mark.parametrize("engine", ["eager", "compiled"])

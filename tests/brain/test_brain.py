@@ -15,11 +15,11 @@ from brain import Append, Boost, Brain, Cull, Pin, Refused, Replace
 from brain.brain import MOST_POSITIONS
 from brain.tick import Step
 from compiled.score import Forgetting, cull_count
+from fixture_types import OpenTiny
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OpenTiny = Callable[..., Brain]
 IDS = [(37 * index + 11) % 300 for index in range(200)]
 
 

@@ -1,7 +1,6 @@
 """Repair: found by reading alone, committed by the one patch, and only where it helps."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,12 @@ import torch
 from brain import Brain, Refused
 from brain.mirror import SOURCES
 from brain.repair import RepairSettings, best_repair, dimmest_pair
+from fixture_types import OpenTiny
+from processes import call
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OpenTiny = Callable[..., Brain]
 IDS = [(41 * index + 3) % 300 for index in range(60)]
 ALWAYS = {"repair": "pairs", "repair.every": 1, "repair.least_gain": -100.0}
 
@@ -142,8 +142,6 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 def test_a_run_records_its_repairs(tiny_folder: Path, tmp_path: Path) -> None:
-    from test_app import call
-
     call(
         tmp_path,
         tiny_folder,
