@@ -177,9 +177,9 @@ class Graphs:
                 yield _patch_name(width, "edit"), patch
 
     @property
-    def captured(self) -> list[Graph]:
-        """The graphs that have been compiled."""
-        return [graph for graph in self.table.values() if graph.compilations]
+    def captured(self) -> dict[str, Graph]:
+        """The graphs that have been compiled, by name."""
+        return {name: graph for name, graph in self.table.items() if graph.compilations}
 
     @property
     def chunk(self) -> int:
@@ -311,10 +311,11 @@ class Graphs:
                 tokens, positions, length, targets, high_water=high_water
             )
         reading = self.read(tokens, positions, length, high_water=high_water)
-        nats = self._surprises(reading.logits, targets)
+        nats = self.surprises(reading.logits, targets)
         return Study(nats, reading.new_keys, reading.new_values)
 
-    def _surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Surprise of the tokens of a captured edit: logits [T, vocab], targets [T] → [T] nats."""
         graph = self.table[_surprise_name(len(targets))]
         with self.ranges(graph.name):
             nats: Tensor = graph(logits, targets)
@@ -416,7 +417,7 @@ class Graphs:
         reading = self.read(zeros, zeros.add(0), self._zeros(), high_water=bucket)
         yield self.table[_surprise_name(width)]
         # Held until the patch is done, as an edit holds it: a CUDA graph remembers what was gone.
-        nats = self._surprises(reading.logits, zeros)
+        nats = self.surprises(reading.logits, zeros)
         scored = Study(nats, reading.new_keys, reading.new_values)
         yield self.table[_patch_name(width, "edit")]
         self.patch(self.empty_edit(width, scored))

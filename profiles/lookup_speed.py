@@ -68,7 +68,7 @@ def brain_of(checkpoint: Checkpoint | None, overrides: list[str]) -> Brain:
     use_threads(conf.threads)
     if checkpoint is None:
         checkpoint = checkpoint_of(conf, settings)
-    brain = Brain(checkpoint, settings, conf)
+    brain = Brain(checkpoint, settings)
     for name in brain.warm_up():
         print(f"capturing {name}", file=sys.stderr, flush=True)
     return brain

@@ -261,7 +261,7 @@ def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
             if real
             else SEEDED[model].checkpoint(settings.dtype, settings.device)
         )
-        return brain.Brain(checkpoint, settings, conf)
+        return brain.Brain(checkpoint, settings)
 
     return shared
 

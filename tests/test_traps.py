@@ -71,7 +71,7 @@ def test_trap_the_newborn_is_not_forgotten_first(policy: str, open_tiny: OpenTin
     for token in IDS[16:60]:
         b.feed([token])
         newest = b.mirror.position[-4:].tolist()
-        assert newest == list(range(b.memory.position - 4, b.memory.position))
+        assert newest == list(range(b.memory.account.position - 4, b.memory.account.position))
     assert (b.mirror.position > 30).sum() > 4  # the memory moves on with the text
 
 

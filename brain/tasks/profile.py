@@ -78,7 +78,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         "tick": summary(rows),
         "warm_up": [
             {"name": graph.name, "seconds": round(graph.seconds, 3)}
-            for graph in brain.graphs.captured
+            for graph in brain.graphs.captured.values()
         ],
     }
     (run_dir / "profile.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")

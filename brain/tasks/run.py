@@ -156,7 +156,7 @@ def _write_report(
         "lookup": dataclasses.asdict(brain.lookahead.counts),
         "graphs": [
             {"name": g.name, "compilations": g.compilations, "seconds": round(g.seconds, 3)}
-            for g in brain.graphs.captured
+            for g in brain.graphs.captured.values()
         ],
         "sampler": dataclasses.asdict(conf.sampler),
     }

@@ -155,8 +155,8 @@ def test_the_folder_of_a_model_has_a_short_name(tmp_path: Path, tiny_folder: Pat
     )
     assert done.returncode == 0, done.stderr
     opened = brain.open("folder", path=str(tiny_folder), capacity=16)
-    assert opened.conf.path is None
-    assert opened.conf.model.path == str(tiny_folder)
+    assert opened.settings.conf.path is None
+    assert opened.settings.conf.model.path == str(tiny_folder)
 
 
 def test_ctrl_c_ends_with_status_130_and_a_whole_transcript(

@@ -30,7 +30,7 @@ def test_no_position_ever_leaves_the_trained_range(engine: str, open_short: Open
         for tick in b.stream(300):
             ids = b.mirror.token_id.tolist()
             assert 0 < tick.position <= TRAINED
-            assert int(b.cursor.position) == b.memory.position < TRAINED + 1
+            assert int(b.cursor.position) == b.memory.account.position < TRAINED + 1
             assert b.mirror.position.max() < TRAINED
             if tick.rebased:
                 rebased += 1
@@ -42,9 +42,9 @@ def test_no_position_ever_leaves_the_trained_range(engine: str, open_short: Open
     assert rebased >= 300 // TRAINED
     assert len(b) == 20
     if engine == "compiled":
-        assert "rebase" in b.graphs.captures
-        assert all(capture.compilations == 1 for capture in b.graphs.captures.values())
-        assert tuple(b.graphs.captures) == b.graphs.expected()
+        assert "rebase" in b.graphs.captured
+        assert all(capture.compilations == 1 for capture in b.graphs.captured.values())
+        assert tuple(b.graphs.captured) == b.graphs.expected()
 
 
 def test_warming_up_renumbers_nothing(open_short: OpenTiny) -> None:
@@ -59,7 +59,7 @@ def test_warming_up_renumbers_nothing(open_short: OpenTiny) -> None:
 def test_the_text_stays_the_same_rows_in_the_same_order(open_short: OpenTiny) -> None:
     b = open_short()
     b.prime(IDS[:10])
-    while b.memory.position + 1 < TRAINED:
+    while b.memory.account.position + 1 < TRAINED:
         b.tick()
     before = b.mirror
     b.memory.rebase()
@@ -85,7 +85,7 @@ def test_positions_of_a_batch_mean_those_before_it_even_if_it_rebases(
 ) -> None:
     b = open_short()
     b.prime(IDS[:10])
-    while b.memory.position + 1 < TRAINED:
+    while b.memory.account.position + 1 < TRAINED:
         b.tick()
     rows = list(zip(b.mirror.position.tolist(), b.mirror.token_id.tolist(), strict=True))
     gone, erased, first, second, pinned = (rows[index] for index in (5, 8, 10, 11, 14))
@@ -119,7 +119,7 @@ def test_a_batch_that_fails_after_it_rebased_says_so(
     """What positions meant before the batch is gone: the same call would mean other rows."""
     b = open_short()
     b.prime(IDS[:10])
-    while b.memory.position + 1 < TRAINED:
+    while b.memory.account.position + 1 < TRAINED:
         b.tick()
     tokens = b.mirror.token_id.tolist()
 
@@ -141,7 +141,7 @@ def test_a_batch_that_fails_after_it_rebased_says_so(
 def test_a_refused_batch_rebases_nothing(open_short: OpenTiny) -> None:
     b = open_short()
     b.prime(IDS[:10])
-    while b.memory.position + 1 < TRAINED:
+    while b.memory.account.position + 1 < TRAINED:
         b.tick()
     before = digest(*b.state, *b.cursor)
     with pytest.raises(Refused):
@@ -161,4 +161,4 @@ def test_without_rebasing_the_trained_range_is_warned_about(open_short: OpenTiny
     b.prime(IDS[:10])
     with pytest.warns(brain.BrainWarning, match="positions=rebase"):
         b.feed(IDS[:70])
-    assert b.memory.position == 79
+    assert b.memory.account.position == 79

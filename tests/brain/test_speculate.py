@@ -44,7 +44,7 @@ def assert_alike(mine: Brain, other: Brain) -> None:
             getattr(b, name).tolist(), rel=1e-4, abs=1e-4
         ), name
     assert (len(mine), mine.ticks) == (len(other), other.ticks)
-    assert mine.memory.position == other.memory.position
+    assert mine.memory.account.position == other.memory.account.position
     assert int(mine.cursor.token) == int(other.cursor.token)
     assert int(mine.cursor.tick) == int(other.cursor.tick) == mine.ticks
 
@@ -66,11 +66,11 @@ def test_the_same_tokens_with_and_without(options: dict[str, Any], open_parrot: 
         assert mine.culled == other.culled == ()
         assert mine.text == other.text
     assert_alike(quick, plain)
-    account = quick.lookahead.account
+    account = quick.lookahead.counts
     assert account.tokens == 100
     assert account.passes + account.accepted == 100
     assert account.accepted > 20
-    assert plain.lookahead.account.proposed == 0
+    assert plain.lookahead.counts.proposed == 0
 
 
 def test_a_memory_that_forgets_is_read_token_by_token(open_parrot: OpenTiny) -> None:
@@ -104,7 +104,7 @@ def test_renumbered_positions_change_nothing(
     assert told[quick] == told[plain]
     assert any(rebased for _, _, rebased in told[quick])
     assert_alike(quick, plain)
-    assert quick.lookahead.account.accepted > 9
+    assert quick.lookahead.counts.accepted > 9
 
 
 def test_everything_else_may_happen_in_between(open_parrot: OpenTiny) -> None:
@@ -129,7 +129,7 @@ def test_everything_else_may_happen_in_between(open_parrot: OpenTiny) -> None:
                     b.read(IDS[:3])
     assert told[quick] == pytest.approx(told[plain], abs=2e-3)
     assert_alike(quick, plain)
-    assert quick.lookahead.account.accepted > 3
+    assert quick.lookahead.counts.accepted > 3
 
 
 def test_a_memory_that_forgets_nothing_is_filled_to_the_last_slot(open_parrot: OpenTiny) -> None:
@@ -145,7 +145,7 @@ def test_a_memory_that_forgets_nothing_is_filled_to_the_last_slot(open_parrot: O
         assert len(b) == 40
     assert said[0] == said[1]
     assert len(said[0]) == 40 - len(TEXT) + 1
-    assert quick.lookahead.account.accepted > 3
+    assert quick.lookahead.counts.accepted > 3
 
 
 def lived(b: Brain, seed: int) -> list[list[int]]:
@@ -241,14 +241,14 @@ def test_nothing_is_said_after_the_end_of_the_text(open_parrot: OpenTiny) -> Non
             template = open_parrot(**{**ROOMY, **lookup}, sampler="greedy")
             tokenizer = dataclasses.replace(template.tokenizer, eos_ids=frozenset({end}))
             checkpoint = dataclasses.replace(template.checkpoint, tokenizer=tokenizer)
-            b = Brain(checkpoint, template.settings, template.conf)
+            b = Brain(checkpoint, template.settings)
             b.prime(TEXT)
             made.append((b, [tick.token for tick in b.stream(80, stop_at_eos=stop)]))
         (quick, said), (plain, alone) = made
         assert said == alone == (cycle[: cycle.index(end) + 1] if stop else cycle)
         assert_alike(quick, plain)
-        assert quick.lookahead.account.accepted > 0
-        assert quick.lookahead.account.tokens == len(said)  # none was said and kept back
+        assert quick.lookahead.counts.accepted > 0
+        assert quick.lookahead.counts.tokens == len(said)  # none was said and kept back
 
 
 def test_an_observer_sees_every_tick(open_parrot: OpenTiny) -> None:
@@ -268,7 +268,7 @@ def test_an_observer_sees_every_tick(open_parrot: OpenTiny) -> None:
     tokens += [tick.token for tick in quick.stream(20)]
     assert tokens == [tick.token for tick in plain.stream(40)]
     assert len(steps) == 20
-    assert quick.lookahead.account.accepted > 3
+    assert quick.lookahead.counts.accepted > 3
 
 
 # Nothing lost ------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_I11_a_saved_brain_goes_on_to_the_bit(open_parrot: OpenTiny, tmp_path: P
 def go(b: Brain, folder: Path, ticks: int, orders: dict[int, str]) -> Chronicle:
     """Runs up to so many ticks; ``orders`` are commands, sent once so many tokens are spoken."""
     folder.mkdir(exist_ok=True)
-    chronicle = Chronicle(folder, b, b.conf)
+    chronicle = Chronicle(folder, b, b.settings.conf)
     chronicle.begin(lambda: b.prime(TEXT))
 
     def hear() -> None:
@@ -349,13 +349,13 @@ def test_a_journal_that_cannot_be_is_refused(open_parrot: OpenTiny) -> None:
     before = digest(*quick.state, *quick.cursor), digest(*plain.state, *plain.cursor)
     for b, ids in ((quick, [1] * 5), (plain, [1, 2])):
         with pytest.raises(Refused, match="one pass"):
-            b.retell(ids)
+            b.replay(ids)
     bad: list[Any] = [[], [300], [True], ["a"], [-1]]
     for ids in bad:
         with pytest.raises(Refused):
-            quick.retell(ids)
+            quick.replay(ids)
     assert before == (digest(*quick.state, *quick.cursor), digest(*plain.state, *plain.cursor))
-    assert [tick.token for tick in quick.retell([1, 2, 3])] == [1, 2, 3]
+    assert [tick.token for tick in quick.replay([1, 2, 3])] == [1, 2, 3]
     assert quick.mirror.token_id.tolist()[-2:] == [1, 2]
 
 
@@ -418,7 +418,7 @@ def test_a_save_from_before_there_was_lookup_loads(open_parrot: OpenTiny, tmp_pa
     del description["conf"]["engine"]["native"]
     path.write_text(json.dumps(sealed(description)))
     loaded = brain.load(tmp_path / "save")
-    assert loaded.conf.engine.native is False
+    assert loaded.settings.conf.engine.native is False
     assert loaded.tick().token == b.tick().token
 
 
@@ -433,7 +433,7 @@ def test_smollm2_says_the_same_in_half_the_passes() -> None:
         b = brain.open("smollm2", capacity=128, cull="none", sampler="greedy", lookup=lookup)
         b.prime(days)
         said.append(list(b.stream(48)))
-        account = b.lookahead.account
+        account = b.lookahead.counts
         if lookup == "ngram":
             assert account.passes < 48 / 2
     assert [tick.token for tick in said[0]] == [tick.token for tick in said[1]]

@@ -50,10 +50,10 @@ STEPS = {
     "patch": lambda b, patched: patched.setattr(b.graphs, "patch", once(b.graphs.patch)),
     "observer": lambda b, patched: patched.setattr(b, "observer", once(lambda step: None)),
     "text": lambda b, patched: patched.setattr(
-        b._speech._decoder, "push", once(b._speech._decoder.push)
+        b.loop.detokenizer._decoder, "push", once(b.loop.detokenizer._decoder.push)
     ),
     "text, too late": lambda b, patched: patched.setattr(
-        b._speech._decoder, "push", once(b._speech._decoder.push, after=True)
+        b.loop.detokenizer._decoder, "push", once(b.loop.detokenizer._decoder.push, after=True)
     ),
 }
 

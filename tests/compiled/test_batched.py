@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from compiled.batched import Memories, advance, allocate_memories, last_logits
-from compiled.choose import Conduct, Forced, follow
+from compiled.choose import Eviction, Forced, follow
 from compiled.patch import patch
 from compiled.read import read
-from compiled.score import Brightness, Forgetting, Novelty
+from compiled.score import Brightness, Culling, Novelty
 from compiled.state import Cursor, State
 from toys import CPU, digest, toy_config, toy_cursor, toy_state, toy_weights
 
@@ -18,10 +18,10 @@ pytestmark = [
 
 CONFIG = toy_config()
 WEIGHTS = toy_weights(CONFIG)
-CONDUCT = Conduct(
+CONDUCT = Eviction(
     Brightness(seeds=(1.0, 2.0)),
     Novelty(),
-    Forgetting(target=6, sinks=1, recent=2),
+    Culling(target=6, sinks=1, recent=2),
     lambda state, reading: state.brightness,
 )
 STREAMS, CAPACITY, TICKS = 3, 6, 15

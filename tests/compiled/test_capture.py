@@ -27,7 +27,7 @@ def test_a_tick_allocates_nothing_like_the_cache(open_tiny: OpenTiny) -> None:
     assert loop.largest < layer / 2
     plan = b.graphs.empty_edit(4)
     plan.cull[7:40] = True
-    plan.rows.length.fill_(4)
+    plan.length.fill_(4)
     with Watched() as patch:
         b.graphs.patch(plan)
     assert "index_copy_" in patch.names

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiled.choose import Conduct
-from compiled.graphs import Behaviour, Graphs, buckets, smallest_at_least
+from compiled.choose import Eviction
+from compiled.graphs import Graphs, GraphSpec, buckets
 from compiled.philox import key_of
 from compiled.sample import Sampling, SamplingMethod
-from compiled.score import Brightness, Forgetting, Novelty
+from compiled.score import Brightness, Culling, Novelty
 from toys import toy_config, toy_cursor, toy_state, toy_weights
 
 
@@ -26,24 +26,24 @@ def test_buckets_cover_the_capacity(capacity: int, smallest: int) -> None:
     assert sizes[0] < 2 * smallest or sizes[0] == capacity
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, unique=True), st.integers(0, 1100))
+@given(st.lists(st.integers(2, 40), min_size=1, unique=True), st.integers(1, 60))
 def test_smallest_at_least(sizes: list[int], needed: int) -> None:
-    ascending = tuple(sorted(sizes))
+    ascending = (1, *sorted(sizes))
+    graphs = graphs_of(48, compiled=True, widths=ascending)
+    found = graphs.read_width(needed)
     if needed > ascending[-1]:
-        with pytest.raises(ValueError, match=str(needed)):
-            smallest_at_least(ascending, needed)
+        assert found == needed  # not captured
     else:
-        found = smallest_at_least(ascending, needed)
-        assert found in sizes
+        assert found in ascending
         assert found >= needed
-        assert not any(needed <= size < found for size in sizes)
+        assert not any(needed <= size < found for size in ascending)
 
 
-def behaviour(**options: Any) -> Behaviour:
-    return Behaviour(
-        toy_config(),
+def spec(*, compiled: bool = True, **options: Any) -> GraphSpec:
+    return GraphSpec(
+        compiled,
         SamplingMethod(),
-        Conduct(Brightness(), Novelty(), Forgetting(), lambda state, reading: state.brightness),
+        Eviction(Brightness(), Novelty(), Culling(), lambda state, look: state.brightness),
         **options,
     )
 
@@ -53,25 +53,25 @@ def behaviour(**options: Any) -> Behaviour:
 )
 def test_widths_that_form_no_set_are_refused(widths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="widths"):
-        behaviour(widths=widths)
+        spec(widths=widths)
 
 
 @pytest.mark.parametrize("bucket", [0, -4])
 def test_buckets_below_1_are_refused(bucket: int) -> None:
     with pytest.raises(ValueError, match="smallest_bucket"):
-        behaviour(smallest_bucket=bucket)
+        spec(smallest_bucket=bucket)
 
 
 def graphs_of(capacity: int, *, compiled: bool, **options: Any) -> Graphs:
     config = toy_config()
     zero = toy_cursor().token.float()[0]
     return Graphs(
-        behaviour(**options),
+        spec(compiled=compiled, **options),
+        config,
         toy_weights(config),
         toy_state(config, capacity, {}),
         toy_cursor(),
         Sampling(zero, zero, zero, zero, key_of(0)),
-        compiled=compiled,
     )
 
 
@@ -84,11 +84,11 @@ def test_every_width_has_its_graphs(capacity: int, widths: tuple[int, ...]) -> N
     assert graphs.widths[0] == 1
     assert graphs.chunk <= capacity
     for num_tokens in range(1, graphs.chunk + 1):
-        width = graphs.width_for(num_tokens)
+        width = graphs.read_width(num_tokens)
         assert num_tokens <= width
         for size in graphs.buckets:
             assert f"read T={width} bucket={size}" in names
-        edit = graphs.edit_width_for(num_tokens)
+        edit = graphs.edit_width(num_tokens)
         assert num_tokens <= edit <= capacity
         assert f"patch edit W={edit}" in names
         assert f"surprise T={edit}" in names
@@ -103,45 +103,46 @@ def test_a_chunk_wider_than_the_widths_is_not_captured() -> None:
     assert graphs.chunk == 20
     assert graphs_of(16, compiled=True, widths=(1, 4), chunk=20).chunk == 16
     assert [graphs.is_captured(n) for n in (1, 2, 4, 5, 20)] == [True, True, True, False, False]
-    assert [graphs.width_for(n) for n in (2, 5, 20, 40)] == [4, 5, 20, 40]
-    assert [graphs.edit_width_for(n) for n in (1, 4, 5)] == [4, 4, 5]
+    assert [graphs.read_width(n) for n in (2, 5, 20, 40)] == [4, 5, 20, 40]
+    assert [graphs.edit_width(n) for n in (1, 4, 5)] == [4, 4, 5]
     tokens, positions = torch.arange(5), torch.arange(5)
-    studied = graphs.study(tokens, positions, torch.tensor(5), tokens, high_water=1)
-    assert studied.new_keys.shape[2] == 5
+    scored = graphs.scored_prefill(tokens, positions, torch.tensor(5), tokens, high_water=1)
+    assert scored.new_keys.shape[2] == 5
     plan = graphs.empty_edit(5)
     graphs.patch(
         plan._replace(
-            keys=studied.new_keys,
-            values=studied.new_values,
-            rows=plan.rows._replace(length=torch.tensor(5), position=positions),
+            keys=scored.new_keys,
+            values=scored.new_values,
+            rows=plan.rows | {"position": positions},
+            length=torch.tensor(5),
         )
     )
     assert graphs.state.valid.sum() == 5
-    assert graphs.captures == {}  # nothing was compiled for any of it
+    assert graphs.captured == {}  # nothing was compiled for any of it
 
 
 @pytest.mark.parametrize("chunk", [0, -1])
 def test_chunks_below_1_are_refused(chunk: int) -> None:
     with pytest.raises(ValueError, match="chunk"):
-        behaviour(chunk=chunk)
+        spec(chunk=chunk)
 
 
 def test_an_eager_brain_has_no_graphs_and_pads_nothing() -> None:
     graphs = graphs_of(48, compiled=False, widths=(1, 16), smallest_bucket=8)
     assert list(graphs.warm_up()) == []
-    assert graphs.captures == {}
-    assert [graphs.width_for(n) for n in (1, 3, 16)] == [1, 3, 16]
-    assert graphs.edit_width_for(1) == 1
+    assert graphs.captured == {}
+    assert [graphs.read_width(n) for n in (1, 3, 16)] == [1, 3, 16]
+    assert graphs.edit_width(1) == 1
 
 
 def test_ticks_can_be_captured_alone() -> None:
     graphs = graphs_of(16, compiled=True, widths=(1, 4))
     names = list(graphs.warm_up(edits=False))
-    assert tuple(names) == graphs.expected(edits=False) == tuple(graphs.captures)
+    assert tuple(names) == graphs.expected(edits=False) == tuple(graphs.captured)
     assert not any("T=4" in name or "edit" in name for name in names)
     rest = list(graphs.warm_up())
     assert tuple(names + rest) == graphs.expected()
-    assert all(capture.compilations == 1 for capture in graphs.captures.values())
+    assert all(capture.compilations == 1 for capture in graphs.captured.values())
 
 
 def test_an_empty_edit_changes_nothing_it_is_filled_with() -> None:
@@ -152,6 +153,6 @@ def test_an_empty_edit_changes_nothing_it_is_filled_with() -> None:
     for tensor, same in zip((*graphs.state, *graphs.cursor), before, strict=True):
         assert tensor.equal(same)
     shared = {tensor.data_ptr() for tensor in (*graphs.state, *graphs.cursor)}
-    assert plan.pinned is not None
-    assert not shared & {plan.brightness.data_ptr(), plan.pinned.data_ptr()}
+    assert set(plan.updates) == {"brightness", "lit", "novelty", "pinned"}
+    assert not shared & {updated.data_ptr() for updated in plan.updates.values()}
     assert not shared & {tensor.data_ptr() for tensor in plan.cursor}

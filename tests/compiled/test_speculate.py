@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled.choose import UNFORCED, Conduct, Forced, choose
+from compiled.choose import UNFORCED, Eviction, Forced, Look, choose
 from compiled.lookup import Proposal
 from compiled.patch import patch
 from compiled.philox import key_of
-from compiled.read import AheadReading, Reading, read, read_ahead
+from compiled.read import AheadReading, read, read_ahead
 from compiled.sample import Sampling, SamplingMethod, candidates, penalize, seen_tokens
-from compiled.score import Brightness, Forgetting, Novelty
-from compiled.speculate import Said, choose_ahead
+from compiled.score import Brightness, Culling, Novelty
+from compiled.speculate import Accepted, choose_ahead
 from compiled.state import Cursor, State
 from toys import digest, toy_config, toy_cursor, toy_state, toy_weights
 
@@ -36,14 +36,14 @@ def sampling(seed: int = 3, penalty: float = 1.3) -> Sampling:
     return Sampling(t, p, m, r, key_of(seed))
 
 
-def keep_score(state: State, reading: Reading) -> Tensor:
+def keep_score(state: State, look: Look) -> Tensor:
     return state.brightness
 
 
-CONDUCT = Conduct(
+CONDUCT = Eviction(
     Brightness(decay=0.9, seeds=(9.0, 8.0, 7.0, 6.0, 5.0)),
     Novelty(decay=0.75),
-    Forgetting(target=CAPACITY, sinks=1, recent=2),
+    Culling(target=CAPACITY, sinks=1, recent=2),
     keep_score,
 )
 
@@ -92,7 +92,7 @@ def ahead(
     told: list[int] | None = None,
     bucket: int = CAPACITY,
     **how: Any,
-) -> tuple[Said, AheadReading]:
+) -> tuple[Accepted, AheadReading]:
     padding = [0] * (WIDTH - 1 - len(proposed))
     proposal = Proposal(torch.tensor([*proposed, *padding]), torch.tensor(len(proposed)))
     reading = read_ahead(CONFIG, WEIGHTS, state, cursor, *proposal, bucket=bucket)
@@ -106,7 +106,7 @@ def ahead(
 @pytest.mark.parametrize("short", [False, True])
 def test_as_many_ticks_come_true_as_were_foretold(method: str, wrong: int, short: bool) -> None:
     """Token ``wrong`` of the proposal is another one, or is missing: it is still said."""
-    how: dict[str, Any] = {"method": METHODS[method], "conduct": CONDUCT}
+    how: dict[str, Any] = {"method": METHODS[method], "eviction": CONDUCT}
     state, cursor = situation()
     plain = copied(state, cursor)
     tokens, nats = one_by_one(*plain, wrong + 1, **how)
@@ -138,7 +138,7 @@ def test_as_many_ticks_come_true_as_were_foretold(method: str, wrong: int, short
 
 def test_a_passage_that_is_told_again_is_the_same_to_the_bit() -> None:
     """Whatever else had been proposed when it was said."""
-    how: dict[str, Any] = {"method": METHODS["sampled"], "conduct": CONDUCT}
+    how: dict[str, Any] = {"method": METHODS["sampled"], "eviction": CONDUCT}
     state, cursor = situation()
     tokens = one_by_one(*copied(state, cursor), WIDTH, **how)[0]
     said, reading = ahead(state, cursor, [*tokens[:2], 39, 38], **how)
@@ -204,13 +204,13 @@ def test_what_is_said_is_distributed_as_what_is_sampled() -> None:
     penalised = penalize(reading.logits[1], seen_after, draws.repetition_penalty)
     later_scores, later_ids = candidates(penalised, method, draws)
 
-    unbiased = dataclasses.replace(CONDUCT, forgetting=Forgetting(target=0))
+    unbiased = dataclasses.replace(CONDUCT, culling=Culling(target=0))
     firsts, seconds = torch.zeros(40), torch.zeros(40)
     for tick in range(0, 2000, 2):  # no draw is made twice
         cursor.tick.fill_(tick)
         unforced = forced([UNFORCED] * 2)
         said = choose_ahead(
-            state, cursor, proposal, reading, draws, unforced, method=method, conduct=unbiased
+            state, cursor, proposal, reading, draws, unforced, method=method, eviction=unbiased
         )
         firsts[said.tokens[0]] += 1
         if said.number == 2:

@@ -130,7 +130,7 @@ def test_saved_text_is_never_looked_up_in_the_environment(
     folder = specimens.copy(specimens.save, tmp_path / "save")
     text = r"a ${oc.env:SECRET} b \${x} ${"
     describe(folder, lambda told: told["conf"].update(prompt=text))
-    assert load(folder).conf.prompt == text
+    assert load(folder).settings.conf.prompt == text
     describe(folder, lambda told: told["conf"]["model"].update(path="${oc.env:SECRET}"))
     with pytest.raises(Refused, match=r"oc\.env:SECRET") as refusal:
         load(folder)
@@ -159,7 +159,7 @@ def test_nothing_is_written_through_a_link(specimens: Specimens, tmp_path: Path,
     path.symlink_to(outside)
     mind = specimens.brain
     with pytest.raises(Refused, match="is a link"):
-        Chronicle(folder, mind, mind.conf).begin(lambda: mind.prime(TEXT))
+        Chronicle(folder, mind, mind.settings.conf).begin(lambda: mind.prime(TEXT))
     assert {p: p.read_bytes() for p in before} == before
 
 

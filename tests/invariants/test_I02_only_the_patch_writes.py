@@ -11,7 +11,7 @@ import brain
 import compiled
 from brain import Brain
 from captured_graphs import aliased_inputs, captured, mutated_inputs
-from compiled.capture import Capture
+from compiled.capture import Graph
 from histories import IDS
 from toys import digest
 
@@ -23,7 +23,7 @@ SOURCES = sorted(Path(inspect.getfile(compiled)).parent.glob("*.py"))
 WIDTHS, BUCKETS = (1, 4, 16), (32, 48)
 
 
-def assert_writes_nothing(capture: Capture) -> None:
+def assert_writes_nothing(capture: Graph) -> None:
     for module in capture.modules:
         assert mutated_inputs(module) == set(), capture.name
         assert aliased_inputs(module) == 0, capture.name
@@ -134,7 +134,7 @@ NEW = ("propose", "read ahead T=4 bucket=96", "choose T=4", "patch tick W=4")
 @pytest.mark.parametrize("name", NEW)
 def test_I2_only_the_patch_writes(name: str, warm_parrot: Brain) -> None:
     b = warm_parrot
-    module = b.graphs.captures[name].modules[0]
+    module = b.graphs.captured[name].modules[0]
     written = mutated_inputs(module)
     if name.startswith("patch"):
         everything = {f"L_arguments_0_{field}" for field in b.state._fields}

@@ -171,7 +171,7 @@ class Held(NamedTuple):
         for held, content in zip((*b.state, *b.cursor), (*self.state, *self.cursor), strict=True):
             held.copy_(content)
         b.memory.account = self.account
-        b.speak_on(self.unfinished)
+        b.resume_text(self.unfinished)
 
     def bytes(self, *, free_slots: bool) -> tuple[Any, ...]:
         """To compare. What free slots hold is nobody's, where a text longer than a chunk, or all
@@ -303,7 +303,7 @@ CASES = (
 
 
 def next_token(b: Brain) -> int | None:
-    return b.tick().token if b.memory.count else None
+    return b.tick().token if b.memory.account.count else None
 
 
 def check(case: Case, before: Held, after: Held, where: object, *, again: bool = True) -> None:

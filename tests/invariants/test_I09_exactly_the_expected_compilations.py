@@ -39,11 +39,11 @@ def test_I9_exactly_the_expected_graphs_once_each_whatever_happens(warm_brain: B
     before = compile_counts()
     anything(b)
     assert compile_counts() == before
-    assert tuple(b.graphs.captures) == b.graphs.expected()  # in order of warm-up
-    assert {name: capture.compilations for name, capture in b.graphs.captures.items()} == (
+    assert tuple(b.graphs.captured) == b.graphs.expected()  # in order of warm-up
+    assert {name: capture.compilations for name, capture in b.graphs.captured.items()} == (
         dict.fromkeys(expected, 1)
     )
-    assert all(capture.seconds > 0 for capture in b.graphs.captures.values())
+    assert all(capture.seconds > 0 for capture in b.graphs.captured.values())
     assert before["breaks"] == 0
 
 
@@ -79,7 +79,7 @@ def test_I9_a_captured_read_on_a_cpu_is_one_call_of_the_operator(warm_brain: Bra
 
 
 def test_I9_no_captured_graph_asks_the_host(warm_brain: Brain) -> None:
-    for capture in warm_brain.graphs.captures.values():
+    for capture in warm_brain.graphs.captured.values():
         used = operations(capture.modules[0])
         assert len(used) > 3
         assert not used & set(SYNCING), capture.name
@@ -121,7 +121,7 @@ def test_I9_a_second_compilation_is_an_error(open_tiny: OpenTiny) -> None:
         assert b.graphs._callables["surprise T=4"].is_direct  # type: ignore[attr-defined]
     with pytest.raises(AssertionError, match="expected size"):
         b.graphs.surprises(torch.zeros(4, 299), targets)
-    capture = b.graphs.captures["surprise T=4"]
+    capture = b.graphs.captured["surprise T=4"]
     assert capture.compilations == 1
 
 
@@ -134,7 +134,7 @@ def test_I9_exactly_the_expected_graphs_once_each(warm_parrot: Brain) -> None:
         *("read T=1 bucket=96", "choose", "patch tick W=1", *NEW),
         *("read T=16 bucket=96", "surprise T=16", "patch edit W=16"),
     ]
-    assert list(b.graphs.expected()) == list(b.graphs.captures) == expected
+    assert list(b.graphs.expected()) == list(b.graphs.captured) == expected
     before = compile_counts()
     b.prime(PARROT_TEXT)
     spoken = list(b.stream(60))
@@ -143,7 +143,7 @@ def test_I9_exactly_the_expected_graphs_once_each(warm_parrot: Brain) -> None:
     assert {tick.width for tick in spoken} == {1, 4}
     assert compile_counts() == before
     assert before["breaks"] == 0
-    assert {c.compilations for c in b.graphs.captures.values()} == {1}
+    assert {c.compilations for c in b.graphs.captured.values()} == {1}
     state = digest(*b.state, *b.cursor)
     assert list(b.warm_up()) == []
     assert digest(*b.state, *b.cursor) == state
@@ -152,7 +152,7 @@ def test_I9_exactly_the_expected_graphs_once_each(warm_parrot: Brain) -> None:
 @pytest.mark.parametrize("name", NEW)
 def test_I9_none_of_them_asks_the_host(name: str, warm_parrot: Brain) -> None:
     b = warm_parrot
-    used = operations(b.graphs.captures[name].modules[0])
+    used = operations(b.graphs.captured[name].modules[0])
     assert len(used) > 3
     assert not used & set(SYNCING)
 
@@ -164,7 +164,7 @@ def test_I9_layers_that_are_read_ahead_are_compiled_once(open_parrot: OpenTiny) 
     proposal = Proposal(torch.tensor([13, 14, 10]), torch.tensor(2))
     reading = b.graphs.read_ahead(proposal, high_water=96)
     assert reading.logits.shape[0] == 4
-    capture = b.graphs.captures["read ahead T=4 bucket=96"]
+    capture = b.graphs.captured["read ahead T=4 bucket=96"]
     module = capture.modules[0]
     nested = [m for m in module.modules() if isinstance(m, GraphModule) and m is not module]
     assert len(nested) == 1

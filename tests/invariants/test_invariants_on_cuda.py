@@ -1,5 +1,7 @@
 """Invariants that only a CUDA device can break: graph capture, asynchrony, another arithmetic."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_I9_anything_compiles_nothing_after_warm_up(warm_on_cuda: Brain) -> None
     before = cudagraph_counts()
     live(warm_on_cuda)
     assert cudagraph_counts() == before
-    names = {name: c.compilations for name, c in warm_on_cuda.graphs.captures.items()}
+    names = {name: c.compilations for name, c in warm_on_cuda.graphs.captured.items()}
     assert names == dict.fromkeys(warm_on_cuda.graphs.expected(), 1)
 
 
@@ -76,7 +78,7 @@ def test_I9_a_tick_launches_one_graph_for_each_of_its_calls(warm_on_cuda: Brain)
     for _ in range(5):
         b.tick()
     torch.cuda.synchronize()
-    b.graphs.naming = torch.profiler.record_function
+    b.graphs.ranges = torch.profiler.record_function
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     try:
         with torch.profiler.profile(activities=activities) as profile:
@@ -84,7 +86,7 @@ def test_I9_a_tick_launches_one_graph_for_each_of_its_calls(warm_on_cuda: Brain)
                 b.tick()
             torch.cuda.synchronize()
     finally:
-        b.graphs.naming = None
+        b.graphs.ranges = contextlib.nullcontext
     events = profile.profiler.kineto_results.events()
     launches = [e.start_ns() for e in events if e.name().startswith("cudaGraphLaunch")]
     assert len(launches) == 3 * 4
@@ -216,7 +218,7 @@ def test_I9_looking_up_is_captured_and_says_the_same(open_parrot: OpenTiny) -> N
         b.prime([12, 13, 14, 10, 11, 7, 170, 34, 12, 13, 14])
         said.append([tick.token for tick in b.stream(50)])
     assert said[0] == said[1]
-    assert quick.lookahead.account.accepted > 5
+    assert quick.lookahead.counts.accepted > 5
     counts, recorded = cudagraph_counts(), recordings()
     widths = {tick.width for tick in quick.stream(40)}
     assert widths == {1, 4} or widths == {4}

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brain import Brain
-from compiled.capture import Capture
+from compiled.capture import Graph
 
 
 class Inlined(Interpreter):
@@ -60,8 +60,8 @@ def aliased_inputs(module: GraphModule) -> int:
     )
 
 
-def captured(b: Brain, prefix: str) -> Iterator[Capture]:
-    found = [capture for name, capture in b.graphs.captures.items() if name.startswith(prefix)]
+def captured(b: Brain, prefix: str) -> Iterator[Graph]:
+    found = [capture for name, capture in b.graphs.captured.items() if name.startswith(prefix)]
     assert found
     yield from found
 

@@ -33,7 +33,7 @@ def scattered(b: Brain) -> None:
 
 def read_at(b: Brain, num_tokens: int, first: int = 25) -> Reading:
     """A read over all slots, whatever the brain believes about them."""
-    width = b.graphs.width_for(num_tokens)
+    width = b.graphs.read_width(num_tokens)
     padding = [0] * (width - num_tokens)
     reading = b.graphs.read(
         torch.tensor([*IDS[50 : 50 + num_tokens], *padding]),

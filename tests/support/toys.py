@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compiled.llama import LlamaConfig, Weights, weight_shapes
-from compiled.patch import Plan, RowColumns
+from compiled.plan import Plan
 from compiled.rope import inverse_frequencies
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
 
@@ -69,30 +69,34 @@ def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int
     generator = torch.Generator().manual_seed(seed)
     layers, kv_heads, _, head_dim = state.keys.shape
     shape = (layers, kv_heads, width, head_dim)
-    rows = RowColumns(
-        token_id=torch.randint(0, 40, (width,), generator=generator),
-        position=torch.randint(1000, 1 << 40, (width,), generator=generator),
-        brightness=torch.rand(width, generator=generator),
-        surprise=torch.rand(width, generator=generator),
-        novelty=torch.rand(width, generator=generator),
-        source=torch.randint(0, 5, (width,), generator=generator, dtype=torch.uint8),
-        born=torch.randint(0, 99, (width,), generator=generator),
-        lit=torch.randint(0, 99, (width,), generator=generator),
-        pinned=torch.randint(0, 2, (width,), generator=generator).bool(),
-        length=torch.tensor(length),
-    )
+    rows = {
+        "token_id": torch.randint(0, 40, (width,), generator=generator),
+        "position": torch.randint(1000, 1 << 40, (width,), generator=generator),
+        "brightness": torch.rand(width, generator=generator),
+        "surprise": torch.rand(width, generator=generator),
+        "novelty": torch.rand(width, generator=generator),
+        "source": torch.randint(0, 5, (width,), generator=generator, dtype=torch.uint8),
+        "born": torch.randint(0, 99, (width,), generator=generator),
+        "lit": torch.randint(0, 99, (width,), generator=generator),
+        "pinned": torch.randint(0, 2, (width,), generator=generator).bool(),
+    }
+    updated = ("brightness", "lit", "novelty", "pinned")
     return Plan(
         keys=torch.randn(shape, generator=generator).to(state.keys.dtype),
         values=torch.randn(shape, generator=generator).to(state.keys.dtype),
         rows=rows,
+        length=torch.tensor(length),
         cull=torch.zeros_like(state.valid),
-        brightness=state.brightness.clone(),
-        lit=state.lit.clone(),
-        novelty=state.novelty.clone(),
+        updates={name: getattr(state, name).clone() for name in updated},
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
-        pinned=state.pinned.clone(),
         erase=torch.full((width,), NOWHERE),
     )
+
+
+def of_a_tick(plan: Plan) -> Plan:
+    """The plan as a tick has it: it pins and erases nothing."""
+    updates = {name: updated for name, updated in plan.updates.items() if name != "pinned"}
+    return plan._replace(updates=updates, erase=None)
 
 
 def raw_bytes(tensor: Tensor) -> bytes:

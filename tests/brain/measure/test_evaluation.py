@@ -32,7 +32,7 @@ def nothing(_: int) -> None:
 @pytest.mark.parametrize("label", ["novelty", "sink_recent", "tova", "random", FULL])
 def test_streams_are_brains_fed_the_same(label: str, open_tiny: OpenTiny) -> None:
     """Tick for tick: the same negative log-likelihoods, the same rows, under every policy."""
-    streams = Streams(open_tiny().checkpoint, Contestant(label).conduct(16), TEXTS)
+    streams = Streams(open_tiny().checkpoint, Contestant(label).eviction(16), TEXTS)
     nats = torch.cat([streams.feed_until(10, nothing), streams.feed_until(39, nothing)], 1)
     assert nats.shape == (3, 39)
     policy = {"cull": "none"} if label == FULL else {"cull": label, "cull.target": 16}
@@ -50,7 +50,7 @@ def test_streams_are_brains_fed_the_same(label: str, open_tiny: OpenTiny) -> Non
 
 def test_asking_is_reading_behind_the_pending_token(open_tiny: OpenTiny) -> None:
     b = open_tiny(**{"cull": "none"})
-    streams = Streams(b.checkpoint, Contestant(FULL).conduct(40), TEXTS)
+    streams = Streams(b.checkpoint, Contestant(FULL).eviction(40), TEXTS)
     streams.feed_until(20, nothing)
     before = digest(*streams.memories.state, *streams.memories.cursor)
     told = streams.ask([[5, 6, 7], [8], [9, 10]])
@@ -269,10 +269,10 @@ def test_policies_that_make_no_sense_are_refused(label: str, told: str) -> None:
 
 
 def test_settings_of_a_policy_may_be_changed() -> None:
-    conduct = Contestant("novelty:novelty.decay=0.5,recent=7").conduct(64)
-    assert conduct.novelty.decay == 0.5
-    assert conduct.forgetting.recent == 7
-    assert conduct.forgetting.target == 64
+    eviction = Contestant("novelty:novelty.decay=0.5,recent=7").eviction(64)
+    assert eviction.novelty.decay == 0.5
+    assert eviction.culling.recent == 7
+    assert eviction.culling.target == 64
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_compiled_engine_agrees(name: str, dtype: str, roomy_brain: RoomyBrain) 
     brain = roomy_brain("smollm2", dtype, "compiled")
     verdict = examine(load_golden(FOLDER, name), brain)
     assert verdict.failure is None
-    assert {graph.compilations for graph in brain.graphs.captures.values()} == {1}
+    assert {graph.compilations for graph in brain.graphs.captured.values()} == {1}
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_compiled_engine_agrees_at_the_edges_of_two_buckets() -> None:
     brain = Brains(conf).brain(golden, (1, 8))
     verdict = examine(golden, brain)
     assert verdict.failure is None
-    reads = {name for name in brain.graphs.captures if name.startswith("read")}
+    reads = {name for name in brain.graphs.captured if name.startswith("read")}
     # What the memory begins with is read uncaptured: nothing of eight tokens is in the small one.
     assert reads == {"read T=1 bucket=32", "read T=1 bucket=64", "read T=8 bucket=64"}
 
@@ -394,8 +394,8 @@ def test_the_engine_that_is_asked_for_is_the_one_that_is_checked() -> None:
     for native in (True, False):
         asked = ["engine=compiled", f"engine.native={str(native).lower()}", "device=cpu"]
         made = Brains(compose_conf(asked)).brain(golden, (1, 16))
-        assert made.settings.native is native
-        assert (made.graphs._decode is not None) is native
+        assert (made.settings.operator is not None) is native
+        assert (made.graphs.decode is not None) is native
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``task=profile``, the names that profilers see, and what their reports are made into."""
 
+import contextlib
 import json
 import sqlite3
 import sys
@@ -15,6 +16,7 @@ import torch
 
 import brain
 from brain import app
+from brain.loop import CHOOSE, PATCH, READ, TICK
 from brain.measure.profiling.ranges import (
     BETWEEN,
     Kernel,
@@ -25,8 +27,8 @@ from brain.measure.profiling.ranges import (
     with_kernels,
 )
 from brain.measure.profiling.trace import profiler_ranges, ranges_of_trace, record
-from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK
 from brain.tasks import profile
+from compiled.graphs import WARM_UP
 from fixture_types import OpenTiny
 
 GRAPHS = ["read T=1 bucket=32", "choose", "patch tick W=1"]
@@ -77,16 +79,16 @@ def test_every_tick_step_graph_and_warm_up_has_its_name(warm_brain: brain.Brain)
         opened.pop()
 
     warm_brain.prime([7] * 20)
-    warm_brain.graphs.naming = naming
+    warm_brain.graphs.ranges = naming
     try:
         warm_brain.tick()
         list(warm_brain.warm_up())
     finally:
-        warm_brain.graphs.naming = None
-    steps = [(WHOLE_TICK, step) for step in (READ, CHOOSE, PATCH)]
+        warm_brain.graphs.ranges = contextlib.nullcontext
+    steps = [(TICK, step) for step in (READ, CHOOSE, PATCH)]
     graphs = [(*path, graph) for path, graph in zip(steps, GRAPHS, strict=True)]
     assert told[:7] == [
-        (WHOLE_TICK,),
+        (TICK,),
         *(path for pair in zip(steps, graphs, strict=True) for path in pair),
     ]
     assert told[7] == (WARM_UP,)
@@ -101,7 +103,7 @@ def session() -> list[Range]:
     told = [Range(WARM_UP, 0, 50), Range("choose", 5, 45)]
     for start, new in ((100, 0), (300, 20)):
         told += [
-            Range(WHOLE_TICK, start, start + 100 + new),
+            Range(TICK, start, start + 100 + new),
             Range(READ, start + 10, start + 70),
             Range("read T=1 bucket=32", start + 10, start + 60),
             Range(PATCH, start + 70, start + 90 + new),
@@ -113,10 +115,10 @@ def session() -> list[Range]:
 
 def test_the_table_has_medians_and_shares_in_order() -> None:
     rows = {row.name: row for row in table(reversed(session()))}
-    assert list(rows) == [WHOLE_TICK, READ, "read T=1 bucket=32", PATCH, "rebase", BETWEEN]
+    assert list(rows) == [TICK, READ, "read T=1 bucket=32", PATCH, "rebase", BETWEEN]
     assert [row.depth for row in rows.values()] == [0, 1, 2, 1, 2, 1]
     assert [row.microseconds for row in rows.values()] == [110, 60, 50, 30, 20, 20]
-    assert rows[WHOLE_TICK].share == 1
+    assert rows[TICK].share == 1
     assert rows[READ].share == pytest.approx(120 / 220, abs=1e-4)
     assert rows["rebase"].ticks == 1
     steps = sum(rows[name].share for name in (READ, PATCH, BETWEEN))
@@ -130,7 +132,7 @@ def test_a_kernel_belongs_to_the_range_in_which_it_was_started() -> None:
     kernels = [Kernel(111, 7.0), Kernel(112, 9.0), Kernel(171, 5.0), Kernel(999, 1.0)]
     rows = {row.name: row for row in table(with_kernels(session()[2:6], kernels))}
     counted = {name: (row.kernels, row.device_microseconds) for name, row in rows.items()}
-    assert counted[WHOLE_TICK] == (3, 21)
+    assert counted[TICK] == (3, 21)
     assert counted[READ] == (2, 16)
     assert counted[PATCH] == (1, 5)
     assert counted[BETWEEN] == (0, 0)
@@ -142,7 +144,7 @@ def event(cat: str, name: str, start: float, taken: float, **args: Any) -> dict[
 
 def test_a_trace_of_a_gpu_counts_the_kernels_of_a_launched_graph() -> None:
     trace = [
-        event("user_annotation", WHOLE_TICK, 0, 100),
+        event("user_annotation", TICK, 0, 100),
         event("user_annotation", READ, 10, 50),
         event("cuda_runtime", "cudaGraphLaunch", 20, 5, correlation=4),
         event("cpu_op", "aten::mm", 20, 5),
@@ -155,7 +157,7 @@ def test_a_trace_of_a_gpu_counts_the_kernels_of_a_launched_graph() -> None:
 
 def test_a_trace_of_a_cpu_counts_loops_and_operators_that_compute() -> None:
     trace = [
-        event("user_annotation", WHOLE_TICK, 0, 100),
+        event("user_annotation", TICK, 0, 100),
         event("cpu_op", "Torch-Compiled Region: 0/1", 1, 90),
         event("cpu_op", "graph_1_cpp_fused_add_0", 2, 5),
         event("cpu_op", "aten::view", 8, 1),
@@ -175,14 +177,14 @@ def test_torch_profiler_sees_the_steps_by_name(warm_brain: brain.Brain, tmp_path
         for _ in range(3):
             b.tick()
 
-    b.graphs.naming = profiler_ranges()
+    b.graphs.ranges = profiler_ranges()
     try:
         ranges = record(ticks, torch.device("cpu"), tmp_path / "trace.json")
     finally:
-        b.graphs.naming = None
+        b.graphs.ranges = contextlib.nullcontext
     rows = table(ranges)
     shown = [row.name for row in rows]
-    assert shown == [WHOLE_TICK, READ, GRAPHS[0], CHOOSE, GRAPHS[1], PATCH, GRAPHS[2], BETWEEN]
+    assert shown == [TICK, READ, GRAPHS[0], CHOOSE, GRAPHS[1], PATCH, GRAPHS[2], BETWEEN]
     assert all(row.ticks == 3 for row in rows)
 
 
@@ -209,7 +211,7 @@ def test_the_task_writes_a_table_a_trace_and_a_picture(
     run_main(monkeypatch, tmp_path, tiny_folder, "prompt=abc", "capacity=64", "task.ticks=3")
     report = json.loads((tmp_path / "out" / "profile.json").read_text("utf-8"))
     told = capsys.readouterr().out
-    for step in (WHOLE_TICK, READ, CHOOSE, PATCH):
+    for step in (TICK, READ, CHOOSE, PATCH):
         (row,) = [row for row in report["tick"] if row["name"] == step]
         assert row["ticks"] == 3
         assert row["microseconds"] > 0

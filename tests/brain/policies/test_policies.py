@@ -6,8 +6,9 @@ from torch import Tensor
 
 from brain import Refused
 from brain.policies import POLICIES, policy
+from compiled.choose import Look
 from compiled.read import Reading
-from compiled.score import Forgetting
+from compiled.score import Culling
 from compiled.state import State
 from toys import digest, toy_config, toy_state
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAPACITY = 12
 ROWS = {slot: 3 * slot for slot in range(10)}  # slots 10 and 11 are free
-FORGETTING = Forgetting(target=10, sinks=1, recent=6)
+FORGETTING = Culling(target=10, sinks=1, recent=6)
 
 
 def scene() -> tuple[State, Reading]:
@@ -32,8 +33,14 @@ def scene() -> tuple[State, Reading]:
     return state, reading
 
 
+def look_of(state: State, reading: Reading) -> Look:
+    """One token looks, right behind the newest row."""
+    newest = torch.where(state.valid, state.position, 0).amax() + 1
+    return Look(reading.mass, newest, torch.tensor(1), torch.tensor(1))
+
+
 def scores(name: str, state: State, reading: Reading, share: float = 0.3) -> Tensor:
-    return policy(name, FORGETTING, share)(state, reading)
+    return policy(name, FORGETTING, share)(state, look_of(state, reading))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -142,7 +149,7 @@ def test_novelty_fades_with_the_ticks_since_birth_if_it_has_a_lifetime() -> None
     state.born[10:] = 1000  # of nobody
 
     def kept(lifetime: float | None) -> list[int]:
-        told = policy("novelty", FORGETTING, 0.3, lifetime)(state, reading)
+        told = policy("novelty", FORGETTING, 0.3, lifetime)(state, look_of(state, reading))
         return torch.nonzero(told - state.brightness > 1000)[:, 0].tolist()
 
     assert kept(None) == kept(1e9) == [1, 3, 5]

@@ -194,14 +194,14 @@ def test_a_batch_that_fails_amid_its_tokens_says_how_many_are_missing(
     """A full memory has forgotten rows for those that were said: nothing brings them back."""
     b = open_tiny(**{"capacity": 24, "cull.target": 24})
     b.prime(IDS)
-    keep, calls = b._keep, iter(range(10))
+    patch, calls = b.graphs.patch, iter(range(10))
 
     def fail(*arguments: Any) -> None:
         if next(calls) == 2:
             raise MemoryError
-        keep(*arguments)
+        patch(*arguments)
 
-    monkeypatch.setattr(b, "_keep", fail)
+    monkeypatch.setattr(b.graphs, "patch", fail)
     ticks = b.ticks
     with pytest.raises(MemoryError) as failed:
         b.apply([Pin([10]), Append([1, 2, 3, 4], "tool")])

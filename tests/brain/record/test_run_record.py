@@ -36,7 +36,7 @@ def open_(open_tiny: OpenTiny) -> Callable[[], Brain]:
 def go(brain: Brain, folder: Path, ticks: int, orders: dict[int, str] | None = None) -> Chronicle:
     """Runs up to so many ticks; ``orders`` are commands by the number of tokens spoken."""
     folder.mkdir(exist_ok=True)
-    chronicle = Chronicle(folder, brain, brain.conf)
+    chronicle = Chronicle(folder, brain, brain.settings.conf)
     chronicle.begin(lambda: brain.prime(PROMPT))
 
     def hear() -> None:

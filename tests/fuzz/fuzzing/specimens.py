@@ -164,7 +164,7 @@ class Specimens:
         save(mind, self.save)
         write_rows(remembered(mind), self.run / "memory.json")
         self.record.mkdir()
-        chronicle = Chronicle(self.record, mind, mind.conf)
+        chronicle = Chronicle(self.record, mind, mind.settings.conf)
         chronicle.begin(lambda: mind.prime(TEXT))
         for number in range(6):
             chronicle.said(mind.tick())

@@ -287,7 +287,7 @@ def record(case: Case) -> None:
         # A file that is damaged already may be no file any more, or none that can be damaged so.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, MemoryError):
             _damage_record(case, rng.choice(files))
-    chronicle = Chronicle(folder, mind, mind.conf)
+    chronicle = Chronicle(folder, mind, mind.settings.conf)
     try:
         chronicle.begin(lambda: mind.prime(TEXT))
         chronicle.inbox.look()
@@ -385,7 +385,7 @@ def golden(case: Case) -> None:
             path.write_bytes(content[: 8 + length] + body)
         else:
             path.write_bytes(damaged_safetensors(content, rng))
-    conf = case.specimens.brain.conf
+    conf = case.specimens.brain.settings.conf
     for outcome in check(conf, folder, golden_names(folder)):
         json.dumps(outcome.to_json())
 
