@@ -21,6 +21,7 @@ from brain.loop import Loop
 from brain.machine.signals import Uninterrupted
 from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
+from brain.policies import CustomPolicy
 from brain.repair import Repair, best_repair, dimmest_pair
 from brain.speculate import Lookahead
 from brain.tick import Detokenizer, Observer, Tick
@@ -68,6 +69,9 @@ class Brain:
         self._unforced = self._forced([UNFORCED], "model")
         self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
         self._made: _MadeRepair | None = None
+        keep_score = settings.graphs.eviction.keep_score
+        if isinstance(keep_score, CustomPolicy):
+            keep_score.try_out(self.state, self.cursor, compiled=settings.graphs.compiled)
         if settings.conf.nvtx:
             import nvtx
 

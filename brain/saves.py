@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from brain.brain import Brain
+from brain.config.compose import typed
+from brain.config.older import add_unsaid
+from brain.config.overrides import literal
 from brain.errors import Refused, one_line, shown
 from brain.files import RECORD_BYTES, given_path, open_plain, read_json
 from brain.machine.digest import file_sha256
 from brain.mirror import SOURCES
 from brain.opening import open_brain
-from brain.config.compose import typed
-from brain.config.older import add_unsaid
-from brain.config.overrides import literal
 from compiled.state import NOWHERE, Cursor, state_bytes
 from conf.schema import Conf, register
 

@@ -17,7 +17,7 @@ from brain.errors import Refused, shown
 from brain.files import given_path
 from brain.machine.memory import free_bytes
 from brain.mirror import SOURCES
-from brain.policies import policy
+from brain.policies import CustomPolicy, policy
 from compiled.choose import Eviction
 from compiled.graphs import GraphSpec
 from compiled.llama import LlamaConfig
@@ -54,6 +54,12 @@ class Settings:
         return self.graphs.eviction.culling
 
     @property
+    def policy_sha256(self) -> str | None:
+        """The hash of a policy's source, where it is not one of ours."""
+        keep_score = self.graphs.eviction.keep_score
+        return keep_score.sha256 if isinstance(keep_score, CustomPolicy) else None
+
+    @property
     def operator(self) -> Formats | None:
         """The CPU operator that captured reads use; None where they use the layers in PyTorch."""
         if not (self.graphs.compiled and self.conf.engine.native):
@@ -80,8 +86,17 @@ class Settings:
             )
 
 
-def settings_of(conf: Conf) -> Settings:
-    """Checks the configuration. Raises Refused, naming the key."""
+def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
+    """Checks the configuration.
+
+    Args:
+        conf: What was asked for.
+        given: The policy that ``cull.policy`` names, where it need not be imported.
+
+    Raises:
+        Refused: A value cannot be used; the message names its key.
+
+    """
     if not 1 <= conf.capacity <= MOST_ROWS:
         raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")
     if not -(2**63) <= conf.seed < 2**64:
@@ -92,7 +107,7 @@ def settings_of(conf: Conf) -> Settings:
     if conf.engine.compiled and device.type == "cpu":
         _check_linkable(Path(torch.__file__).parent)
     lookup = _lookup(conf.lookup, conf.capacity)
-    eviction = eviction_of(conf.cull, conf.capacity)
+    eviction = eviction_of(conf.cull, conf.capacity, given)
     with _naming("engine"):
         graphs = GraphSpec(
             compiled=conf.engine.compiled,
@@ -171,7 +186,7 @@ def _check_sampler(sampler: SamplerConf) -> None:
         refuse("repetition_penalty", f"{SMALLEST:g} to {LARGEST:g} (1 is off)")
 
 
-def eviction_of(cull: CullConf, capacity: int) -> Eviction:
+def eviction_of(cull: CullConf, capacity: int, given: CustomPolicy | None = None) -> Eviction:
     """What decides which rows stay in a memory of this capacity. Raises Refused, naming the key."""
     brightness = cull.brightness
     unknown = set(brightness.seeds) - set(SOURCES)
@@ -207,7 +222,7 @@ def eviction_of(cull: CullConf, capacity: int) -> Eviction:
         ),
         novelty=Novelty(cull.novelty.decay),
         culling=culling,
-        keep_score=policy(cull.policy, culling, cull.novelty.share, lifetime),
+        keep_score=given or policy(cull.policy, culling, cull.novelty.share, lifetime),
     )
 
 
