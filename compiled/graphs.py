@@ -41,7 +41,14 @@ from compiled.state import Cursor, State
 CUDA_GRAPH_WARMUP_RUNS = 3
 """A CUDA graph runs once to warm up, once to record, and only then is replayed."""
 
-CHOOSE, PROPOSE, REBASE, WARM_UP = "choose", "propose", "rebase", "warm-up"
+WARM_UP = "warm-up"
+
+Key = tuple[str, int, int]
+"""A graph of the table: its kind, how many tokens it takes, and its bucket; 0 where it has none."""
+
+CHOOSE: Key = ("choose", 1, 0)
+PROPOSE: Key = ("propose", 0, 0)
+REBASE: Key = ("rebase", 0, 0)
 
 Ranges = Callable[[str], AbstractContextManager[Any]]
 """Opens a range of that name, in which a profiler shows what happens."""
@@ -86,8 +93,7 @@ def buckets(capacity: int, smallest: int) -> tuple[int, ...]:
 class Graphs:
     """The functions of ``compiled/`` bound to one brain's tensors, eager or captured.
 
-    Attributes: ``table``, every graph there can be, by name, in the order of warm-up (empty when
-    eager); ``uncaptured``, the same work called directly; ``ranges``, opened around every graph:
+    Attributes: ``table``, every graph there can be, in the order of warm-up (empty when eager); ``uncaptured``, the same work called directly; ``ranges``, opened around every graph:
     set it to watch them in a profiler.
     """
 
@@ -134,29 +140,29 @@ class Graphs:
             lookup=spec.lookup,  # type: ignore[arg-type]  # never called without one
             ends=tuple(sorted(ends)),
         )
-        self.table: dict[str, Graph] = {}
-        self._of_edits: set[str] = set()
+        self.table: dict[Key, Graph] = {}
+        self._of_edits: set[Key] = set()
         if spec.compiled:
             functions, edits = dict(self._tick_functions()), dict(self._edit_functions())
+            self._of_edits = edits.keys() - functions.keys()
             functions |= edits
             # Captured on CUDA, it would keep room for a second cache of keys; called, for a layer.
             if spec.rebases and self.device.type != "cuda":
                 functions[REBASE] = rebase
             self.table = {
-                name: Graph(name, function, self.device) for name, function in functions.items()
+                key: Graph(_name(key), function, self.device) for key, function in functions.items()
             }
-            self._of_edits = set(edits)
             # Without the mark, replays would copy these into graph memory, cache included.
             for tensor in (*weights.tensors(), *state, *cursor, *sampling):
                 torch._dynamo.mark_static_address(tensor)
 
-    def _tick_functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+    def _tick_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         lookup = self.spec.lookup
         for bucket in self.buckets:
             bound = partial(read, self.config, bucket=bucket, decode=self.decode)
-            yield _read_name(1, bucket), bound
+            yield ("read", 1, bucket), bound
             yield CHOOSE, self._choose
-            yield _patch_name(1, "tick"), patch
+            yield ("patch tick", 1, 0), patch
             if lookup is not None:
                 yield PROPOSE, self._propose
         if lookup is None:
@@ -164,22 +170,22 @@ class Graphs:
         width = 1 + lookup.width
         for bucket in self.buckets:
             ahead = partial(read_ahead, self.config, bucket=bucket, decode=self.decode)
-            yield _read_ahead_name(width, bucket), ahead
-            yield _choose_ahead_name(width), self._choose_ahead
-            yield _patch_name(width, "tick"), patch
+            yield ("read ahead", width, bucket), ahead
+            yield ("choose", width, 0), self._choose_ahead
+            yield ("patch tick", width, 0), patch
 
-    def _edit_functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+    def _edit_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         for width in self.edit_widths:
             for bucket in self.buckets:
                 bound = partial(read, self.config, bucket=bucket, decode=self.decode)
-                yield _read_name(width, bucket), bound
-                yield _surprise_name(width), surprises
-                yield _patch_name(width, "edit"), patch
+                yield ("read", width, bucket), bound
+                yield ("surprise", width, 0), surprises
+                yield ("patch edit", width, 0), patch
 
     @property
     def captured(self) -> dict[str, Graph]:
         """The graphs that have been compiled, by name."""
-        return {name: graph for name, graph in self.table.items() if graph.compilations}
+        return {graph.name: graph for graph in self.table.values() if graph.compilations}
 
     @property
     def chunk(self) -> int:
@@ -225,7 +231,7 @@ class Graphs:
         if not self.compiled or width > self.widths[-1]:
             return read(self.config, *bound, tokens, positions, length, bucket=high_water)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
-        graph = self.table[_read_name(width, bucket)]
+        graph = self.table["read", width, bucket]
         if not graph.compilations:
             # In a graph whose first call is a tick's, the cursor would be where tokens always are:
             # on CUDA, those of any other place would have it recorded again.
@@ -239,18 +245,19 @@ class Graphs:
         bound = (self.state, self.cursor, reading, self.sampling, forced)
         if not self.compiled:
             return self._choose(*bound)
-        with self.ranges(CHOOSE):
-            choice: Choice = self.table[CHOOSE](*bound)
+        graph = self.table[CHOOSE]
+        with self.ranges(graph.name):
+            choice: Choice = graph(*bound)
         return choice
 
     def patch(self, plan: Plan) -> None:
         """Carries a plan out: a tick's, or an edit's where it erases."""
         width = plan.keys.shape[2]
-        kind = "tick" if plan.erase is None else "edit"
-        if not self.compiled or (kind == "edit" and width > self.widths[-1]):
+        kind = "patch tick" if plan.erase is None else "patch edit"
+        if not self.compiled or (kind == "patch edit" and width > self.widths[-1]):
             patch(self.state, self.cursor, plan)
             return
-        graph = self.table[_patch_name(width, kind)]
+        graph = self.table[kind, width, 0]
         with self.ranges(graph.name):
             graph(self.state, self.cursor, plan)
 
@@ -260,8 +267,9 @@ class Graphs:
         """
         if not self.compiled:
             return self._propose(self.state, self.cursor)
-        with self.ranges(PROPOSE):
-            proposal: Proposal = self.table[PROPOSE](self.state, self.cursor)
+        graph = self.table[PROPOSE]
+        with self.ranges(graph.name):
+            proposal: Proposal = graph(self.state, self.cursor)
         if self.device.type != "cuda":
             return proposal  # what a graph returns there is new every time
         return Proposal(*(tensor.clone() for tensor in proposal))
@@ -272,7 +280,7 @@ class Graphs:
         if not self.compiled:
             return read_ahead(self.config, *bound, bucket=high_water)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
-        graph = self.table[_read_ahead_name(1 + len(proposal.tokens), bucket)]
+        graph = self.table["read ahead", 1 + len(proposal.tokens), bucket]
         with self.ranges(graph.name):
             reading: AheadReading = graph(*bound)
         return reading
@@ -282,7 +290,7 @@ class Graphs:
         bound = (self.state, self.cursor, proposal, reading, self.sampling, forced)
         if not self.compiled:
             return self._choose_ahead(*bound)
-        graph = self.table[_choose_ahead_name(1 + len(proposal.tokens))]
+        graph = self.table["choose", 1 + len(proposal.tokens), 0]
         with self.ranges(graph.name):
             accepted: Accepted = graph(*bound)
         return accepted
@@ -316,7 +324,7 @@ class Graphs:
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Surprise of the tokens of a captured edit: logits [T, vocab], targets [T] → [T] nats."""
-        graph = self.table[_surprise_name(len(targets))]
+        graph = self.table["surprise", len(targets), 0]
         with self.ranges(graph.name):
             nats: Tensor = graph(logits, targets)
         return nats
@@ -324,7 +332,7 @@ class Graphs:
     def rebase(self, *, wanted: bool = True) -> None:
         """Renumbers positions densely and turns the keys; does nothing where it is not wanted."""
         flag = torch.full((), wanted, dtype=torch.bool, device=self.device)
-        with self.ranges(REBASE):
+        with self.ranges(REBASE[0]):
             self.table.get(REBASE, rebase)(
                 self.state, self.cursor, self.weights.inverse_frequencies, flag
             )
@@ -337,7 +345,9 @@ class Graphs:
         """Names of all graphs that this brain can ever need, in order of warm-up; without
         ``edits`` all but theirs. None in eager mode.
         """
-        return tuple(name for name in self.table if edits or name not in self._of_edits)
+        return tuple(
+            graph.name for key, graph in self.table.items() if edits or key not in self._of_edits
+        )
 
     # Warm-up
 
@@ -382,13 +392,13 @@ class Graphs:
             self.rebase(wanted=False)
 
     def _rehearse_tick(self, bucket: int) -> Iterator[Graph]:
-        yield self.table[_read_name(1, bucket)]
+        yield self.table["read", 1, bucket]
         self.begin_step()
         zero = self._zeros(1)
         reading = self.read(zero, zero.add(0), self._zeros(), high_water=bucket)
         yield self.table[CHOOSE]
         choice = self.choose(reading, Forced(zero, zero.to(torch.uint8)))
-        yield self.table[_patch_name(1, "tick")]
+        yield self.table["patch tick", 1, 0]
         self._rehearse_patch(choice.plan(reading))
         if self.spec.lookup is not None:
             yield self.table[PROPOSE]
@@ -397,12 +407,12 @@ class Graphs:
     def _rehearse_ahead(self, width: int, bucket: int) -> Iterator[Graph]:
         proposal = Proposal(self._zeros(width - 1), self._zeros())
         zeros = self._zeros(width)
-        yield self.table[_read_ahead_name(width, bucket)]
+        yield self.table["read ahead", width, bucket]
         self.begin_step()
         reading = self.read_ahead(proposal, high_water=bucket)
-        yield self.table[_choose_ahead_name(width)]
+        yield self.table["choose", width, 0]
         accepted = self.choose_ahead(proposal, reading, Forced(zeros, zeros.to(torch.uint8)))
-        yield self.table[_patch_name(width, "tick")]
+        yield self.table["patch tick", width, 0]
         self._rehearse_patch(accepted.plan(reading))
         self.propose()
 
@@ -411,15 +421,15 @@ class Graphs:
         self.patch(plan)
 
     def _rehearse_edit(self, width: int, bucket: int) -> Iterator[Graph]:
-        yield self.table[_read_name(width, bucket)]
+        yield self.table["read", width, bucket]
         self.begin_step()
         zeros = self._zeros(width)
         reading = self.read(zeros, zeros.add(0), self._zeros(), high_water=bucket)
-        yield self.table[_surprise_name(width)]
+        yield self.table["surprise", width, 0]
         # Held until the patch is done, as an edit holds it: a CUDA graph remembers what was gone.
         nats = self.surprises(reading.logits, zeros)
         scored = Study(nats, reading.new_keys, reading.new_values)
-        yield self.table[_patch_name(width, "edit")]
+        yield self.table["patch edit", width, 0]
         self.patch(self.empty_edit(width, scored))
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -465,21 +475,11 @@ class Uncaptured:
         patch(self._graphs.state, self._graphs.cursor, plan)
 
 
-def _read_name(width: int, bucket: int) -> str:
-    return f"read T={width} bucket={bucket}"
-
-
-def _read_ahead_name(width: int, bucket: int) -> str:
-    return f"read ahead T={width} bucket={bucket}"
-
-
-def _choose_ahead_name(width: int) -> str:
-    return f"{CHOOSE} T={width}"
-
-
-def _surprise_name(width: int) -> str:
-    return f"surprise T={width}"
-
-
-def _patch_name(width: int, kind: str) -> str:
-    return f"patch {kind} W={width}"
+def _name(key: Key) -> str:
+    """A graph's name, as reports and profilers show it."""
+    kind, width, bucket = key
+    if key in (CHOOSE, PROPOSE, REBASE):
+        return kind
+    if kind.startswith("patch"):
+        return f"{kind} W={width}"
+    return f"{kind} T={width}" + (f" bucket={bucket}" if bucket else "")

@@ -69,8 +69,13 @@ class Proposal(NamedTuple):
 
 
 def propose(state: State, cursor: Cursor, lookup: Lookup, ends: tuple[int, ...] = ()) -> Proposal:
-    """What followed the latest of the longest matches of the last tokens. None of ``ends``, tokens
-    that end a text, is ever proposed.
+    """What followed the latest of the longest matches of the last tokens.
+
+    Args:
+        state: The memory.
+        cursor: The token that is read next.
+        lookup: How to look up.
+        ends: Tokens that end a text: none of them is ever proposed.
 
     Tokens match where they stand at consecutive positions: nothing is found across a row that was
     forgotten, until re-basing closes the gap. What is found may reach up to the cursor's token;

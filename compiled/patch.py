@@ -178,7 +178,13 @@ def _put(held: Tensor, slots: Tensor | None, content: Tensor) -> None:
 
 
 def patch(state: State, cursor: Cursor, plan: Plan) -> None:
-    """Applies the plan in place, wholly or, where anything is raised, not at all."""
+    """Applies a plan in place, wholly or, where anything is raised, not at all.
+
+    Args:
+        state: The memory.
+        cursor: Its cursor.
+        plan: What to change; it is only read.
+    """
     erasure = None if plan.erase is None else _erasure(plan.erase, state.valid)
     writes = [] if erasure is None else _erasures(state, plan, erasure)
     if torch.compiler.is_compiling():
@@ -217,6 +223,12 @@ def rebase(state: State, cursor: Cursor, inverse_frequencies: Tensor, wanted: Te
     Every key is turned once, by the whole difference, in float32 from float64 angles: one rounding
     to the cache's dtype, where turning step by step would round a thousand times. The cursor comes
     to stand on the newest row, or behind it if its token has no row yet.
+
+    Args:
+        state: The memory.
+        cursor: Its cursor.
+        inverse_frequencies: [head_dim / 2] float64, radians per position.
+        wanted: [] bool.
     """
     moving = state.valid & wanted  # [capacity]
     dense = torch.where(moving, dense_positions(state.valid, state.position), state.position)

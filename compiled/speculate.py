@@ -68,8 +68,17 @@ def choose_ahead(
     """Chooses from the reading of the cursor's token and those proposed behind it.
 
     The cursor's token must have no row yet, at least T slots must be free, and T rows more must
-    not make a tick forget any. ``forced`` [T] takes the place of what would be drawn, as in
-    ``choose``, token by token.
+    not make a tick forget any.
+
+    Args:
+        state: The memory that was read.
+        cursor: The first token that was read.
+        proposal: The T - 1 tokens behind it.
+        reading: What the read returned.
+        sampling: Settings of the draw.
+        forced: [T] tokens to take instead of draws, as in ``choose``.
+        method: What shapes the draw.
+        eviction: What decides which rows stay.
     """
     width = reading.logits.shape[0]
     eviction = dataclasses.replace(eviction, culling=Culling(target=0), keep_score=_no_score)

@@ -49,10 +49,7 @@ def row_bytes(plan: Plan, name: str, row: int) -> npt.NDArray[np.uint8]:
     """What row ``row`` of the plan should leave in its slot."""
     if name == "valid":
         return np.array([1], np.uint8)
-    if name in ("keys", "values"):
-        tensor = getattr(plan, name)[:, :, row]
-    else:
-        tensor = plan.rows[name][row]
+    tensor = getattr(plan, name)[:, :, row] if name in ("keys", "values") else plan.rows[name][row]
     return np.frombuffer(raw_bytes(tensor), np.uint8)
 
 
