@@ -6,13 +6,15 @@ Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_one_tick
 patch, three calls with no number crossing between host and device.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from brain import saves
 from brain.actions import Action, Append, Edit, Limits, integer, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.config.settings import Settings
@@ -349,11 +351,53 @@ class Brain:
         with self.graphs.naming(WARM_UP):
             yield from self.graphs.warm_up(edits=edits)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the whole brain to a folder; ``brain.load`` goes on with the same token."""
-        from brain.saves import save
+    def snapshot(self) -> saves.Snapshot:
+        """Copies on the host of everything that the brain is at this moment."""
+        return saves.Snapshot(
+            model_sha256=self.checkpoint.sha256,
+            rows=saves.occupied_rows(self.state),
+            cursor=Cursor(*(tensor.cpu().clone() for tensor in self.cursor)),
+            high_water=self.memory.high_water,
+            unfinished=self.unfinished,
+            conf=saves.plain(self.conf),
+        )
 
-        save(self, folder)
+    def resume(self, snapshot: saves.Snapshot) -> None:
+        """Becomes what a snapshot holds, which ``saves.read`` has checked. Settings stay."""
+        try:
+            self.memory.restore(snapshot.rows, snapshot.cursor, snapshot.high_water)
+        finally:  # where that fails, nothing is remembered
+            self.speak_on(snapshot.unfinished)
+
+    def save(self, folder: str | Path, notes: Any = None) -> None:
+        """Writes the whole brain to a folder; ``brain.load`` goes on with the same token.
+
+        Args:
+            folder: a new one, or one that holds a save, which is replaced.
+            notes: plain JSON that ``restore`` returns.
+
+        Raises:
+            Refused: the folder holds anything else, or cannot be written.
+
+        """
+        saves.write(folder, self.snapshot(), notes)
+
+    def restore(self, folder: str | Path) -> Any:
+        """Becomes the brain that was saved in a folder, with the settings of this one.
+
+        Returns:
+            The notes that were saved with it.
+
+        Raises:
+            OtherWeights: it was saved with another model. Nothing has changed.
+            Refused: the save is damaged or does not fit. Nothing has changed.
+
+        """
+        snapshot, notes = saves.read(
+            folder, self.checkpoint, self.state, self.cursor, self.most_pinned
+        )
+        self.resume(snapshot)
+        return notes
 
     @property
     def unfinished(self) -> bytes:
@@ -363,15 +407,6 @@ class Brain:
     def speak_on(self, unfinished: bytes) -> None:
         """Takes another beginning of a character for the one that the stream has begun."""
         self._speech = self._new_speech(unfinished)
-
-    def restore(
-        self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int, unfinished: bytes
-    ) -> None:
-        """Takes over what was saved, as ``saves.py`` has checked it."""
-        try:
-            self.memory.restore(rows, cursor, high_water)
-        finally:  # where that fails, nothing is remembered
-            self.speak_on(unfinished)
 
     # Inside
 

@@ -11,7 +11,7 @@ from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused, one_line, shown
 from brain.files import TOKENIZER_BYTES, read_json
-from brain.machine.digest import files_sha256
+from brain.machine.integrity import files_sha256
 from brain.machine.memory import give_back_freed
 from brain.tokens import load_tokenizer
 

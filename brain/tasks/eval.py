@@ -55,7 +55,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     brain: Brain | None = None
     if "endurance" in task.measures:
         brain = Brain(checkpoint, settings, conf)
-        capture_graphs(brain)
+        capture_graphs(brain.graphs)
         brain.prime(conf.prompt, conf.source)
     report: dict[str, Any] = {
         "model": checkpoint.name,

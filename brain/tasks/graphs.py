@@ -19,7 +19,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     engine = dataclasses.replace(conf.engine, compiled=True)
     note(f"loading {conf.model.name} …")
     brain = open_brain(dataclasses.replace(conf, engine=engine))
-    capture_graphs(brain)
+    capture_graphs(brain.graphs)
     rows = [
         {
             "name": graph.name,

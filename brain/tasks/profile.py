@@ -38,7 +38,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     note(f"loading {conf.model.name} …")
     brain = open_brain(conf)
     with contextlib.nullcontext() if conf.nvtx else kernels_named():
-        capture_graphs(brain)
+        capture_graphs(brain.graphs)
         brain.graphs.named("prime", brain.prime, conf.prompt, conf.source)
         naming, brain.graphs.naming = brain.graphs.naming, None
         plain = [_timed(brain) for _ in range(UNWATCHED_TICKS + task.ticks)][UNWATCHED_TICKS:]

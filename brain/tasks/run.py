@@ -71,7 +71,7 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
     started = time.perf_counter()
     with without_collection():
         brain = open_brain(conf)
-        capture_graphs(brain, edits=_edits_soon(brain, conf))
+        capture_graphs(brain.graphs, edits=_edits_soon(brain, conf))
     captured()
     chronicle = Chronicle(run_dir, brain, conf)
     went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source))

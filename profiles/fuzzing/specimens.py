@@ -28,7 +28,6 @@ from brain.record.captures import CaptureWriter
 from brain.record.commands import send
 from brain.record.heatmap import remembered, write_rows
 from brain.record.run_record import Chronicle
-from brain.saves import save
 from fuzzing.formats import gguf_marks
 
 TEXT = "he said hello, all a bell "
@@ -161,7 +160,7 @@ class Specimens:
         for _ in mind.stream(ticks=2):
             pass
         mind.observer = None
-        save(mind, self.save)
+        mind.save(self.save)
         write_rows(remembered(mind), self.run / "memory.json")
         self.record.mkdir()
         chronicle = Chronicle(self.record, mind, mind.conf)

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from brain import saves
+from brain import opening
 from brain.brain import Brain
 from brain.checkpoints import open_folder, wheel
 from brain.checkpoints.gguf_file import convert_gguf
@@ -24,12 +24,12 @@ from brain.errors import Refused
 from brain.measure.evaluation.texts import read_text
 from brain.measure.golden.check import check
 from brain.measure.golden.files import golden_names
-from brain.opening import open_brain
+from brain.opening import load, open_brain
 from brain.record.commands import INBOX, Inbox, parse_batch
 from brain.record.heatmap import in_terminal, remembered
 from brain.record.journal import read_journal
 from brain.record.run_record import Chronicle
-from brain.saves import load, restore, sealed
+from brain.saves import sealed
 from brain.tasks import inspect
 from brain.tokens import StreamDecoder, load_tokenizer
 from conf.schema import Conf, InspectTask
@@ -229,13 +229,13 @@ def save(case: Case) -> None:
     _damage_save(case, folder)
     if rng.random() < 0.3:
         try:
-            with mock.patch.object(saves, "open_brain", _open_uncompiled):
+            with mock.patch.object(opening, "open_brain", _open_uncompiled):
                 mind = load(folder)
         except _WouldCompileError:
             return
     else:
         mind = case.specimens.brain
-        restore(mind, folder)
+        mind.restore(folder)
     if len(mind):
         mind.tick()
         mind.tick()

@@ -12,11 +12,12 @@ from fuzzing.specimens import TEXT, Specimens
 
 import brain
 from brain.errors import Refused
-from brain.machine.digest import file_sha256
+from brain.machine.integrity import file_sha256
+from brain.opening import load
 from brain.record.commands import ANSWERS, INBOX, LONGEST_LINE, MOST_AT_ONCE, Inbox, parse_batch
 from brain.record.lock import LOCK, sole_writer
 from brain.record.run_record import Chronicle
-from brain.saves import DESCRIPTION, TENSORS, load, restore, sealed
+from brain.saves import DESCRIPTION, TENSORS, sealed
 
 # Saves --------------------------------------------------------------------------------------------
 
@@ -62,10 +63,10 @@ def test_numbers_that_no_run_comes_to_are_refused(
     specimens: Specimens, tmp_path: Path, name: str, value: bytes
 ) -> None:
     folder = specimens.copy(specimens.save, tmp_path / "save")
-    restore(specimens.brain, folder)
+    specimens.brain.restore(folder)
     poke(folder, name, value)
     with pytest.raises(Refused, match=r"cursor|source|born|lit|positions|brightness"):
-        restore(specimens.brain, folder)
+        specimens.brain.restore(folder)
 
 
 @pytest.mark.parametrize("group", ["sampler", "engine", "cull", "model"])
@@ -98,7 +99,7 @@ def test_a_save_larger_than_its_rows_is_not_read(specimens: Specimens, tmp_path:
     with (folder / TENSORS).open("ab") as file:
         file.truncate(1 << 41)
     with pytest.raises(Refused, match=r"damaged|larger|cannot be read"):
-        restore(specimens.brain, folder)
+        specimens.brain.restore(folder)
 
 
 @pytest.mark.parametrize(
