@@ -13,7 +13,8 @@ from brain.files import RECORD_BYTES, given_path, open_plain, read_json
 from brain.record.captures import TOP_IN_JSON
 from brain.record.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
 from brain.record.numbered_saves import NumberedSaves
-from brain.record.run_record import RUN, SAVES, TRANSCRIPT
+from brain.record.run_files import TRANSCRIPT
+from brain.record.run_record import SAVES, SETTINGS
 from brain.saves import TENSORS
 from brain.terminal import note
 from conf.schema import Conf, InspectTask
@@ -23,7 +24,7 @@ DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 UNREADABLE = (*DAMAGED, OSError, MemoryError, SafetensorError)
 
 CAPTURES = "captures"
-TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{RUN}")
+TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{SETTINGS}")
 """What a run leaves in its folder, whenever it is killed."""
 
 

@@ -21,7 +21,7 @@ from brain.opening import open_brain
 from brain.record.captures import CaptureWriter
 from brain.record.heatmap import FILE, remembered, write_rows
 from brain.record.lock import sole_writer
-from brain.record.run_record import Chronicle
+from brain.record.run_record import RunRecord
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
@@ -73,20 +73,20 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
         brain = open_brain(conf)
         capture_graphs(brain.graphs, edits=_edits_soon(brain, conf))
     captured()
-    chronicle = Chronicle(run_dir, brain, conf)
-    went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source))
+    record = RunRecord(run_dir, brain, conf)
+    went_on = record.begin(lambda: brain.prime(conf.prompt, conf.source))
     if conf.capture:
         brain.observer = CaptureWriter(run_dir / "captures", brain, conf.capture_top)
     if went_on:
-        note(f"going on after {chronicle.spoken} tokens")
+        note(f"going on after {record.spoken} tokens")
     if sys.stderr.isatty():
         note(f"\033[2m{conf.prompt}\033[0m")
     primed = time.perf_counter()
-    before = chronicle.spoken
-    ended = _speak(brain, conf, chronicle)
-    count, spoken = chronicle.spoken - before, time.perf_counter() - primed
+    before = record.spoken
+    ended = _speak(brain, conf, record)
+    count, spoken = record.spoken - before, time.perf_counter() - primed
     write_rows(remembered(brain), run_dir / FILE)
-    _write_report(brain, conf, run_dir / "run.json", chronicle.tokens(), primed - started, spoken)
+    _write_report(brain, conf, run_dir / "run.json", record.tokens(), primed - started, spoken)
     note(
         f"{count} tokens in {spoken:.1f} s ({count / spoken:.1f} per second), "
         f"{len(brain)} of {brain.capacity} rows remembered, ready after {primed - started:.1f} s; "
@@ -102,27 +102,27 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
         raise ended
 
 
-def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> BaseException | None:
+def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
     """Prints and records every token until there are enough; returns what ended it before that, to
     be raised when everything is written: somebody who asked to stop, or a full memory.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
-    before = chronicle.spoken
+    before = record.spoken
     ended: BaseException | None = None
     with asked_to_stop() as asked:
-        chronicle.inbox.look()  # what came behind the last token, when the run was killed
+        record.inbox.poll()  # what came behind the last token, when the run was killed
         try:
-            while chronicle.spoken < conf.ticks and chronicle.last not in ending and not ended:
-                _print(chronicle.said(*brain.speak(conf.ticks - chronicle.spoken)))
-                chronicle.inbox.look()
-                chronicle.rest()
+            while record.spoken < conf.ticks and record.last not in ending and not ended:
+                _print(record.record_ticks(*brain.speak(conf.ticks - record.spoken)))
+                record.inbox.poll()
+                record.save_if_due()
                 ended = KeyboardInterrupt() if asked() else None
         except MemoryFull as full:  # the end of a run with cull=none
             ended = full
-        chronicle.save()
+        record.save()
         rest = brain.finish_text()
-        chronicle.finish(rest)
-    if chronicle.spoken > before:
+        record.finish(rest)
+    if record.spoken > before:
         _print(rest + "\n" if sys.stdout.isatty() else rest)
     return ended
 
