@@ -7,7 +7,6 @@ Systems, which ``profiles/nsys.sh`` starts around it, and only names the ranges.
 import contextlib
 import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 
 from brain.brain import Brain
 from brain.errors import Refused
+from brain.machine.environment import environment
 from brain.measure.profiling.picture import draw_timeline
 from brain.measure.profiling.ranges import legible, summary, table
 from brain.measure.profiling.trace import kernels_named, profiler_ranges, record
@@ -61,11 +61,12 @@ def run(conf: Conf, run_dir: Path) -> None:
     rows = table(ranges)
     print(legible(rows))
     print(f"a tick without the profiler: {unwatched:.1f} µs")
+    here = environment(brain.device)
     report: dict[str, Any] = {
-        "profiler": f"torch.profiler {torch.__version__}",
-        "platform": platform.platform(),
-        "device": str(brain.device),
-        "threads": torch.get_num_threads(),
+        "profiler": f"torch.profiler {here['torch']}",
+        "platform": here["platform"],
+        "device": here["device"],
+        "threads": here["threads"],
         "model": brain.checkpoint.name,
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,

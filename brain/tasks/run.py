@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from brain.brain import Brain
 from brain.errors import MemoryFull, Refused
 from brain.files import given_path
+from brain.machine.environment import environment
 from brain.machine.graph_cache import kept_graphs
 from brain.machine.memory import without_collection
 from brain.machine.signals import asked_to_stop
@@ -31,10 +29,11 @@ def run(conf: Conf, run_dir: Path) -> None:
 
     Writes ``transcript.txt`` (the exact text), ``tokens.txt``, ``run.json`` (ids, timings,
     versions), ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was
-    replaced, by what, when and with what gain), ``saves/`` and, if asked to, ``captures/`` into the
-    run folder. Where the folder has the record of this run already, ended or killed, it goes on
-    with the next token (see ``brain/record/run_record.py``). Between ticks it does what
-    ``commands.jsonl`` there asks for (see ``brain/record/commands.py``).
+    replaced, by what, when and with what gain), ``saves/`` and, with ``capture=true``,
+    ``captures/`` into the run folder. Where the folder has the record of this run already, ended or
+    killed, it goes on with the next token (see ``brain/record/run_record.py``). Between ticks it
+    executes what is added to ``commands.jsonl`` there (see ``brain/record/commands.py``).
+    Raises Refused.
     """
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
@@ -49,9 +48,9 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 
 def _edits_soon(brain: Brain, conf: Conf) -> bool:
-    """Whether to capture the graphs of edits before the first token, too. On a GPU, where they are
-    recorded together with the others; on a CPU, where that is seconds, if edits are to be expected,
-    as repairs are. A prompt needs none of them.
+    """Whether to capture the graphs of edits before the first token, too. On a GPU yes: they are
+    recorded together with the others. On a CPU it takes seconds, so only if there will be repairs.
+    A prompt needs none of them.
     """
     return brain.graphs.device.type == "cuda" or conf.repair.every > 0
 
@@ -66,7 +65,7 @@ def _run(conf: Conf, run_dir: Path) -> None:
 
 
 def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None:
-    """Opens the brain, calls ``captured`` when its graphs are there, and speaks."""
+    """Opens the brain, calls ``captured`` when its graphs are captured, and speaks."""
     note(f"loading {conf.model.name} …")
     started = time.perf_counter()
     with without_collection():
@@ -103,14 +102,16 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
 
 
 def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
-    """Prints and records every token until there are enough; returns what ended it before that, to
-    be raised when everything is written: somebody who asked to stop, or a full memory.
+    """Prints and records every token until there are enough.
+
+    Returns what ended it before that (a request to stop, or a full memory), to be raised when
+    everything is written.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
     before = record.spoken
     ended: BaseException | None = None
     with asked_to_stop() as asked:
-        record.inbox.poll()  # what came behind the last token, when the run was killed
+        record.inbox.poll()  # what came after the last token, if the run was killed
         try:
             while record.spoken < conf.ticks and record.last not in ending and not ended:
                 _print(record.record_ticks(*brain.speak(conf.ticks - record.spoken)))
@@ -120,10 +121,10 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
         except MemoryFull as full:  # the end of a run with cull=none
             ended = full
         record.save()
-        rest = brain.finish_text()
-        record.finish(rest)
+        remainder = brain.finish_text()
+        record.finish(remainder)
     if record.spoken > before:
-        _print(rest + "\n" if sys.stdout.isatty() else rest)
+        _print(remainder + "\n" if sys.stdout.isatty() else remainder)
     return ended
 
 
@@ -135,12 +136,13 @@ def _print(text: str) -> None:
 def _write_report(
     brain: Brain, conf: Conf, path: Path, ids: Sequence[int], ready: float, spoken: float
 ) -> None:
+    here = environment(brain.device)
     report: dict[str, Any] = {
         "model": brain.checkpoint.name,
         "model_sha256": brain.checkpoint.sha256,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(brain.device),
+        "torch": here["torch"],
+        "python": here["python"],
+        "device": here["device"],
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
         "positions": conf.positions.value,
@@ -161,4 +163,4 @@ def _write_report(
         "sampler": dataclasses.asdict(conf.sampler),
     }
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, "utf-8", errors="backslashreplace")  # a path may be no text at all
+    path.write_text(text, "utf-8", errors="backslashreplace")  # a path may not be text

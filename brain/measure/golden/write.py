@@ -6,7 +6,6 @@ float32 run is the noise that a low-precision engine is measured by.
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from brain.checkpoints import Checkpoint
 from brain.errors import Refused, one_line
+from brain.machine.environment import environment
 from brain.measure.golden.cases import TEXT, Case, cases
 from brain.measure.golden.files import Golden, save_golden
 from brain.measure.golden.judge import Distance, Expected, distance, expected_of
@@ -42,14 +42,15 @@ def write(conf: Conf, folder: Path, names: Sequence[str]) -> list[str]:
     cpu = torch.device("cpu")
     checkpoint = open_checkpoint(conf.model, conf.cache_dir, torch.float32, cpu, int8=False)
     passage, ids = _passage(folder, checkpoint)
+    here = environment(cpu)
     made = {
         "by": "Hugging Face transformers, LlamaForCausalLM, masked passes without a cache",
         "transformers": library.__version__,
-        "torch": torch.__version__,
+        "torch": here["torch"],
         "dtype": "float32",
-        "device": "cpu",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "platform": platform.platform(),
+        "device": here["device"],
+        "cpu": here["cpu"],
+        "platform": here["platform"],
     }
     groups: dict[str | None, list[Case]] = {}
     chosen = chosen_cases(cases(ids), names)
