@@ -60,6 +60,6 @@ def run(conf: Conf, run_dir: Path) -> None:
     note(table(outcomes))
     failed = [outcome for outcome in outcomes if outcome.verdict.failure is not None]
     if failed:
-        told = "; ".join(f"{outcome.title}: {outcome.verdict.failure}" for outcome in failed)
-        raise Mismatch(f"{len(failed)} of {len(outcomes)} golden runs differ: {told}")
+        failures = "; ".join(f"{outcome.title}: {outcome.verdict.failure}" for outcome in failed)
+        raise Mismatch(f"{len(failed)} of {len(outcomes)} golden runs differ: {failures}")
     note(f"{len(outcomes)} golden runs agree ({engine}, {conf.dtype.value}); {run_dir}")

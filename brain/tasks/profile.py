@@ -26,7 +26,7 @@ from brain.terminal import capture_graphs, note
 from conf.schema import Conf, ProfileTask, WeightFormat
 
 UNWATCHED_TICKS = 5
-"""Before the session: CUDA graphs differ on their first runs, and so does a cold cache."""
+"""Ticks before those that are timed: the first runs of CUDA graphs and of a cold cache differ."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
@@ -87,7 +87,7 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 
 def _check(task: ProfileTask, conf: Conf) -> None:
-    """Raises Refused for what cannot be watched, or would not be."""
+    """Raises Refused for settings that do not apply to a profile."""
     if task.ticks < 1:
         raise Refused(f"task.ticks must be at least 1, not {task.ticks}")
     if conf.lookup.width:
@@ -107,7 +107,7 @@ def _timed(brain: Brain) -> float:
 
 @contextlib.contextmanager
 def _profiled(device: torch.device) -> Iterator[None]:
-    """What Nsight Compute is to look at, where it was told to wait for it (``profiles/ncu.sh``)."""
+    """Marks what Nsight Compute records if it was started to wait for it (``profiles/ncu.sh``)."""
     if device.type != "cuda":
         yield
         return
@@ -119,5 +119,5 @@ def _profiled(device: torch.device) -> Iterator[None]:
 
 def _title(report: dict[str, Any]) -> str:
     rounded = ["int8 weights"] if report["weights"] == WeightFormat.int8.value else []
-    told = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
-    return ", ".join([*told, report["profiler"]])
+    facts = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
+    return ", ".join([*facts, report["profiler"]])

@@ -95,7 +95,7 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
     if account.proposed:
         note(
             f"lookup: {account.tokens / account.passes:.2f} tokens per read, {account.accepted} of "
-            f"{account.proposed} proposed tokens said"
+            f"{account.proposed} proposed tokens accepted"
         )
     if ended is not None:
         raise ended

@@ -140,8 +140,8 @@ def measure_retrieval(
     print(f"{'policy':<34} {'rows':>5} {distances} {'nats/token':>11}")
     for policy, budget in entries:
         cells = [r for r in rows if (r["policy"], r["budget"]) == (policy.label, budget)]
-        told = {cell["distance"]: cell for cell in cells}
-        asked = [told[retrieval.tokens_of(distance, budget)] for distance in task.distances]
+        by_distance = {cell["distance"]: cell for cell in cells}
+        asked = [by_distance[retrieval.tokens_of(distance, budget)] for distance in task.distances]
         shares = "".join(f"{c['recall']:>7.2f} ± {c['standard_error']:.2f}" for c in asked)
         print(f"{policy.label:<34} {budget:>5} {shares} {cells[0]['nll']:>11.4f}")
     plots.plot_recall(rows, run_dir / "retrieval.png")
@@ -166,11 +166,11 @@ def measure_repair(
             texts = excerpts(ids, task.pairs, budget + task.horizon, where)
             row = mending.measure(mended, dropped, texts, ticks, task.horizon, bar.update)
             rows.append({"budget": budget, **row})
-            told = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+            difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
             error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
             better = "" if row["better"] is None else f"{row['better']:.0%}"
             counts = f"{budget:>5} {row['pairs']:>6} {row['repaired']:>9}"
-            tqdm.write(f"{counts} {told + error:>20} {better:>10}")
+            tqdm.write(f"{counts} {difference + error:>20} {better:>10}")
     return rows
 
 

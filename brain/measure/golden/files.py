@@ -132,10 +132,10 @@ def _count(value: Any) -> int:
     return value
 
 
-def _distance(told: Any) -> Distance:
-    if not all(type(number) in (int, float) for number in told.values()):
+def _distance(described: Any) -> Distance:
+    if not all(type(number) in (int, float) for number in described.values()):
         raise TypeError("noise holds something else than numbers")
-    return Distance(**told)
+    return Distance(**described)
 
 
 def _check_shapes(expected: Expected, path: Path) -> None:

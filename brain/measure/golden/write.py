@@ -129,7 +129,7 @@ def _passage(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], list
         raw = path.read_bytes()
         ids = checkpoint.tokenizer.encode(raw.decode("utf-8"))
         about = folder / ABOUT_PASSAGE
-        told = json.loads(about.read_text("utf-8")) if about.exists() else {}
+        described = json.loads(about.read_text("utf-8")) if about.exists() else {}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise Refused(
@@ -137,4 +137,4 @@ def _passage(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], list
         ) from None
     if len(ids) < TEXT:
         raise Refused(f"{path}: {len(ids)} tokens, but {TEXT} are read; use a longer text")
-    return {"file": PASSAGE, "sha256": hashlib.sha256(raw).hexdigest(), **told}, ids
+    return {"file": PASSAGE, "sha256": hashlib.sha256(raw).hexdigest(), **described}, ids
