@@ -168,7 +168,7 @@ def test_a_process_that_fails_says_why_in_one_line(
         "kill -SEGV $$": "killed by SIGSEGV",
         "echo 'Traceback' >&2; echo 'RuntimeError: no room' >&2; exit 1": "RuntimeError: no room",
         "echo 'refused: not a model' >&2; exit 2": "not a model",
-        "exit 3": "it said nothing",
+        "exit 3": "it printed no error",
         "echo hello": "it printed no result",
     }.items():
         interpreter.write_text(f"#!/bin/sh\n{script}\n")

@@ -229,7 +229,7 @@ def test_a_command_to_a_run_that_has_ended_waits_for_it(tiny_folder: Path, tmp_p
     call(tmp_path, tiny_folder, *arguments)
     order = '[{"do": "inject", "text": "hi", "source": "tool"}]'
     done = call(tmp_path, tiny_folder, "task=command", "task.path=out", f"task.actions={order}")
-    assert "nobody runs in" in done.stderr
+    assert "is not running" in done.stderr
     assert not (tmp_path / "out" / ANSWERS).exists()
     call(tmp_path, tiny_folder, *arguments)
     assert (tmp_path / "out" / ANSWERS).exists()
