@@ -21,7 +21,6 @@ from brain.files import given_path
 from brain.machine.cpu_operator import begin_native_decoder
 from brain.saves import read_description
 from compiled.compiler import prepared
-from compiled.read_cpu import formats
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 MOST_THREADS = 1024
@@ -74,13 +73,12 @@ def open_brain(conf: Conf) -> Brain:
     """Opens the brain that a configuration describes. Raises Refused if it cannot be used."""
     settings = settings_of(conf)
     use_threads(conf.threads)
-    int8 = conf.weights is WeightFormat.int8
-    if settings.compiled and settings.device.type == "cpu":  # both run while weights are loaded
-        wanted = formats(settings.dtype, settings.device, int8=int8) if settings.native else None
-        if wanted is not None:
-            begin_native_decoder(wanted, settings.cache)
+    if settings.graphs.compiled and settings.device.type == "cpu":
+        # Both run while weights are loaded.
+        if settings.operator is not None:
+            begin_native_decoder(settings.operator, settings.cache)
         prepared()
-    return Brain(checkpoint_of(conf, settings), settings, conf)
+    return Brain(checkpoint_of(conf, settings), settings)
 
 
 def use_threads(threads: int | None) -> None:

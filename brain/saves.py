@@ -26,7 +26,7 @@ from brain.errors import Refused, one_line, shown
 from brain.files import RECORD_BYTES, given_path, open_plain, read_json
 from brain.machine.integrity import file_sha256, to_disk
 from brain.mirror import SOURCES
-from compiled.state import NOWHERE, Cursor, State, state_bytes
+from compiled.state import COLUMNS, NOWHERE, ROW_COLUMNS, Cursor, State, state_bytes
 from conf.schema import Conf
 
 FORMAT = 3
@@ -40,7 +40,8 @@ LONGEST_CHARACTER = 4
 MOST_SLOTS = 1 << 40
 MOST_OVERHEAD = 1 << 20
 """Bytes of the tensor file that are not rows: header and cursor."""
-_ROW_AXIS = {"keys": 2, "values": 2}
+_ROW_AXIS = {"keys": 2, "values": 2, **dict.fromkeys(ROW_COLUMNS, 0)}
+"""What a save holds of a row, and the axis of slots in it."""
 
 
 class OtherWeights(Refused):
@@ -69,9 +70,8 @@ def occupied_rows(state: State) -> dict[str, Tensor]:
     """The rows of a snapshot: copies on the host of the occupied slots of every column."""
     slots = torch.nonzero(state.valid)[:, 0]
     rows = {
-        name: column.index_select(_ROW_AXIS.get(name, 0), slots).cpu().contiguous()
-        for name, column in state._asdict().items()
-        if name != "valid"
+        name: getattr(state, name).index_select(axis, slots).cpu().contiguous()
+        for name, axis in _ROW_AXIS.items()
     }
     return rows | {"slot": slots.cpu()}
 
@@ -262,11 +262,14 @@ def _tensors(
     if len(slot) and (slot.min() < 0 or slot.max() >= MOST_SLOTS or (slot.diff() <= 0).any()):
         raise Refused(f"{path}: slots are not ascending")
     rows = {"slot": slot}
-    for name, column in state._asdict().items():
-        if name != "valid":
-            shape = list(column.shape)
-            shape[_ROW_AXIS.get(name, 0)] = len(slot)
-            rows[name] = _checked(saved.pop(name, None), shape, column.dtype, f"{path}: {name}")
+    for name, axis in _ROW_AXIS.items():
+        column = getattr(state, name)
+        shape = list(column.shape)
+        shape[axis] = len(slot)
+        older = COLUMNS[name].older if name in COLUMNS else None
+        if older is not None:  # the save may be from before the column
+            saved.setdefault(name, torch.full(shape, older, dtype=column.dtype))
+        rows[name] = _checked(saved.pop(name, None), shape, column.dtype, f"{path}: {name}")
     found = Cursor(
         *(
             _checked(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.choose import Conduct, Forced, follow
+from compiled.choose import Eviction, Forced, follow
 from compiled.llama import LlamaConfig, Weights
 from compiled.patch import patch
 from compiled.read import read
@@ -48,7 +48,7 @@ def advance(
     weights: Weights,
     memories: Memories,
     tokens: Tensor,
-    conduct: Conduct,
+    eviction: Eviction,
     source: int,
     *,
     bucket: int,
@@ -62,7 +62,7 @@ def advance(
         one = torch.ones((), dtype=torch.int64, device=token.device)
         reading = read(config, weights, state, cursor.token, cursor.position, one, bucket=bucket)
         spoken = Forced(token, torch.full_like(cursor.source, source))
-        choice = follow(state, cursor, reading, spoken, conduct)
+        choice = follow(state, cursor, reading, spoken, eviction)
         patch(state, cursor, choice.plan(reading))
         return choice.surprise
 

@@ -106,3 +106,33 @@ class _Entered:
             given = (call.__globals__, call.__name__, call.__defaults__, call.__closure__)
             self._graph = FunctionType(made[0].code, *given)
         return returned
+
+
+class Graph:
+    """Stand-in until the merge."""
+
+    def __init__(self, name: str, function: Callable[..., Any], device: torch.device) -> None:
+        self.name, self._function, self._device = name, function, device
+        self._capture = Capture(name)
+        self._enter: Callable[..., Any] | None = None
+
+    @property
+    def compilations(self) -> int:
+        return self._capture.compilations
+
+    @property
+    def seconds(self) -> float:
+        return self._capture.seconds
+
+    @property
+    def modules(self) -> list[GraphModule]:
+        return self._capture.modules
+
+    @property
+    def is_direct(self) -> bool:
+        return bool(getattr(self._enter, "is_direct", False))
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._enter is None:
+            self._enter = captured(self._function, self._capture, self._device)
+        return self._enter(*arguments)

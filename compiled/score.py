@@ -32,13 +32,13 @@ class Novelty:
     decay: float = 0.9
 
     @property
-    def fresh(self) -> float:
+    def own_share(self) -> float:
         """Share of a token's own surprise in the mean that it joins."""
         return 1.0 - self.decay
 
 
 @dataclass(frozen=True)
-class Forgetting:
+class Culling:
     """Constants of culling. Protected are the first ``sinks`` positions, the newest ``recent``
     positions and pinned rows. ``target`` 0 means that nothing is ever culled. ``at_once``: straight
     to the target, however far above it the count is; otherwise at most two rows a tick.
@@ -54,7 +54,7 @@ MOST_CULLED = 2
 """Rows culled in one tick, at most, unless they go at once."""
 
 
-def cull_count(count: int, constants: Forgetting) -> int:
+def cull_count(count: int, constants: Culling) -> int:
     """How many rows a tick culls: below the target none, at the target one, above it two; or as
     many as bring the count back to the target once the tick's own row is there.
     """
@@ -87,7 +87,7 @@ def running_novelty(before: Nats, surprise: Nats, constants: Novelty) -> Nats:
     """Novelty of the next token at birth, in nats: an exponential mean of surprise up to it. Of the
     device's numbers or the host's.
     """
-    return constants.decay * before + constants.fresh * surprise
+    return constants.decay * before + constants.own_share * surprise
 
 
 def echo(state: State, at: Tensor, strength: Tensor, constants: Novelty) -> Tensor:
@@ -114,7 +114,7 @@ def seed_brightness(source: Tensor, constants: Brightness) -> Tensor:
 
 
 def decide_cull(
-    state: State, cursor: Cursor, keep_scores: Tensor, constants: Forgetting
+    state: State, cursor: Cursor, keep_scores: Tensor, constants: Culling
 ) -> tuple[Tensor, Tensor]:
     """Which rows to forget, as many as ``cull_count`` says.
 
@@ -146,7 +146,7 @@ def decide_cull(
     return cull, torch.stack(chosen)
 
 
-def may_go(state: State, cursor: Cursor, constants: Forgetting) -> Tensor:
+def may_go(state: State, cursor: Cursor, constants: Culling) -> Tensor:
     """Rows that are not protected: [capacity] bool."""
     return (
         state.valid

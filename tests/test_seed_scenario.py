@@ -117,7 +117,7 @@ def test_862_rows_stay_862_until_the_patch(
         assert digests(brain.state) == before
         assert addresses(brain.state) == places
         assert (int(step.cursor.token[0]), int(step.cursor.position[0])) == (prompt[-1], 861)
-        assert int(step.plan.rows.length) == 0  # the row of the token read is there already
+        assert int(step.plan.length) == 0  # the row of the token read is there already
         chosen.append(int(step.choice.token[0]))
 
     brain.observer = look
@@ -140,7 +140,7 @@ def test_862_rows_stay_862_until_the_patch(
     assert brain.tick().count == len(brain) == PROMPT + 1
     assert brain.mirror.token_id.tolist() == [*prompt, tick.token]
     assert addresses(brain.state) == places
-    captures = brain.graphs.captures.values()
+    captures = brain.graphs.captured.values()
     assert {graph.compilations for graph in captures} == ({1} if engine == "compiled" else set())
 
 

@@ -88,12 +88,13 @@ class CaptureWriter:
             "choose.out.surprise": step.choice.surprise,
             "patch.in.cull": step.plan.cull,
             "patch.in.culled_positions": step.choice.culled,
-            "patch.in.brightness": step.plan.brightness,
-            "patch.in.lit": step.plan.lit,
-            "patch.in.novelty": step.plan.novelty,
+            "patch.in.brightness": step.plan.updates["brightness"],
+            "patch.in.lit": step.plan.updates["lit"],
+            "patch.in.novelty": step.plan.updates["novelty"],
         }
         tensors |= {f"choose.in.{k}": v for k, v in brain.graphs.sampling._asdict().items()}
-        tensors |= {f"patch.in.row.{k}": v for k, v in step.plan.rows._asdict().items()}
+        tensors |= {f"patch.in.row.{k}": v for k, v in step.plan.rows.items()}
+        tensors["patch.in.row.length"] = step.plan.length
         tensors |= {f"patch.in.cursor.{k}": v for k, v in step.plan.cursor._asdict().items()}
         logits = step.reading.logits[0]
         if self._top:
@@ -111,7 +112,7 @@ class CaptureWriter:
         pending = step.cursor.token
         seen = torch.cat([torch.where(state.valid, state.token_id, pending), pending])
         penalised = penalize_some(step.reading.logits[0], seen, sampling.repetition_penalty)
-        method = self._brain.settings.method
+        method = self._brain.settings.graphs.method
         if method.greedy:
             best = penalised.argmax(-1, keepdim=True)
             return torch.zeros(1, device=best.device), best
@@ -168,12 +169,12 @@ class CaptureWriter:
             "4 patch": {
                 "appended": [
                     {
-                        "position": int(step.plan.rows.position[0]),
-                        "token": int(step.plan.rows.token_id[0]),
-                        "source": SOURCES[int(step.plan.rows.source[0])],
-                        "surprise": float(step.plan.rows.surprise[0]),
+                        "position": int(step.plan.rows["position"][0]),
+                        "token": int(step.plan.rows["token_id"][0]),
+                        "source": SOURCES[int(step.plan.rows["source"][0])],
+                        "surprise": float(step.plan.rows["surprise"][0]),
                     }
-                ][: int(step.plan.rows.length)],
+                ][: int(step.plan.length)],
                 "culled": list(tick.culled),
                 "rows_afterwards": tick.count,
             },

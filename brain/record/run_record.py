@@ -275,7 +275,7 @@ class RunRecord:
             case {"said": int(token)}:
                 self._write_token(self._brain.tick(token))
             case {"said": list(ids)}:
-                for tick in self._brain.retell(ids):
+                for tick in self._brain.replay(ids):
                     self._write_token(tick)
             case {"heard": str(text), "inbox": int(read)} if read >= 0:
                 try:
@@ -310,7 +310,7 @@ class RunRecord:
             tokens = _without(self._files.tokens(), rows)
             decoder = StreamDecoder(self._brain.tokenizer, at_start=False)
             text = "".join(decoder.push(token) for _, token in tokens)
-            self._brain.speak_on(decoder.unfinished)
+            self._brain.resume_text(decoder.unfinished)
             lines = "".join(f"{tick} {token}\n" for tick, token in tokens)
             for name, content in ((TOKENS, lines), (TRANSCRIPT, text)):
                 self._files.draft(name, number).write_text(content, "utf-8", newline="")

@@ -51,7 +51,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     checkpoint = checkpoint_of(conf, settings)
     brain: Brain | None = None
     if "endurance" in task.measures:
-        brain = Brain(checkpoint, settings, conf)
+        brain = Brain(checkpoint, settings)
         capture_graphs(brain.graphs)
         brain.prime(conf.prompt, conf.source)
     here = environment(settings.device)

@@ -27,13 +27,13 @@ def run(conf: Conf, run_dir: Path) -> None:
             "seconds": round(graph.seconds, 2),
             "nodes": sum(len(module.graph.nodes) for module in graph.modules),
         }
-        for graph in brain.graphs.captures.values()
+        for graph in brain.graphs.captured.values()
     ]
     print(f"{'graph':<28} {'compilations':>12} {'seconds':>8} {'nodes':>6}")
     for row in rows:
         print(f"{row['name']:<28} {row['compilations']:>12} {row['seconds']:>8} {row['nodes']:>6}")
     expected = brain.graphs.expected()
-    total = sum(graph.compilations for graph in brain.graphs.captures.values())
+    total = sum(graph.compilations for graph in brain.graphs.captured.values())
     print(f"{len(rows)} graphs, {total} compilations, {len(expected)} expected")
     (run_dir / "graphs.json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
     if {row["name"] for row in rows} != set(expected) or total != len(expected):

@@ -39,25 +39,26 @@ def run(conf: Conf, run_dir: Path) -> None:
     brain = open_brain(conf)
     with contextlib.nullcontext() if conf.nvtx else kernels_named():
         capture_graphs(brain.graphs)
-        brain.graphs.named("prime", brain.prime, conf.prompt, conf.source)
-        naming, brain.graphs.naming = brain.graphs.naming, None
+        with brain.graphs.ranges("prime"):
+            brain.prime(conf.prompt, conf.source)
+        naming, brain.graphs.ranges = brain.graphs.ranges, contextlib.nullcontext
         plain = [_timed(brain) for _ in range(UNWATCHED_TICKS + task.ticks)][UNWATCHED_TICKS:]
     unwatched = round(statistics.median(plain) * 1e6, 1)
     if conf.nvtx:
-        brain.graphs.naming = naming
+        brain.graphs.ranges = naming
         with _profiled(brain.device):
             for _ in range(task.ticks):
                 brain.tick()
         note(f"a tick without names: {unwatched:.1f} µs; Nsight Systems has those with names")
         return
-    brain.graphs.naming = profiler_ranges()
+    brain.graphs.ranges = profiler_ranges()
 
     def ticks() -> None:
         for _ in range(task.ticks):
             brain.tick()
 
     ranges = record(ticks, brain.device, run_dir / "trace.json")
-    brain.graphs.naming = None
+    brain.graphs.ranges = contextlib.nullcontext
     rows = table(ranges)
     print(legible(rows))
     print(f"a tick without the profiler: {unwatched:.1f} µs")
@@ -78,7 +79,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         "tick": summary(rows),
         "warm_up": [
             {"name": graph.name, "seconds": round(graph.seconds, 3)}
-            for graph in brain.graphs.captures.values()
+            for graph in brain.graphs.captured.values()
         ],
     }
     (run_dir / "profile.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")

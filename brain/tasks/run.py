@@ -91,7 +91,7 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
         f"{len(brain)} of {brain.capacity} rows remembered, ready after {primed - started:.1f} s; "
         f"{run_dir}"
     )
-    account = brain.lookahead.account
+    account = brain.lookahead.counts
     if account.proposed:
         note(
             f"lookup: {account.tokens / account.passes:.2f} tokens per read, {account.accepted} of "
@@ -155,10 +155,10 @@ def _write_report(
         "tokens": list(ids),
         "seconds_until_ready": round(ready, 3),
         "seconds_speaking": round(spoken, 3),
-        "lookup": dataclasses.asdict(brain.lookahead.account),
+        "lookup": dataclasses.asdict(brain.lookahead.counts),
         "graphs": [
             {"name": g.name, "compilations": g.compilations, "seconds": round(g.seconds, 3)}
-            for g in brain.graphs.captures.values()
+            for g in brain.graphs.captured.values()
         ],
         "sampler": dataclasses.asdict(conf.sampler),
     }

@@ -162,7 +162,7 @@ def measure_repair(
             cull = dataclasses.replace(conf.cull, target=budget)
             capacity = budget + MOST_CULLED
             settings = settings_of(dataclasses.replace(conf, cull=cull, capacity=capacity))
-            mended, dropped = (Brain(checkpoint, settings, conf) for _ in range(2))
+            mended, dropped = (Brain(checkpoint, settings) for _ in range(2))
             texts = excerpts(ids, task.pairs, budget + task.horizon, where)
             row = mending.measure(mended, dropped, texts, ticks, task.horizon, bar.update)
             rows.append({"budget": budget, **row})
