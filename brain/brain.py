@@ -4,14 +4,15 @@ Every method checks what it is given, and hands over to who does it: ``loop.py``
 ``edits.py`` puts rows into the memory, ``compiled/`` computes. Nothing is computed here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from brain import edits
+from brain import edits, saves
 from brain.actions import Action, Append, Edit, Limits, integer, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.config.settings import Settings
@@ -418,11 +419,56 @@ class Brain:
 
     # Saving
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the whole brain to a folder; ``brain.load`` goes on with the same token."""
-        from brain.saves import save
+    def snapshot(self) -> saves.Snapshot:
+        """Copies on the host of everything that the brain is at this moment."""
+        return saves.Snapshot(
+            model_sha256=self.checkpoint.sha256,
+            rows=saves.occupied_rows(self.state),
+            cursor=Cursor(*(tensor.cpu().clone() for tensor in self.cursor)),
+            high_water=self.memory.account.high_water,
+            unfinished=self.unfinished,
+            conf=saves.plain(self.settings.conf),
+        )
 
-        save(self, folder)
+    def resume(self, snapshot: saves.Snapshot) -> None:
+        """Becomes what a snapshot holds, which ``saves.read`` has checked. Settings stay."""
+        try:
+            edits.restore(self.memory, snapshot.rows, snapshot.cursor, snapshot.high_water)
+        finally:  # where that fails, nothing is remembered
+            self.resume_text(snapshot.unfinished)
+
+    def save(self, folder: str | Path, notes: Any = None) -> None:
+        """Writes the whole brain to a folder; ``brain.load`` goes on with the same token.
+
+        Args:
+            folder: A new one, or one that holds a save, which is replaced.
+            notes: Plain JSON that ``restore`` returns.
+
+        Raises:
+            Refused: The folder holds anything else, or cannot be written.
+
+        """
+        saves.write(folder, self.snapshot(), notes)
+
+    def restore(self, folder: str | Path) -> Any:
+        """Becomes the brain that was saved in a folder, with the settings of this one.
+
+        Args:
+            folder: Where it was saved.
+
+        Returns:
+            The notes that were saved with it.
+
+        Raises:
+            OtherWeights: It was saved with another model. Nothing has changed.
+            Refused: The save is damaged or does not fit. Nothing has changed.
+
+        """
+        snapshot, notes = saves.read(
+            folder, self.checkpoint, self.state, self.cursor, self.most_pinned
+        )
+        self.resume(snapshot)
+        return notes
 
     @property
     def unfinished(self) -> bytes:
@@ -432,15 +478,6 @@ class Brain:
     def resume_text(self, unfinished: bytes) -> None:
         """Takes another beginning of a character for the one that the stream has begun."""
         self.loop.detokenizer = Detokenizer(self.tokenizer, unfinished)
-
-    def restore(
-        self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int, unfinished: bytes
-    ) -> None:
-        """Takes over what was saved, as ``saves.py`` has checked it."""
-        try:
-            edits.restore(self.memory, rows, cursor, high_water)
-        finally:  # where that fails, nothing is remembered
-            self.resume_text(unfinished)
 
     # Repair
 

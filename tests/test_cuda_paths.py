@@ -19,7 +19,6 @@ from brain.measure.bench.job import Job, result_of
 from brain.measure.bench.memory_reader import read_memory
 from brain.measure.golden.check import Brains, examine
 from brain.measure.golden.files import load_golden
-from brain.saves import restore
 from compiled.graphs import Graphs
 from compiled.llama import Weights
 from compiled.philox import key_of
@@ -215,7 +214,7 @@ def test_a_save_of_one_device_is_loaded_on_another(
     b.patch([Cull([3, 8])])
     list(b.stream(5))
     b.save(tmp_path / "save")
-    restore(other, tmp_path / "save")
+    other.restore(tmp_path / "save")
     assert digest(*b.cursor) == digest(*other.cursor)
     assert len(b) == len(other)
     for name in b.mirror.__dataclass_fields__:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from brain import Brain
 from brain.measure.golden.judge import CLEAR_GAP, LOGIT_TOLERANCE
-from brain.saves import restore
 from brain.tick import Step
 from compiled.state import State, addresses
 
@@ -158,7 +157,7 @@ def test_all_of_it_holds_after_a_load(
     brain.save(tmp_path / "save")
     following = [brain.tick().token for _ in range(3)]
     brain.prime(prompt[:5])  # another memory altogether
-    restore(brain, tmp_path / "save")
+    brain.restore(tmp_path / "save")
     assert len(brain) == PROMPT
     assert brain.mirror.token_id.tolist() == prompt
     assert torch.equal(brain.read([prompt[-1]], [PROMPT - 1]).logits, expected.logits)

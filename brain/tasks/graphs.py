@@ -1,4 +1,4 @@
-"""``task=graphs``: capture every graph and print the account."""
+"""``task=graphs``: capture every graph and print how often each was compiled."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from conf.schema import Conf
 def run(conf: Conf, run_dir: Path) -> None:
     """Prints every graph with its number of compilations; writes ``graphs.json``.
 
-    Uses the compiled engine whatever ``engine`` says. Raises Refused if the account does not come
-    out: a graph missing, or compiled other than once.
+    Uses the compiled engine, whatever ``engine`` is. Raises Refused if a graph is missing, or was
+    not compiled exactly once.
     """
     engine = dataclasses.replace(conf.engine, compiled=True)
     note(f"loading {conf.model.name} …")
     brain = open_brain(dataclasses.replace(conf, engine=engine))
-    capture_graphs(brain)
+    capture_graphs(brain.graphs)
     rows = [
         {
             "name": graph.name,

@@ -7,7 +7,6 @@ Systems, which ``profiles/nsys.sh`` starts around it, and only names the ranges.
 import contextlib
 import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 
 from brain.brain import Brain
 from brain.errors import Refused
+from brain.machine.environment import environment
 from brain.measure.profiling.picture import draw_timeline
 from brain.measure.profiling.ranges import legible, summary, table
 from brain.measure.profiling.trace import kernels_named, profiler_ranges, record
@@ -26,7 +26,7 @@ from brain.terminal import capture_graphs, note
 from conf.schema import Conf, ProfileTask, WeightFormat
 
 UNWATCHED_TICKS = 5
-"""Before the session: CUDA graphs differ on their first runs, and so does a cold cache."""
+"""Ticks before those that are timed: the first runs of CUDA graphs and of a cold cache differ."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
@@ -38,7 +38,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     note(f"loading {conf.model.name} …")
     brain = open_brain(conf)
     with contextlib.nullcontext() if conf.nvtx else kernels_named():
-        capture_graphs(brain)
+        capture_graphs(brain.graphs)
         with brain.graphs.ranges("prime"):
             brain.prime(conf.prompt, conf.source)
         naming, brain.graphs.ranges = brain.graphs.ranges, contextlib.nullcontext
@@ -62,11 +62,12 @@ def run(conf: Conf, run_dir: Path) -> None:
     rows = table(ranges)
     print(legible(rows))
     print(f"a tick without the profiler: {unwatched:.1f} µs")
+    here = environment(brain.device)
     report: dict[str, Any] = {
-        "profiler": f"torch.profiler {torch.__version__}",
-        "platform": platform.platform(),
-        "device": str(brain.device),
-        "threads": torch.get_num_threads(),
+        "profiler": f"torch.profiler {here['torch']}",
+        "platform": here["platform"],
+        "device": here["device"],
+        "threads": here["threads"],
         "model": brain.checkpoint.name,
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
@@ -87,7 +88,7 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 
 def _check(task: ProfileTask, conf: Conf) -> None:
-    """Raises Refused for what cannot be watched, or would not be."""
+    """Raises Refused for settings that do not apply to a profile."""
     if task.ticks < 1:
         raise Refused(f"task.ticks must be at least 1, not {task.ticks}")
     if conf.lookup.width:
@@ -107,7 +108,7 @@ def _timed(brain: Brain) -> float:
 
 @contextlib.contextmanager
 def _profiled(device: torch.device) -> Iterator[None]:
-    """What Nsight Compute is to look at, where it was told to wait for it (``profiles/ncu.sh``)."""
+    """Marks what Nsight Compute records if it was started to wait for it (``profiles/ncu.sh``)."""
     if device.type != "cuda":
         yield
         return
@@ -119,5 +120,5 @@ def _profiled(device: torch.device) -> Iterator[None]:
 
 def _title(report: dict[str, Any]) -> str:
     rounded = ["int8 weights"] if report["weights"] == WeightFormat.int8.value else []
-    told = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
-    return ", ".join([*told, report["profiler"]])
+    facts = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
+    return ", ".join([*facts, report["profiler"]])

@@ -12,7 +12,7 @@ import pytest
 import brain
 from brain import Append, Brain, Cull, Pin, Refused
 from brain.record.commands import send
-from brain.record.run_record import Chronicle
+from brain.record.run_record import RunRecord
 from brain.tick import Step, Tick
 from compiled.lookup import Proposal
 from fixture_types import OpenTiny
@@ -292,24 +292,24 @@ def test_I11_a_saved_brain_goes_on_to_the_bit(open_parrot: OpenTiny, tmp_path: P
     )
 
 
-def go(b: Brain, folder: Path, ticks: int, orders: dict[int, str]) -> Chronicle:
+def go(b: Brain, folder: Path, ticks: int, orders: dict[int, str]) -> RunRecord:
     """Runs up to so many ticks; ``orders`` are commands, sent once so many tokens are spoken."""
     folder.mkdir(exist_ok=True)
-    chronicle = Chronicle(folder, b, b.settings.conf)
-    chronicle.begin(lambda: b.prime(TEXT))
+    run_record = RunRecord(folder, b, b.settings.conf)
+    run_record.begin(lambda: b.prime(TEXT))
 
     def hear() -> None:
         for after, order in orders.items():
-            if after <= chronicle.spoken and not was_sent(folder, order):
+            if after <= run_record.spoken and not was_sent(folder, order):
                 send(folder, order)
-        chronicle.inbox.look()
+        run_record.inbox.poll()
 
     hear()  # what came when it was killed
-    while chronicle.spoken < ticks:
-        chronicle.said(*b.speak(ticks - chronicle.spoken))
+    while run_record.spoken < ticks:
+        run_record.record_ticks(*b.speak(ticks - run_record.spoken))
         hear()
-        chronicle.rest()
-    return chronicle
+        run_record.save_if_due()
+    return run_record
 
 
 def test_I11_a_run_killed_anywhere_goes_on_to_the_bit(
@@ -323,18 +323,18 @@ def test_I11_a_run_killed_anywhere_goes_on_to_the_bit(
     assert '"said":[' in journals
     assert '"said":[' in journals.replace('"said":[', "", 1)
     draw, folder = random.Random(2), tmp_path / "killed"
-    kills, chronicle = 0, None
-    while chronicle is None:
+    kills, run_record = 0, None
+    while run_record is None:
         last, opened = kills >= 8, fresh()
         with contextlib.suppress(Killed), power_cut_at(0 if last else draw.randrange(1, 60)):
-            chronicle = go(opened, folder, 60, ORDERS)
+            run_record = go(opened, folder, 60, ORDERS)
         kills += 1
     assert kills > 4
     for name in RECORD:
         mine, other = folder / name, tmp_path / "whole" / name
         assert mine.exists() == other.exists()
         assert not mine.exists() or mine.read_bytes() == other.read_bytes(), name
-    a, b = chronicle._brain, whole._brain
+    a, b = run_record._brain, whole._brain
     rows = a.state.valid
     assert digest(rows, *a.cursor) == digest(b.state.valid, *b.cursor)
     assert digest(a.state.keys[:, :, rows]) == digest(b.state.keys[:, :, rows])

@@ -21,7 +21,6 @@ from brain.measure.evaluation.texts import read_text
 from brain.measure.golden.files import load_golden
 from brain.record.heatmap import read_rows
 from brain.record.journal import read_journal
-from brain.saves import restore
 from brain.tasks import inspect
 from brain.tokens import load_tokenizer
 from conf.schema import Conf, InspectTask
@@ -52,7 +51,7 @@ def of_model(specimens: Specimens, folder: Path) -> object:
 
 
 def of_save(specimens: Specimens, folder: Path) -> object:
-    return restore(specimens.brain, folder)
+    return specimens.brain.restore(folder)
 
 
 READERS: list[tuple[str, str, Read]] = [

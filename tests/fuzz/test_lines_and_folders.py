@@ -10,11 +10,12 @@ import pytest
 
 import brain
 from brain.errors import Refused
-from brain.machine.digest import file_sha256
+from brain.machine.integrity import file_sha256
+from brain.opening import load
 from brain.record.commands import ANSWERS, INBOX, LONGEST_LINE, MOST_AT_ONCE, Inbox, parse_batch
 from brain.record.lock import LOCK, sole_writer
-from brain.record.run_record import Chronicle
-from brain.saves import DESCRIPTION, TENSORS, load, restore, sealed
+from brain.record.run_record import RunRecord
+from brain.saves import DESCRIPTION, TENSORS, sealed
 from fuzzing import arguments
 from fuzzing.specimens import TEXT, Specimens
 
@@ -62,10 +63,10 @@ def test_numbers_that_no_run_comes_to_are_refused(
     specimens: Specimens, tmp_path: Path, name: str, value: bytes
 ) -> None:
     folder = specimens.copy(specimens.save, tmp_path / "save")
-    restore(specimens.brain, folder)
+    specimens.brain.restore(folder)
     poke(folder, name, value)
     with pytest.raises(Refused, match=r"cursor|source|born|lit|positions|brightness"):
-        restore(specimens.brain, folder)
+        specimens.brain.restore(folder)
 
 
 @pytest.mark.parametrize("group", ["sampler", "engine", "cull", "model"])
@@ -98,7 +99,7 @@ def test_a_save_larger_than_its_rows_is_not_read(specimens: Specimens, tmp_path:
     with (folder / TENSORS).open("ab") as file:
         file.truncate(1 << 41)
     with pytest.raises(Refused, match=r"damaged|larger|cannot be read"):
-        restore(specimens.brain, folder)
+        specimens.brain.restore(folder)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_nothing_is_written_through_a_link(specimens: Specimens, tmp_path: Path,
     path.symlink_to(outside)
     mind = specimens.brain
     with pytest.raises(Refused, match="is a link"):
-        Chronicle(folder, mind, mind.settings.conf).begin(lambda: mind.prime(TEXT))
+        RunRecord(folder, mind, mind.settings.conf).begin(lambda: mind.prime(TEXT))
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -198,7 +199,7 @@ def test_a_running_brain_survives_any_line(mind: brain.Brain, tmp_path: Path, li
     (tmp_path / INBOX).touch()
     inbox = Inbox(tmp_path, mind)
     (tmp_path / INBOX).write_text(line + "\n" + '[{"do": "pin", "positions": [3]}]\n', "utf-8")
-    assert inbox.look() == 1  # the second of them
+    assert inbox.poll() == 1  # the second of them
     first, second = (tmp_path / ANSWERS).read_text("utf-8").splitlines()
     assert json.loads(first)["refused"].isprintable()
     assert "applied" in json.loads(second)
@@ -209,7 +210,7 @@ def test_a_command_without_an_end_is_refused_in_parts(mind: brain.Brain, tmp_pat
     inbox = Inbox(tmp_path, mind)
     with (tmp_path / INBOX).open("wb") as file:
         file.truncate(1 << 41)
-    assert inbox.look() == 0
+    assert inbox.poll() == 0
     assert inbox.read == MOST_AT_ONCE
     assert "refused" in (tmp_path / ANSWERS).read_text("utf-8")
     with pytest.raises(Refused, match=f"at most {LONGEST_LINE}"):

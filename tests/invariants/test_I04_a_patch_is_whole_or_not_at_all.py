@@ -22,7 +22,7 @@ import brain
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace
 from brain.actions import Action
 from brain.memory import Account
-from brain.saves import _tensors
+from brain.saves import read as read_save
 from compiled.state import State
 from fixture_types import OpenTiny
 from histories import IDS, VOCABULARY, everything, mixed_up
@@ -290,10 +290,9 @@ def load(open_tiny: OpenTiny, folder: Path) -> Case:
     b = ready(open_tiny(), 24, 9)
     b.patch([Cull([5])])
     b.save(folder / "save")
-    rows, cursor = _tensors(folder / "save", b)
-    account = b.memory.account.high_water, b.unfinished
+    saved, _ = read_save(folder / "save", b.checkpoint, b.state, b.cursor, b.most_pinned)
     b.prime(SEVENS[40:50])
-    return Case(b, lambda: b.restore(rows, cursor, *account), free_slots=False, may_empty=True)
+    return Case(b, lambda: b.resume(saved), free_slots=False, may_empty=True)
 
 
 CASES = (

@@ -16,7 +16,8 @@ import pytest
 from brain.checkpoints import open_wheel, wheel
 from brain.errors import Refused
 from brain.machine import built_folder
-from brain.machine.built_folder import MANIFEST, ensure_built, is_intact
+from brain.machine.built_folder import ensure_built, is_intact
+from brain.machine.integrity import MANIFEST
 
 
 def fill(folder: Path) -> None:

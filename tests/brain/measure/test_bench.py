@@ -13,6 +13,7 @@ from torch import Tensor
 
 from brain.checkpoints import open_folder
 from brain.checkpoints.hf_config import read_config
+from brain.measure.bench import comparison
 from brain.measure.bench import contestants as who
 from brain.measure.bench.contestants import (
     Contestant,
@@ -24,7 +25,6 @@ from brain.measure.bench.contestants import (
 from brain.measure.bench.job import Failed, Job, result_of
 from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
 from brain.measure.bench.tables import decode_table, flatness, scaling_table
-from brain.tasks import bench
 from fixture_types import CommandLine
 
 SaveLlama = Callable[..., dict[str, Tensor]]
@@ -168,7 +168,7 @@ def test_a_process_that_fails_says_why_in_one_line(
         "kill -SEGV $$": "killed by SIGSEGV",
         "echo 'Traceback' >&2; echo 'RuntimeError: no room' >&2; exit 1": "RuntimeError: no room",
         "echo 'refused: not a model' >&2; exit 2": "not a model",
-        "exit 3": "it said nothing",
+        "exit 3": "it printed no error",
         "echo hello": "it printed no result",
     }.items():
         interpreter.write_text(f"#!/bin/sh\n{script}\n")
@@ -214,7 +214,7 @@ def test_one_run_reports_everybody_and_names_who_is_missing(
         asked.append(job)
         return invented(job)
 
-    monkeypatch.setattr(bench, "result_of", timed)
+    monkeypatch.setattr(comparison, "result_of", timed)
     engines = "[compiled,eager,transformers-static-compiled]"
     scaling = ["task.capacities=[64,128]", "task.counts=[8,32,100]", "task.rows=32"]
     status, out, err = run_bench(
@@ -255,7 +255,7 @@ def test_one_run_reports_everybody_and_names_who_is_missing(
 def test_without_task_precisions_the_dtype_decides(
     tmp_path: Path, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "result_of", invented)
+    monkeypatch.setattr(comparison, "result_of", invented)
     status, _, err = run_bench(*SMALL, "task.engines=[eager]", "dtype=bfloat16", "task.repeats=1")
     assert status == 0, err
     report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
@@ -282,7 +282,7 @@ def test_dtype_and_weights_choose_however_they_are_given(
     arguments: list[str],
     precisions: list[str],
 ) -> None:
-    monkeypatch.setattr(bench, "result_of", invented)
+    monkeypatch.setattr(comparison, "result_of", invented)
     status, _, err = run_bench(*SMALL, "task.engines=[eager]", "device=cpu", *arguments)
     assert status == 0, err
     report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
@@ -293,7 +293,7 @@ def test_dtype_and_weights_choose_however_they_are_given(
 def test_a_target_that_holds_all_rows_is_timed(
     tmp_path: Path, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "result_of", invented)
+    monkeypatch.setattr(comparison, "result_of", invented)
     for target in ("cull.target=24", "cull.target=64", "cull=none"):
         status, _, err = run_bench(*SMALL, "task.engines=[eager]", "dtype=float32", target)
         assert status == 0, err
@@ -302,16 +302,16 @@ def test_a_target_that_holds_all_rows_is_timed(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (["engine=compiled"], "engine is not looked at"),
-        (["++engine.compiled=true"], "engine is not looked at"),
-        (["task.precisions=[float32]", "dtype=bfloat16"], "dtype is not looked at"),
-        (["task.precisions=[float32]", "++weights=model"], "weights is not looked at"),
+        (["engine=compiled"], "engine is ignored"),
+        (["++engine.compiled=true"], "engine is ignored"),
+        (["task.precisions=[float32]", "dtype=bfloat16"], "dtype is ignored"),
+        (["task.precisions=[float32]", "++weights=model"], "weights is ignored"),
     ],
 )
 def test_what_is_not_looked_at_is_named(
     asked: list[str], told: str, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "result_of", invented)
+    monkeypatch.setattr(comparison, "result_of", invented)
     status, _, err = run_bench(*SMALL, "task.engines=[eager]", *asked)
     assert status == 0, err
     assert told in err
@@ -320,7 +320,7 @@ def test_what_is_not_looked_at_is_named(
 def test_if_nobody_could_be_timed_it_says_so(
     run_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "result_of", invented)
+    monkeypatch.setattr(comparison, "result_of", invented)
     engines = "task.engines=[transformers-static-compiled]"
     status, out, err = run_bench(*SMALL, engines, "dtype=float32")
     assert status == 2
@@ -364,7 +364,7 @@ def test_if_nobody_could_be_timed_it_says_so(
 def test_bad_input_is_refused_before_anything_is_timed(
     run_bench: Bench, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
 ) -> None:
-    monkeypatch.setattr(bench, "result_of", lambda job: pytest.fail("something was timed"))
+    monkeypatch.setattr(comparison, "result_of", lambda job: pytest.fail("something was timed"))
     status, _, err = run_bench(*SMALL, *arguments)
     assert status == 2
     assert told in err.splitlines()[-1]

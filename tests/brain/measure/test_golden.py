@@ -401,7 +401,7 @@ def test_the_engine_that_is_asked_for_is_the_one_that_is_checked() -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     message = refusal(configured(tmp_path / "nowhere"), tmp_path)
     assert message == f"{tmp_path / 'nowhere'}: no such folder; set task.folder to the one " + (
-        "with golden files"
+        "with golden files (a clone of the repository has them in tests/golden)"
     )
 
 
@@ -539,7 +539,8 @@ def test_the_command_line_refuses_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        "refused: nowhere: no such folder; set task.folder to the one with golden files\n"
+        "refused: nowhere: no such folder; set task.folder to the one with golden files "
+        "(a clone of the repository has them in tests/golden)\n"
     )
 
 

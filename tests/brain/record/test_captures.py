@@ -169,7 +169,7 @@ def test_a_folder_with_nothing_to_show_says_why(tmp_path: Path, call: Call) -> N
         "refused: run is not the folder of a run: it has neither memory.json nor captures"
     )
     assert call(*SHOW, "task.path=run/eval.json") == (
-        "refused: run/eval.json is no folder: give task.path=RUN_FOLDER, the folder of a run"
+        "refused: run/eval.json is not a folder: give task.path=RUN_FOLDER, the folder of a run"
     )
 
 

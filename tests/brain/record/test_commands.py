@@ -101,20 +101,20 @@ def test_an_inbox_applies_complete_lines_once_and_answers_each(
     b = open_tiny()
     b.prime(IDS)
     inbox = Inbox(tmp_path, b)
-    assert inbox.look() == 0
+    assert inbox.poll() == 0
     file = tmp_path / INBOX
     file.write_text('[{"do": "pin", "positions": [3]}]\n[{"do": "cull", "posi')
-    assert inbox.look() == 1
-    assert inbox.look() == 0
+    assert inbox.poll() == 1
+    assert inbox.poll() == 0
     assert b.mirror.pinned.sum() == 1
     with file.open("a") as more:
         more.write('tions": [5]}]\n\n')
-    assert inbox.look() == 1
+    assert inbox.poll() == 1
     assert 5 not in b.mirror.position
     before = digest(*b.state, *b.cursor)
     with file.open("ab") as more:
         more.write(b'[{"do": "cull", "positions": [7]}, {"do": "pin", "positions": [99]}]\n\xff\n')
-    assert inbox.look() == 0
+    assert inbox.poll() == 0
     assert digest(*b.state, *b.cursor) == before  # a batch is refused as a whole
     answers = [json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines()]
     assert [set(answer) for answer in answers] == [{"tick", "applied", "rows"}] * 2 + [
@@ -132,9 +132,9 @@ def test_a_run_does_not_hear_what_an_earlier_one_was_told(
     file = tmp_path / INBOX
     file.write_text('[{"do": "pin", "positions": [3]}]\n')
     inbox = Inbox(tmp_path, b)
-    assert inbox.look() == 0
+    assert inbox.poll() == 0
     file.write_text('[{"do":"pin","positions":[4]}]\n')  # anew, and shorter
-    assert inbox.look() == 1
+    assert inbox.poll() == 1
     assert b.mirror.position[b.mirror.pinned].tolist() == [4]
 
 
@@ -144,7 +144,7 @@ def test_a_number_too_large_is_refused(open_tiny: OpenTiny, tmp_path: Path) -> N
     inbox = Inbox(tmp_path, b)
     huge = "1" + "0" * 400
     (tmp_path / INBOX).write_text(f'[{{"do": "boost", "positions": [3], "amount": {huge}}}]\n')
-    assert inbox.look() == 0
+    assert inbox.poll() == 0
     assert "too large" in (tmp_path / ANSWERS).read_text()
 
 
@@ -155,7 +155,7 @@ def test_injected_text_is_remembered_with_its_source(open_tiny: OpenTiny, tmp_pa
     inbox = Inbox(tmp_path, b)
     (tmp_path / "transcript.txt").touch()
     send(tmp_path, '[{"do": "inject", "text": "hi", "source": "tool"}]')
-    assert inbox.look() == 1
+    assert inbox.poll() == 1
     ids = b.encode("hi")
     assert b.mirror.token_id[-len(ids) :].tolist() == ids
     assert set(b.mirror.sources()[-len(ids) :]) == {"tool"}
@@ -227,7 +227,7 @@ def test_a_command_to_a_run_that_has_ended_waits_for_it(tiny_folder: Path, tmp_p
     call(tmp_path, tiny_folder, *arguments)
     order = '[{"do": "inject", "text": "hi", "source": "tool"}]'
     done = call(tmp_path, tiny_folder, "task=command", "task.path=out", f"task.actions={order}")
-    assert "nobody runs in" in done.stderr
+    assert "is not running" in done.stderr
     assert not (tmp_path / "out" / ANSWERS).exists()
     call(tmp_path, tiny_folder, *arguments)
     assert (tmp_path / "out" / ANSWERS).exists()

@@ -48,7 +48,7 @@ def test_damage_before_the_end_is_refused(data: st.DataObject, tmp_path: Path) -
     other = data.draw(st.integers(0, 255).filter(lambda byte: byte != content[place]))
     content[place] = other
     path.write_bytes(content)
-    with pytest.raises(Refused, match="damaged in line 1"):
+    with pytest.raises(Refused, match="damaged at line 1"):
         read_journal(path)
 
 

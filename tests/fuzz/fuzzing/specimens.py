@@ -27,8 +27,7 @@ from brain.measure.golden.script import Cull, Feed, Prime, Read
 from brain.record.captures import CaptureWriter
 from brain.record.commands import send
 from brain.record.heatmap import remembered, write_rows
-from brain.record.run_record import Chronicle
-from brain.saves import save
+from brain.record.run_record import RunRecord
 from fuzzing.formats import gguf_marks
 
 TEXT = "he said hello, all a bell "
@@ -161,19 +160,19 @@ class Specimens:
         for _ in mind.stream(ticks=2):
             pass
         mind.observer = None
-        save(mind, self.save)
+        mind.save(self.save)
         write_rows(remembered(mind), self.run / "memory.json")
         self.record.mkdir()
-        chronicle = Chronicle(self.record, mind, mind.settings.conf)
-        chronicle.begin(lambda: mind.prime(TEXT))
+        run_record = RunRecord(self.record, mind, mind.settings.conf)
+        run_record.begin(lambda: mind.prime(TEXT))
         for number in range(6):
-            chronicle.said(mind.tick())
+            run_record.record_ticks(mind.tick())
             if number == 2:
-                chronicle.save()
+                run_record.save()
             if number == 4:
                 send(self.record, '{"do": "inject", "text": " a", "source": "tool"}')
-                chronicle.inbox.look()
-        chronicle.close()
+                run_record.inbox.poll()
+        run_record.close()
 
     def _golden(self) -> None:
         self.golden.mkdir()

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from brain import saves
+from brain import opening
 from brain.brain import Brain
 from brain.checkpoints import open_folder, wheel
 from brain.checkpoints.gguf_file import convert_gguf
@@ -24,12 +24,12 @@ from brain.errors import Refused
 from brain.measure.evaluation.texts import read_text
 from brain.measure.golden.check import check
 from brain.measure.golden.files import golden_names
-from brain.opening import open_brain
+from brain.opening import load, open_brain
 from brain.record.commands import INBOX, Inbox, parse_batch
 from brain.record.heatmap import in_terminal, remembered
 from brain.record.journal import read_journal
-from brain.record.run_record import Chronicle
-from brain.saves import load, restore, sealed
+from brain.record.run_record import RunRecord
+from brain.saves import sealed
 from brain.tasks import inspect
 from brain.tokens import StreamDecoder, load_tokenizer
 from conf.schema import Conf, InspectTask
@@ -229,13 +229,13 @@ def save(case: Case) -> None:
     _damage_save(case, folder)
     if rng.random() < 0.3:
         try:
-            with mock.patch.object(saves, "open_brain", _open_uncompiled):
+            with mock.patch.object(opening, "open_brain", _open_uncompiled):
                 mind = load(folder)
         except _WouldCompileError:
             return
     else:
         mind = case.specimens.brain
-        restore(mind, folder)
+        mind.restore(folder)
     if len(mind):
         mind.tick()
         mind.tick()
@@ -287,15 +287,15 @@ def record(case: Case) -> None:
         # A file that is damaged already may be no file any more, or none that can be damaged so.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, MemoryError):
             _damage_record(case, rng.choice(files))
-    chronicle = Chronicle(folder, mind, mind.settings.conf)
+    run_record = RunRecord(folder, mind, mind.settings.conf)
     try:
-        chronicle.begin(lambda: mind.prime(TEXT))
-        chronicle.inbox.look()
-        chronicle.said(mind.tick())
-        chronicle.save()
-        chronicle.finish(mind.finish_text())
+        run_record.begin(lambda: mind.prime(TEXT))
+        run_record.inbox.poll()
+        run_record.record_ticks(mind.tick())
+        run_record.save()
+        run_record.finish(mind.finish_text())
     finally:
-        chronicle.close()
+        run_record.close()
     left = [p for p in folder.rglob("*") if p.name.endswith(".rewritten") or p.name[0] == "."]
     assert not left, f"left behind: {left}"
 
@@ -332,7 +332,7 @@ def commands(case: Case) -> None:
     mind = case.specimens.brain
     mind.prime(TEXT)
     inbox = Inbox(case.folder, mind)
-    inbox.heard = lambda line: None
+    inbox.on_command = lambda line: None
     path = case.folder / INBOX
     with path.open("ab") as file:
         for _ in range(3):
@@ -340,7 +340,7 @@ def commands(case: Case) -> None:
             file.write(line + case.rng.choice((b"\n", b"\r\n", b"\n\n", b"")))
             with contextlib.suppress(Refused, UnicodeDecodeError):
                 parse_batch(line.decode(), mind.encode)
-    inbox.look()
+    inbox.poll()
     mind.tick()
 
 
