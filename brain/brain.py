@@ -147,13 +147,10 @@ class Brain:
             tokens: T >= 1 token ids. None re-reads the last token (or the pending one).
             positions: T distinct positions; every token sees the rows and tokens before its own.
                 None: those after everything said so far.
-
         Returns:
             Logits [T, vocab] float32, new keys and values, attention mass.
-
         Raises:
             Refused: There is nothing to read, or the tokens or positions cannot be read.
-
         """
         memory, graphs = self.memory, self.graphs
         if tokens is None:
@@ -209,10 +206,8 @@ class Brain:
         Args:
             context: Ids, taken literally, or text, which gets BOS if the model wants it.
             source: Who it comes from: one of ``brain.mirror.SOURCES``.
-
         Raises:
             Refused: It is empty, too long, or not of the vocabulary.
-
         """
         if isinstance(context, str):
             context = self.tokenizer.initial_prompt(context) if context else []
@@ -308,13 +303,10 @@ class Brain:
         Args:
             ids: Token ids, taken literally.
             source: Who they come from.
-
         Returns:
             The negative log-likelihood of each in nats: [len(ids)] float32 on the host.
-
         Raises:
             Refused: They are not of the vocabulary, or do not fit where nothing is forgotten.
-
         """
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
         source_number(source)
@@ -428,6 +420,7 @@ class Brain:
             high_water=self.memory.account.high_water,
             unfinished=self.unfinished,
             conf=saves.plain(self.settings.conf),
+            policy_sha256=self.settings.policy_sha256,
         )
 
     def resume(self, snapshot: saves.Snapshot) -> None:
@@ -443,10 +436,8 @@ class Brain:
         Args:
             folder: A new one, or one that holds a save, which is replaced.
             notes: Plain JSON that ``restore`` returns.
-
         Raises:
             Refused: The folder holds anything else, or cannot be written.
-
         """
         saves.write(folder, self.snapshot(), notes)
 
@@ -455,17 +446,19 @@ class Brain:
 
         Args:
             folder: Where it was saved.
-
         Returns:
             The notes that were saved with it.
-
         Raises:
             OtherWeights: It was saved with another model. Nothing has changed.
             Refused: The save is damaged or does not fit. Nothing has changed.
-
         """
         snapshot, notes = saves.read(
-            folder, self.checkpoint, self.state, self.cursor, self.most_pinned
+            folder,
+            self.checkpoint,
+            self.state,
+            self.cursor,
+            self.most_pinned,
+            self.settings.policy_sha256,
         )
         self.resume(snapshot)
         return notes

@@ -66,7 +66,6 @@ def replace_all(memory: Memory, rows: Sequence[Row], nothing: Mirror) -> None:
         memory: The memory.
         rows: At least one and at most ``chunk`` rows, at positions 0, 1, …
         nothing: An empty mirror: no old row is seen by a new one.
-
     """
     known = [FIRST, *[None] * (len(rows) - 1)]
     draft = _draft(memory, memory.graphs.uncaptured, EMPTY, rows, known, None, [], Edit(), nothing)
@@ -86,7 +85,6 @@ def edit(
         edit: What else is asked for.
         mirror: What is remembered.
         pending: How the pending token came, if its row is among them.
-
     """
     known = _known_arrivals(memory, rows, mirror, pending)
     run = memory.graphs
@@ -110,7 +108,6 @@ def append_in_chunks(
         edit: What else is asked for: nothing that removes a row.
         mirror: What is remembered before it.
         pending: How the pending token came, if its row is among them.
-
     """
     known = _known_arrivals(memory, rows, mirror, pending)
     undo = memory.graphs.empty_edit(run.edit_width(1))._replace(
@@ -155,7 +152,6 @@ def restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_wat
         rows: Keys, values and columns of n rows, and their ``slot`` [n] int64, ascending.
         cursor: The saved cursor.
         high_water: Over how many slots a read sums, and so how it rounds.
-
     """
     memory.forget_everything()
     try:
@@ -287,7 +283,6 @@ def _draft(
         following: The row after the last one, or none.
         edit: What else is asked for.
         mirror: What is remembered, but for new rows of the same text.
-
     """
     graphs, eviction = memory.graphs, memory.graphs.spec.eviction
     width = run.edit_width(max(1, len(rows), len(edit.erase)))

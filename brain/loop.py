@@ -57,10 +57,8 @@ class Loop:
 
         Args:
             forced: The token to speak instead of a sampled one, or UNFORCED.
-
         Raises:
             Refused: There is nothing to read, or no room.
-
         """
         memory, graphs = self.memory, self.memory.graphs
         with graphs.ranges(TICK):
@@ -101,7 +99,6 @@ class Loop:
         Args:
             proposal: What may be said beside the next token; none of these ticks would forget.
             forced: [T] tokens to speak instead of sampled ones, or UNFORCED.
-
         """
         memory, graphs = self.memory, self.memory.graphs
         with graphs.ranges(TICK):

@@ -19,7 +19,9 @@ from brain.config.settings import Settings, settings_of
 from brain.errors import Refused, one_line
 from brain.files import given_path
 from brain.machine.cpu_operator import begin_native_decoder
+from brain.policies import CustomPolicy, custom_policy
 from brain.saves import read_description
+from compiled.choose import KeepScore
 from compiled.compiler import prepared
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
@@ -27,7 +29,9 @@ MOST_THREADS = 1024
 """More than any machine gains from. A process that starts a billion dies of it."""
 
 
-def open(model: str = "smollm2", **overrides: Any) -> Brain:
+def open(
+    model: str = "smollm2", *, policy: str | KeepScore | None = None, **overrides: Any
+) -> Brain:
     """Opens a brain.
 
     With ``engine="compiled"`` graphs are captured when first needed; ``Brain.warm_up`` captures
@@ -36,42 +40,57 @@ def open(model: str = "smollm2", **overrides: Any) -> Brain:
     Args:
         model: a choice of the group ``model``: ``smollm2``, ``tinyllama``, ``folder`` with
             ``path=…``.
+        policy: what decides which rows are forgotten first: a function ``(state, look) → scores``,
+            or its name ``package.module:function``; None: as ``cull`` says.
         overrides: Hydra overrides, as on the command line: ``capacity=512``,
             ``engine="compiled"``, ``**{"cull.target": 400}``.
-
     Raises:
         Refused: something given cannot be used.
-
     """
     options = {"model": model, **overrides}
-    return open_brain(compose_conf([override(key, value) for key, value in options.items()]))
+    given = None if policy is None else custom_policy(policy)
+    if given is not None:
+        options["cull.policy"] = given.name
+    conf = compose_conf([override(key, value) for key, value in options.items()])
+    return open_brain(conf, given)
 
 
-def load(folder: str | Path, *, capacity: int | None = None) -> Brain:
+def load(
+    folder: str | Path, *, capacity: int | None = None, policy: str | KeepScore | None = None
+) -> Brain:
     """Opens the brain that was saved in a folder. Its next tick is the one that would have come.
 
     Args:
         folder: where ``Brain.save`` wrote it.
         capacity: slots of its memory, instead of as many as it had. Rows get other slots where
             they need them.
-
+        policy: the policy that it was saved with, if that is not one of ours.
     Raises:
-        Refused: the save is damaged, its model is not the one that is found now, or it holds more
-            rows than fit.
-
+        Refused: the save is damaged, its model or policy is not the one that is found now, or it
+            holds more rows than fit.
     """
     folder = given_path(folder)
     conf = _saved_conf(folder)
     if capacity is not None:
         conf = dataclasses.replace(conf, capacity=capacity)
-    brain = open_brain(conf)
+    given = None if policy is None else custom_policy(policy)
+    if given is not None:
+        conf = dataclasses.replace(conf, cull=dataclasses.replace(conf.cull, policy=given.name))
+    elif ":" in conf.cull.policy:  # code that a file names is never imported
+        raise Refused(
+            f"{folder} was saved with the policy {conf.cull.policy}, which a save does not hold: "
+            "give policy=…"
+        )
+    brain = open_brain(conf, given)
     brain.restore(folder)
     return brain
 
 
-def open_brain(conf: Conf) -> Brain:
-    """Opens the brain that a configuration describes. Raises Refused if it cannot be used."""
-    settings = settings_of(conf)
+def open_brain(conf: Conf, policy: CustomPolicy | None = None) -> Brain:
+    """Opens the brain that a configuration describes, with the policy that it names, if that need
+    not be imported. Raises Refused if it cannot be used.
+    """
+    settings = settings_of(conf, policy)
     use_threads(conf.threads)
     if settings.graphs.compiled and settings.device.type == "cpu":
         # Both run while weights are loaded.
@@ -112,10 +131,8 @@ def open_checkpoint(
         dtype: of its weights and of the memory.
         device: where its weights go.
         int8: rounds its matrices to eight bits.
-
     Raises:
         Refused: there is no such model, or it cannot be used.
-
     """
     how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
     cache = None if cache_dir is None else given_path(cache_dir)

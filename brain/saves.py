@@ -64,6 +64,7 @@ class Snapshot:
     high_water: int
     unfinished: bytes
     conf: dict[str, Any]
+    policy_sha256: str | None = None  # of the source of a policy that is not one of ours
 
 
 def occupied_rows(state: State) -> dict[str, Tensor]:
@@ -83,10 +84,8 @@ def write(folder: str | Path, snapshot: Snapshot, notes: Any = None) -> None:
         folder: where to put it; missing parents are made.
         snapshot: what to write.
         notes: plain JSON that is kept with it for the caller.
-
     Raises:
         Refused: the folder holds anything else, or cannot be written.
-
     """
     folder = given_path(folder)
     if folder.exists() and not (folder / DESCRIPTION).is_file():
@@ -101,6 +100,8 @@ def write(folder: str | Path, snapshot: Snapshot, notes: Any = None) -> None:
         "conf": snapshot.conf,
         "notes": notes,
     }
+    if snapshot.policy_sha256 is not None:
+        description["policy_sha256"] = snapshot.policy_sha256
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -126,7 +127,12 @@ def write(folder: str | Path, snapshot: Snapshot, notes: Any = None) -> None:
 
 
 def read(
-    folder: str | Path, checkpoint: Checkpoint, state: State, cursor: Cursor, most_pinned: int
+    folder: str | Path,
+    checkpoint: Checkpoint,
+    state: State,
+    cursor: Cursor,
+    most_pinned: int,
+    policy_sha256: str | None = None,
 ) -> tuple[Snapshot, Any]:
     """Reads a save, checked against the model and the memory that it is read for.
 
@@ -137,19 +143,19 @@ def read(
             Rows of a larger memory get other slots where they need them.
         cursor: the same for the cursor.
         most_pinned: how many rows that memory may have pinned.
-
+        policy_sha256: of the policy that will go on with it, if it is not one of ours.
     Returns:
         The snapshot, and the notes that were written with it.
-
     Raises:
         OtherWeights: it was saved with another model.
         Refused: it is damaged, or does not fit into the memory.
-
     """
     folder = given_path(folder)
     description = read_description(folder)
     if description.get("model_sha256") != checkpoint.sha256:
         raise OtherWeights(f"{folder} was saved with other weights than those of {checkpoint.name}")
+    if description.get("policy_sha256") != policy_sha256:
+        raise Refused(f"{folder} was saved with a policy of another source: give the same one")
     path = folder / TENSORS
     _check_size(path, checkpoint, state)
     _check_sum(path, description.get("sha256"))
@@ -176,7 +182,13 @@ def read(
     if len(unfinished) > LONGEST_CHARACTER:
         raise Refused(f"{folder}: unfinished is longer than any character")
     snapshot = Snapshot(
-        checkpoint.sha256, rows, saved_cursor, high_water, unfinished, description.get("conf", {})
+        model_sha256=checkpoint.sha256,
+        rows=rows,
+        cursor=saved_cursor,
+        high_water=high_water,
+        unfinished=unfinished,
+        conf=description.get("conf", {}),
+        policy_sha256=policy_sha256,
     )
     return snapshot, description.get("notes")
 

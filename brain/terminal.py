@@ -21,7 +21,6 @@ def capture_graphs(graphs: Graphs, *, edits: bool = True) -> None:
     Args:
         graphs: the brain's.
         edits: whether to capture the graphs of edits, too, and not those of ticks alone.
-
     """
     if not graphs.compiled:
         return

@@ -111,7 +111,6 @@ def choose(
         forced: The token to take instead of a draw, if any.
         method: What shapes the draw.
         eviction: What decides which rows stay.
-
     """
     logits = reading.logits[0]  # [vocab]
     ids = torch.cat([torch.where(state.valid, state.token_id, cursor.token), cursor.token])
@@ -133,7 +132,6 @@ def follow(
         reading: What the read returned.
         spoken: The token itself, and its source.
         eviction: What decides which rows stay.
-
     """
     token = spoken.token
     surprise = surprises(reading.logits, token)

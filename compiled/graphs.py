@@ -93,8 +93,9 @@ def buckets(capacity: int, smallest: int) -> tuple[int, ...]:
 class Graphs:
     """The functions of ``compiled/`` bound to one brain's tensors, eager or captured.
 
-    Attributes: ``table``, every graph there can be, in the order of warm-up (empty when eager); ``uncaptured``, the same work called directly; ``ranges``, opened around every graph:
-    set it to watch them in a profiler.
+    Attributes: ``table``, every graph there can be, in the order of warm-up (empty when eager);
+    ``uncaptured``, the same work called directly; ``ranges``, opened around every graph: set it to
+    watch them in a profiler.
     """
 
     def __init__(
@@ -120,7 +121,6 @@ class Graphs:
             sampling: Settings of the draw.
             library: The CPU operator that stands for the layers in captured reads, if any.
             ends: Tokens that end a text: none of them is ever proposed.
-
         """
         self.spec, self.config = spec, config
         self.weights, self.state, self.cursor, self.sampling = weights, state, cursor, sampling
@@ -225,7 +225,6 @@ class Graphs:
             positions: [T] int64.
             length: [] int64, how many of them are asked for.
             high_water: One more than the highest slot that may hold a row.
-
         """
         width, bound = len(tokens), (self.weights, self.state)
         if not self.compiled or width > self.widths[-1]:
@@ -312,7 +311,6 @@ class Graphs:
             length: [] int64, how many of them are asked for.
             targets: [T] int64, the token after each.
             high_water: One more than the highest slot that may hold a row.
-
         """
         if not self.is_captured(len(tokens)):
             return self.uncaptured.scored_prefill(

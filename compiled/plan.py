@@ -41,7 +41,6 @@ def new_rows(width: int, device: torch.device, **given: Tensor) -> dict[str, Ten
         width: W, how many rows.
         device: Where the columns that are not given are made.
         given: [W] each, by the column's name.
-
     """
     rows = {}
     for name in ROW_COLUMNS:
@@ -65,7 +64,6 @@ def empty_edit(
         cursor: Its cursor.
         width: W, how many rows it has room for.
         scored: A prefill of that width whose keys and values the rows get.
-
     """
     device = state.valid.device
 

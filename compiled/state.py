@@ -127,10 +127,8 @@ def lowest_free_slots(valid: Tensor, width: int) -> Tensor:
     Args:
         valid: [capacity] bool.
         width: How many slots, at most the capacity.
-
     Returns:
         [width] int64, distinct.
-
     """
     capacity = valid.shape[0]
     slot = torch.arange(capacity, device=valid.device)

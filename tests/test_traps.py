@@ -5,6 +5,7 @@ them.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ EVICTING = [name for name in POLICIES if name != "none"]
 PASSAGE = (Path(__file__).parent / "golden" / "passage.txt").read_text("utf-8")
 
 
-def open_real(**overrides: object) -> Brain:
+def open_real(**overrides: Any) -> Brain:
     return brain.open("smollm2", capacity=128, **overrides)
 
 

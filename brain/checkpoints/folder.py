@@ -34,11 +34,9 @@ def open_folder(
         device: where the weights go.
         int8: rounds matrices to eight bits.
         name: for people; None: the folder's.
-
     Raises:
         Refused: something is missing, malformed or not supported. No memory has been allocated for
             weights.
-
     """
     path = Path(path)
     if not path.is_dir():

@@ -50,10 +50,8 @@ def converted_gguf(folder: Path, kind: str, *, cache_dir: Path | None = None) ->
         folder: the model's.
         kind: one of ``FILE_TYPES``.
         cache_dir: holds the files, which are complete or absent; None: the user's cache folder.
-
     Raises:
         Refused: the model cannot be converted.
-
     """
     root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
     weights = files_sha256(weight_files(folder), progress=True)

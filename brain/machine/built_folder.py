@@ -21,13 +21,10 @@ def ensure_built(folder: Path, build: Callable[[Path], None]) -> Path:
     Args:
         folder: where it belongs.
         build: fills an empty folder beside that, which is then renamed.
-
     Returns:
         ``folder``, which is whole.
-
     Raises:
         Refused: it cannot be written.
-
     """
     if is_intact(folder):
         return folder

@@ -15,12 +15,10 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
     Args:
         device: where tensors are.
-
     Returns:
         Versions by package (None where one is not installed) and ``python``; ``platform``,
         ``processor``, ``cpu`` (its widest vector instructions that PyTorch uses), ``cores``,
         ``threads`` (those of PyTorch) and ``device``.
-
     """
     return {
         "torch": torch.__version__,

@@ -34,10 +34,8 @@ def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
     Args:
         cache_dir: the folder that holds ours, unless ``TORCHINDUCTOR_CACHE_DIR`` names another;
             None: the user's cache folder.
-
     Returns:
         A function that records what is there now. That is also done at the end.
-
     """
     named = os.environ.get(VARIABLE)
     root = Path(named) if named else cache_dir or user_cache_path("positronic-brain")

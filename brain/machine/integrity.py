@@ -65,7 +65,6 @@ def file_sha256(path: Path, *, progress: bool = False) -> str:
     Args:
         path: a plain file.
         progress: shows a bar on standard error.
-
     """
     digest = hashlib.sha256()
     bar = tqdm(

@@ -27,11 +27,9 @@ def exclusive(path: Path, patience: float = math.inf) -> Iterator[None]:
     Args:
         path: a file that is there for the lock; it is made where it is absent, and stays.
         patience: how many seconds to wait while somebody else has the lock.
-
     Raises:
         TimeoutError: somebody else still has it.
         OSError: the file cannot be opened or locked.
-
     """
     with path.open("ab") as file:
         deadline = time.monotonic() + patience
@@ -51,15 +49,12 @@ def shared(path: Path) -> Iterator[Callable[[], AbstractContextManager[bool]]]:
 
     Args:
         path: as for :func:`exclusive`.
-
     Returns:
         A function that makes a context manager. Entering that tells whether nobody else holds the
         lock now; if so, nobody can until it is left. On Windows, which cannot share locks, it
         always says no.
-
     Raises:
         OSError: the file cannot be opened or locked.
-
     """
     if sys.platform == "win32":
         yield lambda: nullcontext(False)

@@ -45,10 +45,8 @@ def policy(name: str, culling: Culling, share: float, lifetime: float | None = N
         culling: How many rows there are to be, and which are protected.
         share: Of the target, what ``novelty`` keeps for novel rows.
         lifetime: In targets, how long a row stays novel; None: for ever.
-
     Raises:
         Refused: There is no such policy.
-
     """
     if name == "novelty":
         ticks = math.inf if lifetime is None else lifetime * culling.target

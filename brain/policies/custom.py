@@ -55,10 +55,8 @@ class CustomPolicy:
             state: The memory it will look at.
             cursor: Its cursor.
             compiled: Whether it must be possible to capture it in a graph.
-
         Raises:
             Refused: It raises, writes, returns another shape, or cannot be captured.
-
         """
         tick = cursor.tick + 1
         one = torch.ones_like(tick)
@@ -94,10 +92,8 @@ def custom_policy(given: str | KeepScore) -> CustomPolicy:
     """The policy of a name ``package.module:function``, or of a function.
 
     Modules are looked for in the current folder, too.
-
     Raises:
         Refused: It cannot be imported, is not callable, or has no source to be known by.
-
     """
     if isinstance(given, str):
         return _described(given, _imported(given))

@@ -42,10 +42,8 @@ class CaptureWriter:
         brain: the one that is observed.
         top: how many of the highest logits are written, 0 for all. The tables of the JSON have as
             many rows, and TOP_IN_JSON at least.
-
     Raises:
         Refused: the folder is a link.
-
     """
 
     def __init__(self, folder: Path, brain: Brain, top: int) -> None:

@@ -42,13 +42,10 @@ def parse_batch(line: str, encode: Encode) -> list[Action]:
     Args:
         line: JSON: a list of actions, or one action.
         encode: text to ids.
-
     Returns:
         The actions, in order.
-
     Raises:
         Refused: the line is not that; the message says which action is wrong, and how.
-
     """
     if len(line) > LONGEST_LINE:
         raise Refused(f"command of {len(line)} characters: at most {LONGEST_LINE} in one line")

@@ -46,13 +46,10 @@ class Journal:
 
 def read_journal(path: Path) -> tuple[list[Any], int]:
     """Reads a journal.
-
     Returns:
         What each line holds, and the bytes that these lines take. Any bytes after them are torn.
-
     Raises:
         Refused: it cannot be read, or a line before the last is damaged.
-
     """
     records: list[Any] = []
     size = 0

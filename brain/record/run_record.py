@@ -50,7 +50,8 @@ FREE = (
     *("capture", "capture_top", "save_every"),
 )
 """Settings that may change when a run goes on: none of them changes what it says."""
-REPORTS = ("run.json", FILE)
+FAILED = "failed.txt"
+REPORTS = ("run.json", FILE, FAILED)
 """What a run writes about itself when it ends."""
 
 
@@ -90,14 +91,11 @@ class RunRecord:
 
         Args:
             prime: gives the brain its prompt.
-
         Returns:
             Whether there was a record.
-
         Raises:
             Refused: the folder has the record of another run, or a damaged one. Nothing has
                 changed.
-
         """
         with self._on_disk():
             self._require_own()
@@ -184,6 +182,11 @@ class RunRecord:
                     f"{self._folder} has the record of another run ({difference}): give the same "
                     "settings to go on with it, or choose another folder"
                 )
+        if record.get("policy_sha256") != self._brain.settings.policy_sha256:
+            raise Refused(
+                f"{self._folder} has the record of a run whose policy {self._conf.cull.policy} had "
+                "another source: give the same one, or choose another folder"
+            )
         self.inbox.read = _count(record.get("inbox"), "inbox", path)
         return True
 
@@ -198,6 +201,9 @@ class RunRecord:
         self._switch_journal(0)
         # Commands that an earlier run in this folder was given are not for this one.
         record = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
+        policy_sha256 = self._brain.settings.policy_sha256
+        if policy_sha256 is not None:
+            record["policy_sha256"] = policy_sha256
         draft = self._saves.folder / (SETTINGS + DRAFT)
         draft.write_text(json.dumps(record, indent=2), "utf-8")
         to_disk(draft)

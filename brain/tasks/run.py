@@ -19,7 +19,7 @@ from brain.opening import open_brain
 from brain.record.captures import CaptureWriter
 from brain.record.heatmap import FILE, remembered, write_rows
 from brain.record.lock import sole_writer
-from brain.record.run_record import RunRecord
+from brain.record.run_record import FAILED, RunRecord
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
@@ -30,7 +30,8 @@ def run(conf: Conf, run_dir: Path) -> None:
     Writes ``transcript.txt`` (the exact text), ``tokens.txt``, ``run.json`` (ids, timings,
     versions), ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was
     replaced, by what, when and with what gain), ``saves/`` and, with ``capture=true``,
-    ``captures/`` into the run folder. Where the folder has the record of this run already, ended or
+    ``captures/`` into the run folder; ``failed.txt`` instead of a report where it was refused amid
+    the text. Where the folder has the record of this run already, ended or
     killed, it goes on with the next token (see ``brain/record/run_record.py``). Between ticks it
     executes what is added to ``commands.jsonl`` there (see ``brain/record/commands.py``).
     Raises Refused.
@@ -82,7 +83,11 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
         note(f"\033[2m{conf.prompt}\033[0m")
     primed = time.perf_counter()
     before = record.spoken
-    ended = _speak(brain, conf, record)
+    try:
+        ended = _speak(brain, conf, record)
+    except Refused as refusal:
+        (run_dir / FAILED).write_text(f"tick {brain.ticks + 1}: {refusal}\n", "utf-8")
+        raise
     count, spoken = record.spoken - before, time.perf_counter() - primed
     write_rows(remembered(brain), run_dir / FILE)
     _write_report(brain, conf, run_dir / "run.json", record.tokens(), primed - started, spoken)

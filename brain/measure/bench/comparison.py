@@ -48,7 +48,6 @@ class Comparison:
         asked: those of them that our engines take.
         precisions: to time.
         run_dir: where ``bench.json`` and the pictures go.
-
     """
 
     def __init__(

@@ -21,10 +21,8 @@ def precisions_of(task: BenchTask, conf: Conf, keys: set[str]) -> list[str]:
         task: the benchmark's settings.
         conf: all settings.
         keys: those that were given on the command line.
-
     Raises:
         Refused: they cannot be timed together.
-
     """
     given = [key for key in ("dtype", "weights") if key in keys]
     if task.precisions and given:

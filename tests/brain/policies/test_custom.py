@@ -124,7 +124,8 @@ def test_a_save_is_loaded_with_the_policy_that_it_was_made_with(
     open_tiny: OpenTiny, tmp_path: Path
 ) -> None:
     b = open_tiny(policy=oldest_first, **SMALL)
-    b.prime(IDS)
+    b.prime(IDS[:20])
+    b.feed(IDS[20:])
     b.save(tmp_path / "save")
     after = [b.tick().token for _ in range(5)]
     with pytest.raises(Refused, match=r"test_custom:oldest_first.*give policy="):
@@ -136,46 +137,27 @@ def test_a_save_is_loaded_with_the_policy_that_it_was_made_with(
 
 
 def test_a_run_goes_on_only_with_the_policy_that_it_began_with(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
     module = tmp_path / "mine_to_run.py"
     module.write_text("def score(state, look):\n    return state.surprise\n")
-    monkeypatch.chdir(tmp_path)
-    run = [
-        "model=folder",
-        f"path={tiny_folder}",
-        "prompt=hello",
-        "cull.policy=mine_to_run:score",
-        "capacity=24",
-        f"hydra.run.dir={tmp_path / 'run'}",
-    ]
-    assert call(*run, "ticks=30") == 0
-    assert call(*run, "ticks=40") == 0
-    monkeypatch.delitem(__import__("sys").modules, "mine_to_run")
+    run = ["prompt=hello", "cull.policy=mine_to_run:score", "capacity=24", "hydra.run.dir=run"]
+    call(tmp_path, tiny_folder, *run, "ticks=30")
+    call(tmp_path, tiny_folder, *run, "ticks=40")
     module.write_text("def score(state, look):\n    return state.surprise + 1\n")
-    __import__("linecache").clearcache()
-    assert call(*run, "ticks=50") == 2
+    refused = call(tmp_path, tiny_folder, *run, "ticks=50", status=2)
+    assert "mine_to_run:score had another source" in refused.stderr
 
 
-def test_a_run_whose_policy_fails_says_so_in_its_folder(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_policy_fails_says_so_in_its_folder(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine_to_fail.py").write_text(
         "def score(state, look):\n"
         "    if int(look.tick) > 20:\n"
         "        raise ZeroDivisionError('no more')\n"
         "    return state.surprise\n"
     )
-    monkeypatch.chdir(tmp_path)
+    run = ["prompt=hello", "cull.policy=mine_to_fail:score", "capacity=24", "hydra.run.dir=run"]
+    failed = call(tmp_path, tiny_folder, *run, "ticks=50", status=2)
+    assert "mine_to_fail.py:3 (ZeroDivisionError: no more)" in failed.stderr
     folder = tmp_path / "run"
-    code = call(
-        "model=folder",
-        f"path={tiny_folder}",
-        "prompt=hello",
-        "cull.policy=mine_to_fail:score",
-        "capacity=24",
-        "ticks=50",
-        f"hydra.run.dir={folder}",
-    )
-    assert code == 2
     assert "mine_to_fail.py:3" in (folder / "failed.txt").read_text()
