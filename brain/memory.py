@@ -36,7 +36,7 @@ from compiled.int8 import Int8
 from compiled.llama import Weights
 from compiled.patch import Plan
 from compiled.philox import key_of
-from compiled.read import Reading, Study
+from compiled.read import Reading, ScoredPrefill
 from compiled.read_cpu import formats
 from compiled.sample import Sampling, surprises
 from compiled.score import echo, running_novelty
@@ -251,7 +251,7 @@ class Memory:
         span = rows[start : start + self.graphs.chunk]
         newest = int(mirror.position[-1]) if len(mirror) else NOWHERE
         width = self.graphs.edit_width_for(max(1, len(span), len(edit.erase)), once=once)
-        learnt: Study | None = None
+        learnt: ScoredPrefill | None = None
         nats: list[float] = []
         self.graphs.begin_step()
         if span:

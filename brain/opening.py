@@ -15,7 +15,7 @@ from brain.config.settings import Settings, settings_of
 from brain.errors import Refused
 from brain.files import given_path
 from brain.machine.cpu_operator import begin_native_decoder
-from compiled.compiler import prepared
+from compiled.capture import prepared
 from compiled.read_cpu import formats
 from conf.schema import Conf, ModelConf, Source, WeightFormat
 

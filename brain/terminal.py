@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Iterator
 
-import torch
 from tqdm import tqdm
 
 from brain.brain import Brain
+from compiled import torch_private
 
 
 def note(message: str) -> None:
@@ -23,7 +23,7 @@ def capture_graphs(brain: Brain, *, edits: bool = True) -> None:
     names: Iterator[str] = brain.warm_up(edits=edits)
     total = len(brain.graphs.expected(edits=edits))
     # Garbage would be looked for after every graph: a seventh of a second each, for nothing.
-    unswept = torch._dynamo.config.patch(run_gc_after_compile=False)
+    unswept = torch_private.without_collection()
     with unswept, tqdm(total=total, desc="capturing graphs", unit="graph") as bar:
         started = False
         for name in names:

@@ -26,13 +26,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from compiled.capture import Capture, captured
+from compiled import torch_private
+from compiled.capture import Graph
 from compiled.choose import Choice, Conduct, Forced, choose
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
 from compiled.patch import Plan, make_empty, patch, rebase
 from compiled.plan import empty_edit
-from compiled.read import AheadReading, Reading, Study, read, read_ahead, study
+from compiled.read import AheadReading, Reading, ScoredPrefill, read, read_ahead, scored_prefill
 from compiled.read_cpu import Decode, operator
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.speculate import Said, choose_ahead
@@ -120,15 +121,14 @@ class Graphs:
         self.edit_widths = fitting or (state.capacity,)
         self.widths = tuple(sorted({1, *self.edit_widths}))
         self.device = state.valid.device
-        self.captures: dict[str, Capture] = {}
+        self.captures: dict[str, Graph] = {}
         self.naming: Naming | None = None
         native = behaviour.native if compiled else None
         self._decode = None if native is None else operator(native)
-        self._callables: dict[str, Callable[..., Any]] = {}
         if compiled:
             # Without the mark, replays would copy these into graph memory, cache included.
             for tensor in (*weights.tensors(), *state, *cursor, *sampling):
-                torch._dynamo.mark_static_address(tensor)
+                torch_private.keep_address(tensor)
 
     @property
     def chunk(self) -> int:
@@ -226,19 +226,19 @@ class Graphs:
         *,
         high_water: int,
         once: bool = False,
-    ) -> Study:
+    ) -> ScoredPrefill:
         """``study`` over the same bucket; where it is captured, a read and its surprises."""
         config, bound = self.behaviour.config, (self.weights, self.state, tokens, positions, length)
         captured = self.is_captured(tokens.shape[0])
         if not captured or (once and self._decode is None):
-            return study(config, *bound, targets, bucket=high_water)
+            return scored_prefill(config, *bound, targets, bucket=high_water)
         if once:
             reading = read(config, *bound, bucket=max(1, high_water), decode=self._decode)
             nats = surprises(reading.logits, targets)
         else:
             reading = self.read(tokens, positions, length, high_water=high_water)
             nats = self.surprises(reading.logits, targets)
-        return Study(nats, reading.new_keys, reading.new_values)
+        return ScoredPrefill(nats, reading.new_keys, reading.new_values)
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
         """``surprises`` of the tokens of a captured edit."""
@@ -313,7 +313,7 @@ class Graphs:
             self.begin_step()
             self.rebase(wanted=False)
 
-    def empty_edit(self, width: int, learnt: Study | None = None) -> Plan:
+    def empty_edit(self, width: int, learnt: ScoredPrefill | None = None) -> Plan:
         """``empty_edit`` of this brain."""
         return empty_edit(self.behaviour.config, self.state, self.cursor, width, learnt)
 
@@ -365,7 +365,9 @@ class Graphs:
         surprise_name, patch_name = _names_after_read(width, EDIT)
         yield from self._new(surprise_name)
         # Held until the patch is done, as an edit holds it: a CUDA graph remembers what was gone.
-        learnt = Study(self.surprises(reading.logits, tokens), reading.new_keys, reading.new_values)
+        learnt = ScoredPrefill(
+            self.surprises(reading.logits, tokens), reading.new_keys, reading.new_values
+        )
         yield from self._new(patch_name)
         self.patch(self.empty_edit(width, learnt))
 
@@ -384,10 +386,9 @@ class Graphs:
     def _graph(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if not self.compiled:
             return function
-        if name not in self._callables:
-            capture = self.captures.setdefault(name, Capture(name))
-            self._callables[name] = captured(function, capture, self.device)
-        graph = self._callables[name]
+        graph = self.captures.get(name)
+        if graph is None:
+            graph = self.captures[name] = Graph(name, function, self.device)
         return graph if self.naming is None else functools.partial(self.named, name, graph)
 
 

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from compiled.llama import LlamaConfig
 from compiled.patch import Plan, RowColumns
-from compiled.read import Study
+from compiled.read import ScoredPrefill
 from compiled.state import NOWHERE, Cursor, State
 
 
 def empty_edit(
-    config: LlamaConfig, state: State, cursor: Cursor, width: int, learnt: Study | None = None
+    config: LlamaConfig,
+    state: State,
+    cursor: Cursor,
+    width: int,
+    learnt: ScoredPrefill | None = None,
 ) -> Plan:
     """An edit of a width that changes nothing, to be filled with ``_replace``; with the keys and
     values of a study of that width, if there is one.

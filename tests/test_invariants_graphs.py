@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import brain
 import compiled
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Replace
-from compiled.capture import Capture
+from compiled.capture import Graph
 from compiled.read import Reading
 from toys import digest
 
@@ -100,13 +100,13 @@ def aliased_inputs(module: GraphModule) -> int:
     )
 
 
-def captured(b: Brain, prefix: str) -> Iterator[Capture]:
+def captured(b: Brain, prefix: str) -> Iterator[Graph]:
     found = [capture for name, capture in b.graphs.captures.items() if name.startswith(prefix)]
     assert found
     yield from found
 
 
-def assert_writes_nothing(capture: Capture) -> None:
+def assert_writes_nothing(capture: Graph) -> None:
     for module in capture.modules:
         assert mutated_inputs(module) == set(), capture.name
         assert aliased_inputs(module) == 0, capture.name
@@ -386,7 +386,7 @@ def test_I9_a_second_compilation_is_an_error(open_tiny: OpenTiny) -> None:
     b.graphs.surprises(logits, targets)
     b.graphs.surprises(logits + 1, targets)
     if b.device.type == "cpu":
-        assert b.graphs._callables["surprise T=4"].is_direct  # type: ignore[attr-defined]
+        assert b.graphs.captures["surprise T=4"].is_direct
     with pytest.raises(AssertionError, match="expected size"):
         b.graphs.surprises(torch.zeros(4, 299), targets)
     capture = b.graphs.captures["surprise T=4"]

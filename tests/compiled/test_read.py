@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from brain.machine.cpu_operator import native_decoder
 from compiled.int8 import dequantize
 from compiled.llama import LlamaConfig, Weights
-from compiled.read import Reading, read, study, trimmed
+from compiled.read import Reading, read, scored_prefill, trimmed
 from compiled.read_cpu import Formats, operator
 from compiled.sample import surprises
 from compiled.state import State
@@ -227,7 +227,7 @@ def test_a_study_is_a_read_that_tells_surprises_instead_of_logits() -> None:
     length, targets = torch.tensor(3), torch.tensor([8, 1, 39, 0])
     arguments = (config, weights, state, tokens, positions, length)
     reading = read(*arguments, bucket=CAPACITY)
-    studied = study(*arguments, targets, bucket=CAPACITY)
+    studied = scored_prefill(*arguments, targets, bucket=CAPACITY)
     # One mask on top of all columns or of those that need it: the same numbers in other orders.
     for name in ("new_keys", "new_values"):
         rows, expected_rows = getattr(studied, name)[:, :, :3], getattr(reading, name)[:, :, :3]
