@@ -14,8 +14,7 @@ from brain.actions import Append, Boost, Cull, Pin, Redact, Replace
 from brain.brain import Brain
 from brain.errors import BrainWarning, Refused
 from brain.mirror import Mirror
-from brain.opening import open, open_brain
-from brain.saves import load
+from brain.opening import load, open, open_brain
 from brain.tick import Tick
 
 __all__ = [

@@ -32,7 +32,7 @@ DONE, REFUSED, INTERRUPTED = 0, 2, 130
 
 def main() -> None:
     """The console script."""
-    # Hydra prints and exits by itself unless told to let errors through; we say them in one line.
+    # Without this Hydra prints errors and exits by itself; we print them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.showwarning = _show_warning
     register()
@@ -43,8 +43,8 @@ def main() -> None:
             _application()
     except Refused as refusal:
         _leave(f"refused: {refusal}", REFUSED)
-    except OSError as error:  # of Hydra, which makes the run folder
-        _leave(f"refused: {_told(error)}", REFUSED)
+    except OSError as error:  # Hydra could not make the run folder
+        _leave(f"refused: {_os_message(error)}", REFUSED)
     except (HydraException, OmegaConfBaseException) as error:
         _leave(f"refused: {configuration_error(error)}", REFUSED)
     except KeyboardInterrupt:
@@ -52,12 +52,12 @@ def main() -> None:
     except Exception as error:
         if _has_begun(error):
             raise
-        # Hydra raises anything at all for arguments it can make nothing of.
+        # Hydra raises any kind of exception for arguments that it cannot parse.
         _leave(f"refused: {configuration_error(error)}", REFUSED)
 
 
 def _has_begun(error: Exception) -> bool:
-    """Whether the error comes from a task, and not from what Hydra does before it."""
+    """Whether the error comes from a task, and not from Hydra before it."""
     task = inspect.unwrap(_application).__code__
     return any(frame.f_code is task for frame, _ in traceback.walk_tb(error.__traceback__))
 
@@ -75,10 +75,10 @@ def _application(composed: DictConfig) -> None:
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read the text has heard enough. Nothing more can be printed there.
+        # The reader of our output has closed it. Nothing more can be printed there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        _leave(f"refused: {_told(error)}", REFUSED)
+        _leave(f"refused: {_os_message(error)}", REFUSED)
     except RuntimeError as error:
         from brain.machine.memory import is_out_of_memory
 
@@ -89,13 +89,13 @@ def _application(composed: DictConfig) -> None:
 
 
 def _write_utf8() -> None:
-    """Text is UTF-8 wherever it goes, whatever a locale can spell."""
+    """Makes both output streams UTF-8, whatever the locale is."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _told(error: OSError) -> str:
+def _os_message(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or one_line(error)}"
 
@@ -106,7 +106,7 @@ def _leave(message: str, status: int) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    # Libraries' warnings are for developers; ours are for whoever reads the terminal.
+    # Warnings of libraries are for developers; ours are for the person at the terminal.
     if issubclass(category, BrainWarning):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 

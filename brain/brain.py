@@ -1,53 +1,50 @@
-"""The Brain: a model, its memory and the loop. Wiring only.
+"""The Brain: a model, its memory and the loop, as whoever uses them sees it.
 
-    0/4 patch → 1 read and sample → 2 score brightness → 3 decide what to forget → repeat
-
-Steps 1 to 3 return new tensors; the patch alone writes. One tick is ``_one_tick``: read, choose,
-patch, three calls with no number crossing between host and device.
+Every method checks what it is given, and hands over to who does it: ``loop.py`` makes ticks,
+``edits.py`` puts rows into the memory, ``compiled/`` computes. Nothing is computed here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from brain import edits, saves
 from brain.actions import Action, Append, Edit, Limits, integer, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.config.settings import Settings
-from brain.edits import Row, Told
-from brain.errors import MemoryFull, Refused, shown, warn
+from brain.edits import Arrival, Row
+from brain.errors import Refused, shown
+from brain.loop import Loop
 from brain.machine.signals import Uninterrupted
 from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
-from brain.naming import CHOOSE, PATCH, READ, WARM_UP, WHOLE_TICK, nvtx_ranges
+from brain.policies import CustomPolicy
 from brain.repair import Repair, best_repair, dimmest_pair
 from brain.speculate import Lookahead
-from brain.tick import Observer, Speech, Step, Tick
-from brain.tokens import StreamDecoder
-from compiled.choose import UNFORCED, Forced
+from brain.tick import Detokenizer, Observer, Tick
+from compiled.choose import UNFORCED, Forced, Look
 from compiled.graphs import Graphs
-from compiled.lookup import Proposal
-from compiled.patch import Plan
 from compiled.read import Reading, trimmed
-from compiled.score import MOST_CULLED, Forgetting, cull_count, may_go
-from compiled.state import NOWHERE, Cursor, State
-from conf.schema import Conf
+from compiled.score import MOST_CULLED, cull_count, may_go
+from compiled.state import Cursor, State
 
 MOST_POSITIONS = 1 << 40
 """Positions below this are exact in every computation made with them."""
 
 
 @dataclass
-class _Made:
+class _MadeRepair:
     """A repair that a tick began with. If the tick is interrupted, the next attempt at it finds the
     memory of ``account`` as it was left, and makes no second one.
     """
 
     repair: Repair
     account: Account
-    told: bool = False
+    reported: bool = False
 
 
 class Brain:
@@ -55,37 +52,47 @@ class Brain:
 
     Made by :func:`brain.open`. Every method checks what it is given before it changes anything and
     raises :class:`brain.Refused` with one clear line.
+
+    Attributes: ``on_repair``, called with every repair that is made; ``observer``, called in every
+    tick before its patch.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, conf: Conf) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        """Allocates the memory. Raises Refused where it cannot be had."""
         self.checkpoint = checkpoint
         self.settings = settings
-        self.conf = conf  # what ``settings`` were made from; kept to be saved
         self.tokenizer = checkpoint.tokenizer
         settings.check_against(checkpoint.config)
         self.memory = Memory(checkpoint, settings)
-        self.graphs.naming = nvtx_ranges() if settings.nvtx else None
-        self.device = self.memory.device
-        trained = checkpoint.config.max_position_embeddings
-        self.lookahead = Lookahead(self.memory, settings, trained)
-        self.observer: Observer | None = None
-        self.on_repair: Callable[[Repair], None] | None = None  # told of every repair made
+        self.loop = Loop(self.memory, checkpoint, settings, self._repair)
+        self.lookahead = Lookahead(self.memory, settings, checkpoint.config.max_position_embeddings)
+        self.on_repair: Callable[[Repair], None] | None = None
         self._unforced = self._forced([UNFORCED], "model")
         self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
-        self._warned_of_range = False
-        self._made: _Made | None = None
-        self._speech = self._new_speech()
+        self._made: _MadeRepair | None = None
+        keep_score = settings.graphs.eviction.keep_score
+        if isinstance(keep_score, CustomPolicy):
+            keep_score.try_out(self.state, self.cursor, compiled=settings.graphs.compiled)
+        if settings.conf.nvtx:
+            import nvtx
+
+            self.graphs.ranges = nvtx.annotate
 
     # Looking
 
     def __len__(self) -> int:
         """Number of valid rows."""
-        return self.memory.count
+        return self.memory.account.count
 
     @property
     def capacity(self) -> int:
         """Number of slots."""
         return self.state.capacity
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.memory.device
 
     @property
     def state(self) -> State:
@@ -105,12 +112,23 @@ class Brain:
     @property
     def ticks(self) -> int:
         """Ticks since the last prime."""
-        return self.memory.tick
+        return self.memory.account.tick
 
     @property
     def mirror(self) -> Mirror:
         """A snapshot of what is remembered, in text order."""
         return mirror_of(self.state, self.decode)
+
+    @property
+    def observer(self) -> Observer | None:
+        """Called in every tick before its patch, to look at what each step received and returned.
+        While there is one, every pass is a single tick.
+        """
+        return self.loop.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self.loop.observer = observer
 
     def encode(self, text: str) -> list[int]:
         """Text to ids: nothing added, nothing dropped."""
@@ -125,44 +143,76 @@ class Brain:
     ) -> Reading:
         """Step 1 without sampling: reads, and leaves every byte of the memory as it was.
 
-        Without arguments, re-reads the last token (or the pending one). Otherwise any T >= 1
-        tokens at any T distinct positions; every token sees the rows and tokens before its own
-        position. ``positions`` default to those after everything said so far.
+        Args:
+            tokens: T >= 1 token ids. None re-reads the last token (or the pending one).
+            positions: T distinct positions; every token sees the rows and tokens before its own.
+                None: those after everything said so far.
+
+        Returns:
+            Logits [T, vocab] float32, new keys and values, attention mass.
+
+        Raises:
+            Refused: There is nothing to read, or the tokens or positions cannot be read.
+
         """
+        memory, graphs = self.memory, self.graphs
         if tokens is None:
             if positions is not None:
                 raise Refused("read: positions were given without tokens")
-            self._require_primed()
-            self.graphs.begin_step()
-            reading = self.memory.read_cursor()
+            self.loop.require_primed()
+            ids, padding = [], []
+            asked = (memory.cursor.token, memory.cursor.position, memory.one)
         else:
             ids = token_ids(tokens, self.checkpoint.config.vocab_size, "read: tokens")
-            if positions is None:
-                first = self.memory.position + 1
-                where = list(range(first, first + len(ids)))
-            else:
-                at = listed(positions, "read: positions")
-                where = [self._checked_position(position) for position in at]
-            if len(where) != len(ids):
-                raise Refused(f"read: {len(ids)} tokens at {len(where)} positions")
-            if len(set(where)) != len(where):
-                raise Refused("read: two tokens at one position")
-            self.graphs.begin_step()
-            length = len(ids)
-            width = self.graphs.width_for(length)
-            reading = trimmed(self.memory.read_padded(ids, where, width), length)
-        if self.graphs.compiled and self.device.type == "cuda":
+            where = self._checked_positions(positions, len(ids))
+            padding = [0] * (graphs.read_width(len(ids)) - len(ids))
+            asked = (
+                memory.int64([*ids, *padding]),
+                memory.int64([*where, *padding]),
+                memory.int64(len(ids)),
+            )
+        graphs.begin_step()
+        reading = graphs.read(*asked, high_water=memory.account.high_water)
+        if padding:
+            reading = trimmed(reading, len(ids))
+        if graphs.compiled and self.device.type == "cuda":
             # Outputs of a captured graph are overwritten by its next replay.
             reading = Reading(*(tensor.clone() for tensor in reading))
         return reading
 
+    def _checked_positions(self, positions: Sequence[int] | None, length: int) -> list[int]:
+        if positions is None:
+            first = self.memory.account.position + 1
+            return list(range(first, first + length))
+        checked = []
+        for position in listed(positions, "read: positions"):
+            number = integer(position)
+            if number is None:
+                raise Refused(f"read: position {position!r} is not an integer")
+            if not 0 <= number < MOST_POSITIONS:
+                raise Refused(f"read: position {position} is not in 0 to {MOST_POSITIONS - 1}")
+            checked.append(number)
+        if len(checked) != length:
+            raise Refused(f"read: {length} tokens at {len(checked)} positions")
+        if len(set(checked)) != len(checked):
+            raise Refused("read: two tokens at one position")
+        return checked
+
     # Step 0
 
     def prime(self, context: str | Sequence[int], source: str = "user") -> None:
-        """Replaces the context. Ids are taken literally; text gets BOS if the model wants it.
+        """Replaces the context. Afterwards all N tokens are remembered at positions 0 to N - 1, and
+        the first tick re-reads the last of them.
 
-        Afterwards all N tokens are remembered at positions 0 to N - 1, and the first tick
-        re-reads the last of them.
+        A prompt longer than ``engine.chunk`` leaves an empty memory if it is interrupted.
+
+        Args:
+            context: Ids, taken literally, or text, which gets BOS if the model wants it.
+            source: Who it comes from: one of ``brain.mirror.SOURCES``.
+
+        Raises:
+            Refused: It is empty, too long, or not of the vocabulary.
+
         """
         if isinstance(context, str):
             context = self.tokenizer.initial_prompt(context) if context else []
@@ -174,13 +224,19 @@ class Brain:
             )
         number = source_number(source)
         rows = [Row(token, position, number) for position, token in enumerate(ids)]
-        before, speech = self.memory.account, self._speech
+        before, detokenizer = self.memory.account, self.loop.detokenizer
+        nothing = self.mirror.emptied()
         try:
-            self._speech = self._new_speech()
-            self.memory.begin(rows, self.mirror.emptied())
+            self.loop.detokenizer = Detokenizer(self.tokenizer)
+            if len(rows) <= self.graphs.chunk:
+                edits.replace_all(self.memory, rows, nothing)
+            else:
+                self.memory.forget_everything()
+                uncaptured = self.graphs.uncaptured
+                edits.append_in_chunks(self.memory, uncaptured, rows, Edit(), nothing, None)
         except BaseException:
             if self.memory.account is before:
-                self._speech = speech
+                self.loop.detokenizer = detokenizer
             raise
 
     # The loop
@@ -191,9 +247,9 @@ class Brain:
         With ``token`` it speaks that one, as if it had drawn it: to follow what has been said.
         """
         if token is None:
-            return self._advance(self._unforced)
+            return self.loop.tick(self._unforced)
         vocab_size = self.checkpoint.config.vocab_size
-        return self._advance(self._forced(token_ids([token], vocab_size, "tick"), "model"))
+        return self.loop.tick(self._forced(token_ids([token], vocab_size, "tick"), "model"))
 
     def speak(self, most: int | None = None) -> tuple[Tick, ...]:
         """One pass of the loop: a tick, or with ``lookup`` as many as came true, ``most`` at most.
@@ -203,26 +259,26 @@ class Brain:
         """
         if most is not None and (integer(most) or 0) < 1:
             raise Refused(f"speak: a number of at least 1, not {shown(most)}")
-        ahead, observed = self.lookahead, self.observer is not None
-        proposal = None if observed else ahead.proposal(most)
+        observed = self.loop.observer is not None
+        proposal = None if observed else self.lookahead.proposal(most)
         if proposal is None:
-            ticks: tuple[Tick, ...] = (self.tick(),)
+            ticks: tuple[Tick, ...] = (self.loop.tick(self._unforced),)
         else:
-            ticks = self._advance_ahead(proposal, self._unforced_ahead)
+            ticks = self.loop.ticks_ahead(proposal, self._unforced_ahead)
         if not observed:  # even if the observer has left meanwhile: nothing was followed for it
-            ahead.look(ticks)
-        ahead.account.add(ticks)
+            self.lookahead.look(ticks)
+        self.lookahead.counts.add(ticks)
         return ticks
 
-    def retell(self, ids: Sequence[int]) -> tuple[Tick, ...]:
+    def replay(self, ids: Sequence[int]) -> tuple[Tick, ...]:
         """A pass of several tokens once more: to follow what ``speak`` has said, as ``tick`` does
         with a token.
         """
-        self._require_primed()
-        checked = token_ids(ids, self.checkpoint.config.vocab_size, "retell")
-        proposal = self.lookahead.told(checked)
+        self.loop.require_primed()
+        checked = token_ids(ids, self.checkpoint.config.vocab_size, "replay")
+        proposal = self.lookahead.replayed(checked)
         rest = [UNFORCED] * (self.lookahead.width - len(checked))
-        return self._advance_ahead(proposal, self._forced([*checked, *rest], "model"))
+        return self.loop.ticks_ahead(proposal, self._forced([*checked, *rest], "model"))
 
     def stream(self, ticks: int | None = None, *, stop_at_eos: bool = False) -> Iterator[Tick]:
         """Ticks for ever, or for a number of ticks, or until the model ends its text.
@@ -233,7 +289,7 @@ class Brain:
         """
         if ticks is not None and (integer(ticks) or 0) < 1:
             raise Refused(f"ticks must be a number of at least 1, not {shown(ticks)}")
-        self._require_primed()
+        self.loop.require_primed()
         return self._stream(ticks, stop_at_eos)
 
     def _stream(self, ticks: int | None, stop_at_eos: bool) -> Iterator[Tick]:
@@ -246,29 +302,38 @@ class Brain:
                     return
 
     def feed(self, ids: Sequence[int], source: str = "user") -> Tensor:
-        """Teacher-forced ticks: these tokens instead of sampled ones.
+        """Teacher-forced ticks: these tokens instead of sampled ones. The last one is left pending,
+        as after any tick.
 
-        Returns the negative log-likelihood in nats of each: [len(ids)] float32 on the host. The
-        last one is left pending, as after any tick.
+        Args:
+            ids: Token ids, taken literally.
+            source: Who they come from.
+
+        Returns:
+            The negative log-likelihood of each in nats: [len(ids)] float32 on the host.
+
+        Raises:
+            Refused: They are not of the vocabulary, or do not fit where nothing is forgotten.
+
         """
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
         source_number(source)
-        self._require_room(len(checked))
+        self.loop.require_room(len(checked))
         # Of each tick no more is kept than is asked for: a text may be long.
-        nats = [self._advance(self._forced([token], source)).arriving for token in checked]
+        nats = [self.loop.tick(self._forced([token], source)).arriving for token in checked]
         return torch.tensor([float(copy.wait()[0]) for copy in nats], dtype=torch.float32)
 
     def finish_text(self) -> str:
         """What the stream still owes: U+FFFD for a character never completed, else nothing."""
-        return self._speech.finish()
+        return self.loop.detokenizer.finish()
 
     @property
     def most_pinned(self) -> int:
-        """Rows that may be pinned: of more, a tick might find none that it may forget."""
-        forgetting = self._forgetting
-        if not forgetting.target:
+        """Rows that may be pinned: with more, a tick might find none that it may forget."""
+        culling = self.settings.culling
+        if not culling.target:
             return self.capacity
-        return forgetting.target - forgetting.sinks - forgetting.recent - MOST_CULLED
+        return culling.target - culling.sinks - culling.recent - MOST_CULLED
 
     # Step 4
 
@@ -281,32 +346,41 @@ class Brain:
         Where appending would leave the trained range, positions are renumbered first, and stay so
         whatever comes after: an exception then has a note that says it.
         """
-        mirror = self.mirror
-        edit = resolve(actions, mirror, self._limits())
-        renumbered = bool(edit.appending) and self._stay_in_range(1 + len(edit.appending))
+        mirror, account = self.mirror, self.memory.account
+        limits = Limits(
+            vocab_size=self.checkpoint.config.vocab_size,
+            capacity=self.capacity,
+            unforgettable=self.most_pinned,
+            chunk=self.graphs.chunk,
+            pending=account.uncommitted,
+        )
+        edit = resolve(actions, mirror, limits)
+        if not edit.appending or not self.loop.stay_in_range(1 + len(edit.appending)):
+            self._edit(edit, mirror)
+            return
         try:
-            if renumbered:
-                edit, mirror = edit.moved(mirror.position.tolist()), self.mirror
-            self._commit(edit, mirror)
+            self._edit(edit.moved(mirror.position.tolist()), self.mirror)
         except BaseException as error:
-            if renumbered:
-                error.add_note("positions have been renumbered before that: look at the mirror")
+            error.add_note("positions have been renumbered before that: look at the mirror")
             raise
 
-    def _commit(self, edit: Edit, mirror: Mirror) -> None:
+    def _edit(self, edit: Edit, mirror: Mirror) -> None:
+        account, cursor = self.memory.account, self.memory.cursor
         rows = [Row(*row) for row in edit.replacing]
-        pending: Told | None = None
+        pending: Arrival | None = None
         if edit.appending:
             rows += [
-                Row(token, self.memory.position + 1 + offset, source)
+                Row(token, account.position + 1 + offset, source)
                 for offset, (token, source) in enumerate(edit.appending)
             ]
-            if self.memory.uncommitted:
-                held = self.memory.cursor
-                rows.append(Row(int(held.token[0]), self.memory.position, int(held.source[0])))
-                pending = Told(float(held.surprise[0]), float(held.novelty[0]))
+            if account.uncommitted:
+                rows.append(Row(int(cursor.token[0]), account.position, int(cursor.source[0])))
+                pending = Arrival(float(cursor.surprise[0]), float(cursor.novelty[0]))
         rows.sort(key=lambda row: row.position)
-        self.memory.commit(rows, edit, mirror, pending)
+        if len(rows) <= self.graphs.chunk:
+            edits.edit(self.memory, rows, edit, mirror, pending)
+        else:
+            edits.append_in_chunks(self.memory, self.graphs, rows, edit, mirror, pending)
 
     def apply(self, actions: Sequence[Action]) -> None:
         """A batch for a brain that is running: as ``patch``, but what is appended passes through
@@ -318,213 +392,141 @@ class Brain:
         actions = listed(actions, "actions")
         appended = [action for action in actions if isinstance(action, Append)]
         rest = [action for action in actions if not isinstance(action, Append)]
-        if not appended or not self._forgetting.target:
+        if not appended or not self.settings.culling.target:
             self.patch(actions)
             return
-        self._require_primed()
+        self.loop.require_primed()
         vocab_size = self.checkpoint.config.vocab_size
         fed = [(token_ids(a.ids, vocab_size, "Append"), a.source) for a in appended]
         for _, source in fed:
             source_number(source)
         if rest:
             self.patch(rest)  # after all checks but its own: the batch is refused as a whole
-        before = self.memory.tick
+        before = self.ticks
         try:
             for ids, source in fed:
                 self.feed(ids, source)
         except BaseException as error:
-            missing = sum(len(ids) for ids, _ in fed) - (self.memory.tick - before)
+            missing = sum(len(ids) for ids, _ in fed) - (self.ticks - before)
             error.add_note(f"the batch is done but for the last {missing} tokens to append")
             raise
 
     def warm_up(self, *, edits: bool = True) -> Iterator[str]:
         """Captures every graph, or without ``edits`` those of ticks alone, yielding each one's name
-        before it is compiled.
-
-        Changes nothing that is remembered. Does nothing in eager mode.
+        before it is compiled. Changes nothing that is remembered. Does nothing in eager mode.
         """
-        if self.graphs.naming is None:
-            yield from self.graphs.warm_up(edits=edits)
-            return
-        with self.graphs.naming(WARM_UP):
-            yield from self.graphs.warm_up(edits=edits)
+        return self.graphs.warm_up(edits=edits)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the whole brain to a folder; ``brain.load`` goes on with the same token."""
-        from brain.saves import save
+    # Saving
 
-        save(self, folder)
+    def snapshot(self) -> saves.Snapshot:
+        """Copies on the host of everything that the brain is at this moment."""
+        return saves.Snapshot(
+            model_sha256=self.checkpoint.sha256,
+            rows=saves.occupied_rows(self.state),
+            cursor=Cursor(*(tensor.cpu().clone() for tensor in self.cursor)),
+            high_water=self.memory.account.high_water,
+            unfinished=self.unfinished,
+            conf=saves.plain(self.settings.conf),
+        )
+
+    def resume(self, snapshot: saves.Snapshot) -> None:
+        """Becomes what a snapshot holds, which ``saves.read`` has checked. Settings stay."""
+        try:
+            edits.restore(self.memory, snapshot.rows, snapshot.cursor, snapshot.high_water)
+        finally:  # where that fails, nothing is remembered
+            self.resume_text(snapshot.unfinished)
+
+    def save(self, folder: str | Path, notes: Any = None) -> None:
+        """Writes the whole brain to a folder; ``brain.load`` goes on with the same token.
+
+        Args:
+            folder: A new one, or one that holds a save, which is replaced.
+            notes: Plain JSON that ``restore`` returns.
+
+        Raises:
+            Refused: The folder holds anything else, or cannot be written.
+
+        """
+        saves.write(folder, self.snapshot(), notes)
+
+    def restore(self, folder: str | Path) -> Any:
+        """Becomes the brain that was saved in a folder, with the settings of this one.
+
+        Args:
+            folder: Where it was saved.
+
+        Returns:
+            The notes that were saved with it.
+
+        Raises:
+            OtherWeights: It was saved with another model. Nothing has changed.
+            Refused: The save is damaged or does not fit. Nothing has changed.
+
+        """
+        snapshot, notes = saves.read(
+            folder, self.checkpoint, self.state, self.cursor, self.most_pinned
+        )
+        self.resume(snapshot)
+        return notes
 
     @property
     def unfinished(self) -> bytes:
         """The bytes of a character that the stream has begun and not completed."""
-        return self._speech.unfinished
+        return self.loop.detokenizer.unfinished
 
-    def speak_on(self, unfinished: bytes) -> None:
+    def resume_text(self, unfinished: bytes) -> None:
         """Takes another beginning of a character for the one that the stream has begun."""
-        self._speech = self._new_speech(unfinished)
+        self.loop.detokenizer = Detokenizer(self.tokenizer, unfinished)
 
-    def restore(
-        self, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int, unfinished: bytes
-    ) -> None:
-        """Takes over what was saved, as ``saves.py`` has checked it."""
-        try:
-            self.memory.restore(rows, cursor, high_water)
-        finally:  # where that fails, nothing is remembered
-            self.speak_on(unfinished)
-
-    # Inside
-
-    def _advance(self, forced: Forced) -> Tick:
-        return self.graphs.named(WHOLE_TICK, self._one_tick, forced)
-
-    def _one_tick(self, forced: Forced) -> Tick:
-        self._require_primed()
-        self._require_room(1)
-        self._speech.make_room()
-        rebased = self._stay_in_range(1)
-        repaired = self._repair()
-        culled = cull_count(self.memory.count, self._forgetting)
-        count = self.memory.count - culled + int(self.memory.uncommitted)
-        self.graphs.begin_step()
-        named = self.graphs.named
-        reading = named(READ, self.memory.read_cursor)
-        choice = named(CHOOSE, self.graphs.choose, reading, forced)
-        plan = choice.plan(reading)
-        number, position = self.memory.tick + 1, self.memory.position + 1
-        tick = Tick(number, position, count, choice, self._speech, repaired, rebased=rebased)
-        if self.observer is not None:
-            self.observer(Step(tick, self.memory.cursor, reading, choice, plan))
-        following = self.memory.account.after(count, position, uncommitted=True)
-        named(PATCH, self._keep, plan, replace(following, tick=number), [tick])
-        return tick
-
-    def _advance_ahead(self, proposal: Proposal, forced: Forced) -> tuple[Tick, ...]:
-        return self.graphs.named(WHOLE_TICK, self._ticks_ahead, proposal, forced)
-
-    def _ticks_ahead(self, proposal: Proposal, forced: Forced) -> tuple[Tick, ...]:
-        self._speech.make_room()
-        self._stay_in_range(1)
-        self.graphs.begin_step()
-        plan, ticks = self.lookahead.ticks(proposal, forced, self._speech)
-        last = ticks[-1]
-        following = self.memory.account.after(last.count, last.position, uncommitted=True)
-        self.graphs.named(PATCH, self._keep, plan, replace(following, tick=last.number), ticks)
-        return ticks
-
-    def _keep(self, plan: Plan, account: Account, ticks: Sequence[Tick]) -> None:
-        """Step 4, the account of it, and what is spoken: all three or none."""
-        with Uninterrupted():
-            self.memory.apply(plan, account)
-            for tick in ticks:
-                self._speech.follow(tick)
-
-    @property
-    def _forgetting(self) -> Forgetting:
-        return self.settings.conduct.forgetting
+    # Repair
 
     def _repair(self) -> tuple[Repair, ...]:
         """Every so many ticks, once there is something to forget: a repair, if one is worth it."""
-        every = self.settings.repair.every
-        if every == 0 or (self.memory.tick + 1) % every:
+        every = self.settings.conf.repair.every
+        if every == 0 or (self.ticks + 1) % every:
             return ()
         made = self._made
         if made is None or made.account is not self.memory.account:
-            if cull_count(self.memory.count, self._forgetting) == 0:
+            if cull_count(len(self), self.settings.culling) == 0:
                 return ()
             repair = self.best_repair()
             if repair is None:
                 return ()
             with Uninterrupted():
                 self.patch([repair.action])
-                made = self._made = _Made(repair, self.memory.account)
-        if self.on_repair is not None and not made.told:
+                made = self._made = _MadeRepair(repair, self.memory.account)
+        if self.on_repair is not None and not made.reported:
             self.on_repair(made.repair)
-            made.told = True
+            made.reported = True
         return (made.repair,)
 
     def best_repair(self) -> Repair | None:
         """The repair of the dimmest pair of rows that may go, if it gains enough. Changes nothing:
         ``patch([repair.action])`` does.
         """
-        self._require_primed()
-        settings, number = self.settings.repair, self.memory.tick + 1
-        mirror = self.mirror
-        candidates = may_go(self.state, self.cursor, self._forgetting)
-        scores = self.settings.conduct.keep_score(self.state, self._unread())
+        self.loop.require_primed()
+        mirror, account, state = self.mirror, self.memory.account, self.state
+        candidates = may_go(state, self.cursor, self.settings.culling)
+        nobody = Look(  # a policy is asked between two ticks: nobody has looked
+            mass=torch.zeros_like(state.brightness),
+            newest=self.cursor.position[0],
+            queries=self.memory.int64(0),
+            tick=self.cursor.tick,
+        )
+        scores = self.settings.graphs.eviction.keep_score(state, nobody)
         pair = dimmest_pair(
             scores.cpu().numpy()[mirror.slot], candidates.cpu().numpy()[mirror.slot]
         )
         if pair is None:
             return None
-        return best_repair(mirror, pair, number, settings, self._log_probabilities)
+        conf = self.settings.conf.repair
+        return best_repair(mirror, pair, account.tick + 1, conf, self._log_probabilities)
 
     def _log_probabilities(self, token: int, position: int) -> Tensor:
         """Of what follows a token read as of a position: [vocab] float32 on the host."""
         return torch.log_softmax(self.read([token], [position]).logits[-1], -1).cpu()
 
-    def _unread(self) -> Reading:
-        """What no token has read: for a policy to be asked between two ticks."""
-        nothing = torch.zeros(0, device=self.device)
-        return Reading(nothing, nothing, nothing, torch.zeros_like(self.state.brightness), nothing)
-
-    def _limits(self) -> Limits:
-        return Limits(
-            vocab_size=self.checkpoint.config.vocab_size,
-            capacity=self.capacity,
-            unforgettable=self.most_pinned,
-            chunk=self.graphs.chunk,
-            pending=self.memory.uncommitted,
-        )
-
-    def _require_primed(self) -> None:
-        if self.memory.position == NOWHERE:
-            raise Refused("nothing to read: prime the brain with a prompt first")
-
-    def _require_room(self, ticks: int) -> None:
-        # The first of them commits what is pending, each other one what the last one spoke.
-        count = self.memory.count + int(self.memory.uncommitted) + ticks - 1
-        if count > self.capacity and not self._forgetting.target:
-            raise MemoryFull(
-                f"memory is full: {count} rows do not fit in {self.capacity} slots and cull=none "
-                "forgets nothing; set cull=brightness or a larger capacity"
-            )
-
-    def _checked_position(self, position: int) -> int:
-        number = integer(position)
-        if number is None:
-            raise Refused(f"read: position {position!r} is not an integer")
-        if not 0 <= number < MOST_POSITIONS:
-            raise Refused(f"read: position {position} is not in 0 to {MOST_POSITIONS - 1}")
-        return number
-
-    def _stay_in_range(self, tokens: int) -> bool:
-        """Before ``tokens`` more positions are taken: renumbers the rows, or warns, if that would
-        leave the range the model was trained on. Returns whether it renumbered.
-        """
-        trained = self.checkpoint.config.max_position_embeddings
-        last = self.memory.position + tokens - 1
-        if last < trained:
-            return False
-        if self.settings.rebases:
-            self.memory.rebase()
-            return True
-        if not self._warned_of_range:
-            self._warned_of_range = True
-            warn(
-                f"position {last} is past the range {self.checkpoint.name} was trained on "
-                f"({trained}): expect the text to degrade; positions=rebase renumbers the rows"
-            )
-        return False
-
-    def _new_speech(self, unfinished: bytes = b"") -> Speech:
-        decoder = StreamDecoder(self.tokenizer, at_start=False)
-        decoder.go_on(unfinished)
-        return Speech(decoder)
-
-    def _tensor(self, values: int | Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
     def _forced(self, tokens: Sequence[int], source: str) -> Forced:
         number = torch.tensor(source_number(source), dtype=torch.uint8, device=self.device)
-        return Forced(self._tensor(tokens), number.repeat(len(tokens)))
+        return Forced(self.memory.int64(list(tokens)), number.repeat(len(tokens)))

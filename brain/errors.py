@@ -1,4 +1,4 @@
-"""What a person using the program may be told: refusals and warnings, one line each."""
+"""Messages for the person who uses the program: refusals and warnings, one line each."""
 
 import warnings
 
@@ -6,9 +6,9 @@ import warnings
 class Refused(ValueError):
     """Input that cannot be used.
 
-    Its message is one line saying what, where, and what would be right; the command line prints it
-    and exits with 2. Line breaks in the given message become spaces; other characters that cannot
-    be printed, with which a file might command the terminal, are written out.
+    Its message is one line: what is wrong, where, and what would be right. The command line prints
+    it and exits with 2. Line breaks in the given message become spaces. Other characters that
+    cannot be printed are escaped, because a file could control the terminal with them.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,7 +16,7 @@ class Refused(ValueError):
 
 
 class MemoryFull(Refused):
-    """A memory that forgets nothing has no room for another row."""
+    """A memory with cull=none has no room for another row."""
 
 
 LONGEST = 4000
@@ -24,7 +24,7 @@ LONGEST = 4000
 
 
 class Unwritten(Refused):
-    """What has happened could not be written down: only what was written before counts."""
+    """The record of a run could not be written: only what was written before counts."""
 
 
 def one_line(error: BaseException) -> str:
@@ -55,7 +55,7 @@ def shown(value: object) -> str:
 
 
 class BrainWarning(UserWarning):
-    """Something works, but not as one might think."""
+    """Something works, but perhaps not as expected."""
 
 
 def warn(message: str) -> None:

@@ -1,10 +1,9 @@
 """Files that anybody may have written, and paths as people give them.
 
-What a file is and how large it is are known before it is read.
-
-A named pipe would make its reader wait for ever, a device would never end, and a file may claim
-terabytes of which none is on the disk. So what is no plain file is not opened, and what is too
-large is not read. Links are followed: caches of models are made of them.
+The kind and size of a file are checked before it is read. A named pipe would make its reader wait
+for ever, a device would never end, and a file may claim terabytes that are not on the disk. So only
+plain files are opened, and none that is too large is read. Links are followed: caches of models are
+made of them.
 """
 
 import errno
@@ -18,12 +17,12 @@ from typing import Any, BinaryIO
 from brain.errors import Refused
 
 SETTINGS_BYTES = 1 << 22
-"""Of a small JSON file, like config.json."""
+"""The most that a small JSON file may have, like config.json."""
 TOKENIZER_BYTES = 1 << 26
-"""Of a vocabulary; Gemma's, the largest known, takes half of that."""
+"""The most that a vocabulary may have; Gemma's, the largest known, takes half of that."""
 PIECE = 1 << 20
 RECORD_BYTES = 1 << 28
-"""Of a file that a run has written about itself."""
+"""The most that a file may have that a run has written about itself."""
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -71,7 +70,7 @@ def read_json(path: Path, most: int = SETTINGS_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON in which no object names a key twice: readers would not agree on what it says.
+    """Parses JSON in which no object has a key twice: readers disagree about such objects.
 
     Raises ValueError for anything else, however deeply it is nested.
     """
@@ -86,12 +85,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:40]!r} stands there twice")
+        raise ValueError(f"the key {twice[:40]!r} is there twice")
     return made
 
 
 def require_own(paths: Iterable[Path]) -> None:
-    """Raises Refused for the first of these that is there and is neither a plain file nor a folder.
+    """Raises Refused for the first of these that exists and is neither a plain file nor a folder.
 
     Through a link, a file elsewhere would be written or cut off; a pipe would wait for ever.
     """
@@ -106,7 +105,7 @@ def require_own(paths: Iterable[Path]) -> None:
 
 
 def given_path(path: str | Path) -> Path:
-    """The path, ``~`` being somebody's home. Raises Refused if nobody's home is known by it."""
+    """The path with ``~`` replaced by a home folder. Raises Refused if that is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

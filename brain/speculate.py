@@ -1,4 +1,4 @@
-"""Several tokens in one pass: when they are looked up, and what becomes of the memory's account.
+"""Several tokens in one pass: when they are looked up.
 
 A pass of several ticks must be what as many passes of one would have been. So it is made only where
 the host knows, without asking, that none of these ticks would forget, repair or renumber anything,
@@ -10,26 +10,22 @@ not repeat costs next to nothing else.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from brain.config.settings import Settings
 from brain.errors import Refused
-from brain.memory import Memory
-from brain.naming import CHOOSE, READ
-from brain.neighbours import Neighbours
-from brain.tick import HostCopy, Speech, Tick, Uttered, host_copies
-from compiled.choose import Forced
+from brain.memory import Account, Memory
+from brain.tick import HostCopy, Tick, host_copies
 from compiled.lookup import Proposal
-from compiled.patch import Plan
 from compiled.score import cull_count
+from compiled.state import Cursor, State
 
 
 @dataclass
-class Account:
+class LookupCounts:
     """How it went: ``passes`` of the loop, ``tokens`` said in them, tokens ``proposed``, and how
     many of those were ``accepted``.
     """
@@ -40,17 +36,53 @@ class Account:
     accepted: int = 0
 
     def add(self, ticks: Sequence[Tick]) -> None:
-        """A pass that is done."""
+        """Counts a pass that is done."""
         self.passes += 1
         self.tokens += len(ticks)
         self.accepted += len(ticks) - 1
+
+
+class Neighbours:
+    """Which tokens have followed each other in a text, as far as the cursor's token.
+
+    A search on the device costs a tick of text that does not repeat a few percent. It finds nothing
+    unless the last two tokens have stood side by side before, and on a CPU the host has every
+    token at once.
+    """
+
+    def __init__(self, state: State, cursor: Cursor) -> None:
+        told = state.valid & (state.position < cursor.position)
+        order = torch.argsort(state.position[told])
+        tokens = [*state.token_id[told][order].tolist(), int(cursor.token)]
+        positions = [*state.position[told][order].tolist(), int(cursor.position)]
+        self._pairs: set[tuple[int, int]] = set()
+        self._last: tuple[int, int] | None = None
+        self._token = tokens[0]
+        for token, before, position in zip(tokens[1:], positions[:-1], positions[1:], strict=True):
+            self._follow(token, position == before + 1)
+
+    def follow(self, tokens: Iterable[int]) -> None:
+        """These were said behind the cursor's token, one after another."""
+        for token in tokens:
+            self._follow(token, True)
+
+    def _follow(self, token: int, beside: bool) -> None:
+        if self._last is not None:
+            self._pairs.add(self._last)
+        self._last = (self._token, token) if beside else None
+        self._token = token
+
+    @property
+    def repeat(self) -> bool:
+        """Whether the last two tokens have stood side by side before."""
+        return self._last in self._pairs
 
 
 @dataclass(frozen=True)
 class _Search:
     """What was proposed for the memory of one account."""
 
-    account: object
+    account: Account
     proposal: Proposal
     length: HostCopy
 
@@ -59,21 +91,22 @@ class _Search:
 class _Known:
     """Neighbours in the text of one account."""
 
-    account: object
+    account: Account
     neighbours: Neighbours
 
 
 class Lookahead:
-    """Proposals for one memory. Attributes: ``account``, of all passes."""
+    """Proposals for one memory. Attributes: ``counts``, of all passes."""
 
     def __init__(self, memory: Memory, settings: Settings, trained: int) -> None:
+        """``trained``: positions the model was trained on."""
         self._memory = memory
-        self._lookup = settings.lookup
-        self._forgetting = settings.conduct.forgetting
-        self._last = trained - 1 if settings.rebases else None  # position before renumbering
+        self._lookup = settings.graphs.lookup
+        self._culling = settings.culling
+        self._last = trained - 1 if settings.graphs.rebases else None  # before renumbering
         self._search: _Search | None = None
         self._known: _Known | None = None
-        self.account = Account()
+        self.counts = LookupCounts()
 
     @property
     def width(self) -> int:
@@ -82,8 +115,8 @@ class Lookahead:
 
     def look(self, ticks: Sequence[Tick]) -> None:
         """Begins to look up what follows these ticks, which were the last pass, if the memory as it
-        is now allows several tokens in one. What goes wrong here is not heard: the ticks are done,
-        and the next pass looks up again.
+        is now allows several tokens in one. An error here is dropped: the ticks are done, and the
+        next pass looks up again.
         """
         if self._is_possible():
             with contextlib.suppress(RuntimeError, MemoryError):
@@ -106,20 +139,22 @@ class Lookahead:
     def _begin(self) -> _Search:
         proposal = self._memory.graphs.propose()
         (length,) = host_copies(proposal.length)
-        search = _Search(self._memory.account, proposal, length)
-        self._search = search
-        return search
+        self._search = _Search(self._memory.account, proposal, length)
+        return self._search
 
     def proposal(self, most: int | None) -> Proposal | None:
         """What may be said beside the next token, ``most`` tokens in all; None for nothing."""
-        if self._known is not None and self._known.account is not self._memory.account:
+        if self._lookup is None:
+            return None
+        account = self._memory.account
+        if self._known is not None and self._known.account is not account:
             self._known = None  # something has happened since
         if not self._is_possible() or (most is not None and most < 2):
             return None
         if self._known is not None and not self._known.neighbours.repeat:
             return None
         search = self._search
-        if search is None or search.account is not self._memory.account:
+        if search is None or search.account is not account:
             self._memory.graphs.begin_step()
             search = self._begin()
         length = int(search.length.wait())
@@ -129,56 +164,26 @@ class Lookahead:
         if most is not None and length >= most:
             length = most - 1
             proposal = proposal._replace(length=proposal.length.clamp(max=length))
-        self.account.proposed += length
+        self.counts.proposed += length
         return proposal
 
-    def told(self, ids: Sequence[int]) -> Proposal:
+    def replayed(self, ids: Sequence[int]) -> Proposal:
         """As if all but the last of these tokens had been proposed. Raises Refused if they cannot
         have been said in one pass.
         """
         if not self._is_possible() or len(ids) > self.width:
             raise Refused(f"{len(ids)} tokens cannot have been said in one pass here")
         padding = [0] * (self.width - len(ids))
-        device = self._memory.device
-        return Proposal(
-            torch.tensor([*ids[:-1], *padding], dtype=torch.int64, device=device),
-            torch.tensor(len(ids) - 1, dtype=torch.int64, device=device),
-        )
-
-    def ticks(
-        self, proposal: Proposal, forced: Forced, speech: Speech
-    ) -> tuple[Plan, tuple[Tick, ...]]:
-        """Steps 1 to 3 of as many ticks as come true, and what the patch is to do. Waits for their
-        number; ``begin_step`` comes first.
-        """
-        memory, graphs = self._memory, self._memory.graphs
-        high_water = memory.high_water
-        reading = graphs.named(READ, partial(graphs.read_ahead, high_water=high_water), proposal)
-        said = graphs.named(CHOOSE, graphs.choose_ahead, proposal, reading, forced)
-        copies = host_copies(said.tokens, said.surprise, said.number)
-        tokens, surprise, number = (copy.wait() for copy in copies)
-        nothing = torch.zeros(0, dtype=torch.int64)
-        ticks = tuple(
-            Tick(
-                memory.tick + 1 + index,
-                memory.position + 1 + index,
-                memory.count + 1 + index,
-                Uttered(tokens[index : index + 1], surprise[index : index + 1], nothing),
-                speech,
-                width=self.width,
-            )
-            for index in range(int(number))
-        )
-        return said.plan(reading), ticks
+        return Proposal(self._memory.int64([*ids[:-1], *padding]), self._memory.int64(len(ids) - 1))
 
     def _is_possible(self) -> bool:
         """Whether as many ticks as a pass has tokens would only ever append."""
         if self._lookup is None:
             return False
-        memory, width = self._memory, self.width
+        account, width = self._memory.account, self.width
         return (
-            memory.uncommitted
-            and memory.state.capacity - memory.count >= width
-            and cull_count(memory.count + width - 1, self._forgetting) == 0
-            and (self._last is None or memory.position + width - 1 <= self._last)
+            account.uncommitted
+            and self._memory.state.capacity - account.count >= width
+            and cull_count(account.count + width - 1, self._culling) == 0
+            and (self._last is None or account.position + width - 1 <= self._last)
         )

@@ -1,32 +1,36 @@
-"""What a person sees on standard error while something takes its time."""
+"""What a person sees on standard error while something takes time."""
 
 import sys
-from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from brain.brain import Brain
 from compiled import torch_private
+from compiled.graphs import Graphs
 
 
 def note(message: str) -> None:
-    """One line on standard error."""
+    """Prints one line on standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
-def capture_graphs(brain: Brain, *, edits: bool = True) -> None:
-    """Captures every graph of a brain, or without ``edits`` those of ticks, showing which one is
-    being compiled. Does nothing in eager mode.
+def capture_graphs(graphs: Graphs, *, edits: bool = True) -> None:
+    """Captures every graph of a brain, showing which one is being compiled.
+
+    Does nothing in eager mode.
+
+    Args:
+        graphs: the brain's.
+        edits: whether to capture the graphs of edits, too, and not those of ticks alone.
+
     """
-    if not brain.graphs.compiled:
+    if not graphs.compiled:
         return
-    names: Iterator[str] = brain.warm_up(edits=edits)
-    total = len(brain.graphs.expected(edits=edits))
-    # Garbage would be looked for after every graph: a seventh of a second each, for nothing.
-    unswept = torch_private.without_collection()
-    with unswept, tqdm(total=total, desc="capturing graphs", unit="graph") as bar:
+    total = len(graphs.expected(edits=edits))
+    # Collecting garbage after every graph would take a seventh of a second each and find nothing.
+    no_collection = torch_private.without_collection()
+    with no_collection, tqdm(total=total, desc="capturing graphs", unit="graph") as bar:
         started = False
-        for name in names:
+        for name in graphs.warm_up(edits=edits):
             bar.update(int(started))
             bar.set_postfix_str(name)
             started = True

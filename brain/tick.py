@@ -13,13 +13,13 @@ from torch import Tensor
 
 from brain.machine.signals import Uninterrupted
 from brain.repair import Repair
-from brain.tokens import StreamDecoder
+from brain.tokens import StreamDecoder, Tokenizer
 from compiled.choose import Choice
-from compiled.patch import Plan
+from compiled.plan import Plan
 from compiled.read import Reading
 from compiled.state import NOWHERE, Cursor
 
-MOST_UNSPOKEN = 8
+MOST_WAITING = 8
 """Ticks whose text may be waiting to be asked for when a pass begins. Bounds what an endless loop
 keeps.
 """
@@ -52,53 +52,55 @@ def host_copies(*tensors: Tensor) -> tuple[HostCopy, ...]:
     return tuple(HostCopy(copied, arrival) for copied in sent)
 
 
-class Speech:
+class Detokenizer:
     """Turns tokens into text in the order they were spoken, however late they are asked for."""
 
-    def __init__(self, decoder: StreamDecoder) -> None:
-        self._decoder = decoder
-        self._unspoken: deque[Tick] = deque()
+    def __init__(self, tokenizer: Tokenizer, unfinished: bytes = b"") -> None:
+        """``unfinished``: bytes of a character that the stream has begun."""
+        self._decoder = StreamDecoder(tokenizer, at_start=False)
+        self._decoder.go_on(unfinished)
+        self._waiting: deque[Tick] = deque()
 
     def make_room(self) -> None:
-        """Speaks the oldest ticks if as many wait as may."""
-        while len(self._unspoken) >= MOST_UNSPOKEN:
-            self._speak_one()
+        """Decodes the oldest ticks where as many wait as may."""
+        while len(self._waiting) >= MOST_WAITING:
+            self._decode_one()
 
     def follow(self, tick: "Tick") -> None:
         """Queues a tick that is done. Cannot fail."""
-        self._unspoken.append(tick)
+        self._waiting.append(tick)
 
-    def speak_until(self, tick: "Tick") -> None:
+    def decode_until(self, tick: "Tick") -> None:
         """Gives every tick up to this one its text."""
         while tick._text is None:
-            self._speak_one()
+            self._decode_one()
 
     @property
     def unfinished(self) -> bytes:
         """The bytes of a character that has begun and is not complete."""
-        self._speak_all()
+        self._decode_all()
         return self._decoder.unfinished
 
     def finish(self) -> str:
         """What is left of an unfinished character."""
-        self._speak_all()
+        self._decode_all()
         return self._decoder.finish()
 
-    def _speak_all(self) -> None:
-        while self._unspoken:
-            self._speak_one()
+    def _decode_all(self) -> None:
+        while self._waiting:
+            self._decode_one()
 
-    def _speak_one(self) -> None:
-        tick = self._unspoken[0]
+    def _decode_one(self) -> None:
+        tick = self._waiting[0]
         token = tick.token
         before = self._decoder.unfinished
         with Uninterrupted():
             try:
                 tick._text = self._decoder.push(token)
-            except BaseException:  # not spoken: its bytes must not be heard twice
+            except BaseException:  # not decoded: its bytes must not count twice
                 self._decoder.go_on(before)
                 raise
-            self._unspoken.popleft()
+            self._waiting.popleft()
 
 
 class Outcome(Protocol):
@@ -117,7 +119,7 @@ class Outcome(Protocol):
         """Positions of the rows that were forgotten; NOWHERE is padding."""
 
 
-class Uttered(NamedTuple):
+class AcceptedToken(NamedTuple):
     """The outcome of one of several ticks of one pass, which forget nothing."""
 
     token: Tensor  # [1] int64
@@ -140,7 +142,7 @@ class Tick:
         position: int,
         count: int,
         outcome: Outcome,
-        speech: Speech,
+        detokenizer: Detokenizer,
         repairs: tuple[Repair, ...] = (),
         *,
         rebased: bool = False,
@@ -155,7 +157,7 @@ class Tick:
         copies = host_copies(outcome.token, outcome.surprise, outcome.culled)
         self._token, self._surprise, self._culled = copies
         self._text: str | None = None
-        self._speech = speech
+        self._detokenizer = detokenizer
 
     @property
     def token(self) -> int:
@@ -185,7 +187,7 @@ class Tick:
     @property
     def text(self) -> str:
         """The characters that this token completed, often a word, sometimes none."""
-        self._speech.speak_until(self)
+        self._detokenizer.decode_until(self)
         assert self._text is not None
         return self._text
 

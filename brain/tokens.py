@@ -1,7 +1,7 @@
 """Text to token ids and back, and every decision about special tokens.
 
 Tokenizing adds nothing and drops nothing. The one place where a BOS token is ever inserted is
-:meth:`Tokenizer.with_bos`, called by whoever starts a text.
+:meth:`Tokenizer.with_bos`, called where a text begins.
 """
 
 import codecs
@@ -55,7 +55,7 @@ class Tokenizer:
         return ids
 
     def _unspeakable(self, text: str) -> str:
-        """Says which character the vocabulary lacks a byte for."""
+        """Names the character that the vocabulary has no bytes for."""
         for index, character in enumerate(text):
             ids = self.vocabulary.split_plain(character)
             if b"".join(map(self.token_bytes, ids)) != character.encode():
@@ -100,9 +100,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Detokenizes ids one at a time, never printing a part of a character.
+    """Turns ids into text one at a time, never returning a part of a character.
 
-    The pieces pushed out, joined, are ``tokenizer.decode`` of the same ids with the same
+    The returned pieces, joined, are ``tokenizer.decode`` of the same ids with the same
     ``at_start``. A byte that cannot be valid UTF-8 becomes U+FFFD as soon as that is certain.
     """
 
@@ -172,7 +172,7 @@ def with_special_tokens(
 
     BOS: as named in the tokenizer's own settings, else by id in the first of ``settings`` that
     has one, else the vocabulary's own. EOS: all that any of these names. BOS is wanted where
-    ``add_bos_token`` says so; where it is not said, where the reference tokenizer prepends it.
+    ``add_bos_token`` asks for it or, without that key, the reference tokenizer prepends it.
     """
     text = _token_text(tokenizer_config.get("bos_token"))
     named = vocabulary.id_of(text) if text is not None else None
@@ -185,8 +185,8 @@ def with_special_tokens(
         if eos is not None and (eos_id := vocabulary.id_of(eos)) is not None:
             eos_ids.add(eos_id)
 
-    said = tokenizer_config.get("add_bos_token")
-    wanted = said if isinstance(said, bool) else bos_id in vocabulary.prepended
+    asked = tokenizer_config.get("add_bos_token")
+    wanted = asked if isinstance(asked, bool) else bos_id in vocabulary.prepended
     return Tokenizer(
         vocabulary=vocabulary,
         bos_id=bos_id,
@@ -223,7 +223,7 @@ def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, s
 def _added_token(index: object, text: object, where: Path) -> dict[int, str]:
     digits = str(index) if isinstance(index, str | int) else ""
     number = int(digits) if digits.isdecimal() and len(digits) < 8 else MOST_TOKENS
-    # Half a surrogate pair, which JSON can spell, is no text.
+    # Half a surrogate pair, which JSON can hold, is not text.
     whole = isinstance(text, str) and text.encode("utf-8", "ignore") == text.encode(
         "utf-8", "surrogatepass"
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.choose import Conduct, Forced, follow
+from compiled.choose import Eviction, Forced, follow
 from compiled.llama import LlamaConfig, Weights
 from compiled.patch import patch
 from compiled.read import read
@@ -48,21 +48,30 @@ def advance(
     weights: Weights,
     memories: Memories,
     tokens: Tensor,
-    conduct: Conduct,
+    eviction: Eviction,
     source: int,
     *,
     bucket: int,
 ) -> Tensor:
-    """One teacher-forced tick of every stream: reads its cursor, moves on to ``tokens``.
+    """One teacher-forced tick of every stream, in place: reads its cursor, moves on to its token.
 
-    ``tokens`` [streams] int64. Returns their negative log-likelihoods [streams] float32. In place.
+    Args:
+        config: The model's dimensions.
+        weights: Its weights.
+        memories: Every stream's memory.
+        tokens: [streams] int64.
+        eviction: What decides which rows stay.
+        source: Who the tokens come from.
+        bucket: Slots to read.
+    Returns:
+        Negative log-likelihoods [streams] float32, nats.
     """
 
     def tick(state: State, cursor: Cursor, token: Tensor) -> Tensor:
         one = torch.ones((), dtype=torch.int64, device=token.device)
         reading = read(config, weights, state, cursor.token, cursor.position, one, bucket=bucket)
         spoken = Forced(token, torch.full_like(cursor.source, source))
-        choice = follow(state, cursor, reading, spoken, conduct)
+        choice = follow(state, cursor, reading, spoken, eviction)
         patch(state, cursor, choice.plan(reading))
         return choice.surprise
 
@@ -82,8 +91,16 @@ def last_logits(
 ) -> Tensor:
     """Reads some tokens against every stream's memory, writing nothing.
 
-    ``tokens``, ``positions`` [streams, T] int64, ``lengths`` [streams] int64 (at least 1). Returns
-    the logits after each stream's last live token: [streams, vocab] float32.
+    Args:
+        config: The model's dimensions.
+        weights: Its weights.
+        state: Every stream's state.
+        tokens: [streams, T] int64.
+        positions: [streams, T] int64.
+        lengths: [streams] int64, at least 1.
+        bucket: Slots to read.
+    Returns:
+        Logits after each stream's last live token: [streams, vocab] float32.
     """
 
     def ask(state: State, tokens: Tensor, positions: Tensor, length: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Graph:
     """
 
     def __init__(self, name: str, function: Callable[..., Any], device: torch.device) -> None:
-        """Prepares the graph; nothing is compiled yet.
+        """Names what is to be compiled. Costs nothing: nothing is imported or compiled yet.
 
         Args:
             name: See the attribute.
@@ -44,20 +44,12 @@ class Graph:
         """
         self.name = name
         self.is_direct = False
+        self._function, self._device = function, device
         # PyTorch keeps the backend with the code, out of the garbage collector's sight. So the
         # backend knows this list, not the graph.
         self._made: list[tuple[GraphModule, float]] = []
-        self._call = _own_code(name, function)
-        strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
-        self._compiled: Callable[..., Any] = torch.compile(
-            self._call,
-            fullgraph=True,
-            dynamic=False,
-            backend=_backend(self._made, device),
-            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-            **strict,
-        )
-        self._enter = self._first_call if device.type == "cpu" else self._compiled
+        self._compiled: Callable[..., Any] | None = None  # holds the code that is entered
+        self._enter: Callable[..., Any] = self._first_call
 
     @property
     def modules(self) -> list[GraphModule]:
@@ -80,13 +72,24 @@ class Graph:
 
     def _first_call(self, *arguments: Any) -> Any:
         """Compiles, and lets later calls enter what was made."""
-        returned = self._compiled(*arguments)
-        made = torch_private.compiled_codes(self._call.__code__)
-        if len(made) == 1:
-            call = self._call
-            given = (call.__globals__, call.__name__, call.__defaults__, call.__closure__)
-            self._enter = FunctionType(made[0], *given)
-            self.is_direct = True
+        call = _own_code(self.name, self._function)
+        strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
+        compiled: Callable[..., Any] = torch.compile(
+            call,
+            fullgraph=True,
+            dynamic=False,
+            backend=_backend(self._made, self._device),
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+            **strict,
+        )
+        returned = compiled(*arguments)
+        self._compiled = self._enter = compiled
+        if self._device.type == "cpu":
+            made = torch_private.compiled_codes(call.__code__)
+            if len(made) == 1:
+                given = (call.__globals__, call.__name__, call.__defaults__, call.__closure__)
+                self._enter = FunctionType(made[0], *given)
+                self.is_direct = True
         return returned
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.patch import Plan, RowColumns
+from compiled.plan import Plan, new_rows
 from compiled.read import Reading
 from compiled.sample import Sampling, SamplingMethod, draw, penalize_some, surprises
 from compiled.score import (
     Brightness,
-    Forgetting,
+    Culling,
     Novelty,
     brighten,
     decide_cull,
@@ -24,9 +24,26 @@ from compiled.score import (
 )
 from compiled.state import Cursor, State
 
-KeepScore = Callable[[State, Reading], Tensor]
-"""A policy: (state, reading) → keep-scores [capacity] float32; the state's ``brightness`` is that
-after the reading. Rows with the lowest scores are forgotten first."""
+
+class Look(NamedTuple):
+    """What a policy is told beside the state: how the newest tokens looked at the memory.
+
+    In a tick one token looks. Where several look at once, in one read, masses are added up and the
+    other numbers are those of the last of them; ``queries`` says how many they are. None of them
+    has a row in the state yet.
+    """
+
+    mass: Tensor  # [capacity] float32: attention each slot drew, a mean over layers and heads
+    newest: Tensor  # [] int64: position of the last token that looked
+    queries: Tensor  # [] int64: how many tokens looked
+    tick: Tensor  # [] int64: the tick being made, counted from 1
+
+
+KeepScore = Callable[[State, Look], Tensor]
+"""A policy: ``(state, look)`` → keep-scores [capacity] float32. The rows with the lowest scores are
+forgotten first; scores of protected rows and of slots without a row are not looked at. The state's
+``brightness``, ``lit`` and ``novelty`` are those after the read. A policy must be a pure function
+of tensors with a fixed shape: it is compiled into the graph that chooses."""
 
 UNFORCED = -1
 """In place of a token id: let the sampler choose."""
@@ -44,35 +61,33 @@ class Choice(NamedTuple):
 
     token: Tensor  # [1] int64: spoken or fed
     surprise: Tensor  # [1] float32, nats, under the raw logits
-    rows: RowColumns  # the row of the token that was read
+    rows: dict[str, Tensor]  # [1] each: the row of the token that was read
+    length: Tensor  # [] int64: 1 if that row is new, 0 if the memory has it
     cull: Tensor  # [capacity] bool
     culled: Tensor  # int64: positions of those rows, filled up with NOWHERE
-    brightness: Tensor  # [capacity] float32
-    lit: Tensor  # [capacity] int64
-    novelty: Tensor  # [capacity] float32
+    updates: dict[str, Tensor]  # [capacity] each: columns of the rows that are already there
     cursor: Cursor  # standing at ``token``
 
     def plan(self, reading: Reading) -> Plan:
         """The patch of this tick: this choice with the keys and values that were read."""
         return Plan(
-            reading.new_keys,
-            reading.new_values,
-            self.rows,
-            self.cull,
-            self.brightness,
-            self.lit,
-            self.novelty,
-            self.cursor,
+            keys=reading.new_keys,
+            values=reading.new_values,
+            rows=self.rows,
+            length=self.length,
+            cull=self.cull,
+            updates=self.updates,
+            cursor=self.cursor,
         )
 
 
 @dataclass(frozen=True)
-class Conduct:
+class Eviction:
     """What decides, after a read, which rows stay: constants and policy."""
 
     brightness: Brightness
     novelty: Novelty
-    forgetting: Forgetting
+    culling: Culling
     keep_score: KeepScore
 
 
@@ -84,53 +99,82 @@ def choose(
     forced: Forced,
     *,
     method: SamplingMethod,
-    conduct: Conduct,
+    eviction: Eviction,
 ) -> Choice:
-    """Chooses from the reading of the cursor's token (T = 1)."""
+    """Chooses from the reading of the cursor's token (T = 1).
+
+    Args:
+        state: The memory that was read.
+        cursor: The token that was read.
+        reading: What the read returned.
+        sampling: Settings of the draw.
+        forced: The token to take instead of a draw, if any.
+        method: What shapes the draw.
+        eviction: What decides which rows stay.
+
+    """
     logits = reading.logits[0]  # [vocab]
     ids = torch.cat([torch.where(state.valid, state.token_id, cursor.token), cursor.token])
     sampled = draw(
         penalize_some(logits, ids, sampling.repetition_penalty), cursor.tick, method, sampling
     )
     token = torch.where(forced.token >= 0, forced.token, sampled)
-    return follow(state, cursor, reading, Forced(token, forced.source), conduct)
+    return follow(state, cursor, reading, Forced(token, forced.source), eviction)
 
 
 def follow(
-    state: State, cursor: Cursor, reading: Reading, spoken: Forced, conduct: Conduct
+    state: State, cursor: Cursor, reading: Reading, spoken: Forced, eviction: Eviction
 ) -> Choice:
-    """What becomes of every row once the token is known: steps 2 and 3, and the patch they ask
-    for. ``spoken.token`` is the token itself.
+    """What becomes of every row once the token is known: steps 2 and 3, and the patch they ask for.
+
+    Args:
+        state: The memory that was read.
+        cursor: The token that was read.
+        reading: What the read returned.
+        spoken: The token itself, and its source.
+        eviction: What decides which rows stay.
+
     """
     token = spoken.token
     surprise = surprises(reading.logits, token)
-    bright, lit = brighten(state, cursor.tick + 1, reading.mass, conduct.brightness)
-    # The token that was read gets its row now, and is heard by the rows before it.
-    strength = conduct.novelty.fresh * cursor.surprise[0] * cursor.uncommitted
-    novelty = echo(state, cursor.position[0], strength, conduct.novelty)
-    now = state._replace(brightness=bright, lit=lit, novelty=novelty)
-    keep_scores = conduct.keep_score(now, reading)
-    cull, culled = decide_cull(state, cursor, keep_scores, conduct.forgetting)
     tick = cursor.tick + 1
-    rows = RowColumns(
+    bright, lit = brighten(state, tick, reading.mass, eviction.brightness)
+    # The token that was read gets its row now, and the novelty of the rows before it hears of it.
+    strength = eviction.novelty.own_share * cursor.surprise[0] * cursor.uncommitted
+    novelty = echo(state, cursor.position[0], strength, eviction.novelty)
+    updates = {"brightness": bright, "lit": lit, "novelty": novelty}
+    look = Look(reading.mass, cursor.position[0], torch.ones_like(tick), tick)
+    keep_scores = eviction.keep_score(state._replace(**updates), look)
+    cull, culled = decide_cull(state, cursor, keep_scores, eviction.culling)
+    rows = new_rows(
+        1,
+        token.device,
         token_id=cursor.token + 0,
         position=cursor.position + 0,
-        brightness=seed_brightness(cursor.source, conduct.brightness),
+        brightness=seed_brightness(cursor.source, eviction.brightness),
         surprise=cursor.surprise + 0,
         novelty=cursor.novelty + 0,
         source=cursor.source + 0,
         born=tick[None] + 0,
         lit=tick[None] + 0,
         pinned=torch.zeros_like(cursor.source, dtype=torch.bool),
-        length=cursor.uncommitted + 0,
     )
     following = Cursor(
         token=token + 0,
         position=cursor.position + 1,
         surprise=surprise + 0,
-        novelty=running_novelty(cursor.novelty, surprise, conduct.novelty),
+        novelty=running_novelty(cursor.novelty, surprise, eviction.novelty),
         source=spoken.source + 0,
         uncommitted=torch.ones_like(cursor.uncommitted),
         tick=tick,
     )
-    return Choice(token + 0, surprise, rows, cull, culled, bright, lit, novelty, following)
+    return Choice(
+        token=token + 0,
+        surprise=surprise,
+        rows=rows,
+        length=cursor.uncommitted + 0,
+        cull=cull,
+        culled=culled,
+        updates=updates,
+        cursor=following,
+    )

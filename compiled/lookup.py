@@ -1,6 +1,6 @@
 """Looking up what may come next: text that repeats foretells itself.
 
-    propose(state, cursor, lookup) → Proposal
+    propose(state, cursor, lookup, ends) → Proposal
 
 The last tokens, the cursor's included, are looked for among the remembered rows, in text order;
 what followed them there is proposed to follow them here (Saxena 2023, "Prompt lookup decoding"). A
@@ -26,10 +26,16 @@ from compiled.state import NOWHERE, Cursor, State
 _LAST_POSITION = torch.iinfo(torch.int64).max
 
 
+WIDEST = 31
+"""Tokens proposed, and tokens that must match, at most: a graph holds a choice for each."""
+LONGEST_WINDOW = 1024
+"""Tokens for which the search is tried, at most."""
+
+
 @dataclass(frozen=True)
 class Lookup:
     """How to look up: at most ``width`` tokens are proposed, after a match of ``longest`` down to
-    ``shortest`` tokens. ``ends`` are tokens that end a text: none of them is ever proposed.
+    ``shortest`` tokens.
     """
 
     width: int = 7
@@ -37,19 +43,22 @@ class Lookup:
     shortest: int = 2
     window: int = 32
     trust: float = 0.7
-    ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that make no search."""
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, not {self.width}")
+        """Raises ValueError, beginning with the name of what is wrong."""
+        if not 1 <= self.width <= WIDEST:
+            raise ValueError(f"width must be between 1 and {WIDEST}, or 0 (off), not {self.width}")
         if not 1 <= self.shortest <= self.longest:
             raise ValueError(
-                f"shortest and longest must be 1 <= shortest <= longest, not {self.shortest} and "
-                f"{self.longest}"
+                "shortest must be at least 1 and at most "
+                f"longest={self.longest}, not {self.shortest}"
             )
-        if self.window < 0:
-            raise ValueError(f"window must be 0 or more, not {self.window}")
+        if self.longest > WIDEST:
+            raise ValueError(f"longest must be at most {WIDEST}, not {self.longest}")
+        if not 0 <= self.window <= LONGEST_WINDOW:
+            raise ValueError(f"window must be between 0 and {LONGEST_WINDOW}, not {self.window}")
+        if not 0 <= self.trust <= 1:
+            raise ValueError(f"trust must be between 0 and 1, not {self.trust}")
 
 
 class Proposal(NamedTuple):
@@ -59,8 +68,14 @@ class Proposal(NamedTuple):
     length: Tensor  # [] int64
 
 
-def propose(state: State, cursor: Cursor, lookup: Lookup) -> Proposal:
+def propose(state: State, cursor: Cursor, lookup: Lookup, ends: tuple[int, ...] = ()) -> Proposal:
     """What followed the latest of the longest matches of the last tokens.
+
+    Args:
+        state: The memory.
+        cursor: The token that is read next.
+        lookup: How to look up.
+        ends: Tokens that end a text: none of them is ever proposed.
 
     Tokens match where they stand at consecutive positions: nothing is found across a row that was
     forgotten, until re-basing closes the gap. What is found may reach up to the cursor's token;
@@ -80,7 +95,7 @@ def propose(state: State, cursor: Cursor, lookup: Lookup) -> Proposal:
     step = index % period.clamp(min=1)  # [width]
     place = first + step
     good = position[place] == position[first] + step
-    for end in lookup.ends:
+    for end in ends:
         good = good & (text[place] != end)
     unbroken = torch.where(good, lookup.width, index).amin()
     length = torch.where(found[-1] & trusted, unbroken, 0)

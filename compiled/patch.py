@@ -37,60 +37,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled.plan import Plan
 from compiled.rope import rotate_rows, rotation
-from compiled.state import NOWHERE, Cursor, State
-
-
-class RowColumns(NamedTuple):
-    """The mirror's half of up to W rows to append. The first ``length`` are written; the rest is
-    padding.
-    """
-
-    token_id: Tensor  # [W] int64
-    position: Tensor  # [W] int64
-    brightness: Tensor  # [W] float32
-    surprise: Tensor  # [W] float32
-    novelty: Tensor  # [W] float32
-    source: Tensor  # [W] uint8
-    born: Tensor  # [W] int64
-    lit: Tensor  # [W] int64
-    pinned: Tensor  # [W] bool
-    length: Tensor  # [] int64
-
-
-class Plan(NamedTuple):
-    """Everything one patch changes. Replacing is culling and appending in the same plan.
-
-    ``pinned`` and ``erase`` are None in the plan of an ordinary tick, which changes neither. The
-    last two tell what is known of a plan that nothing captured is to take: it then needs less room.
-    """
-
-    keys: Tensor  # [layers, kv_heads, W, head_dim] of the rows to append, RoPE applied
-    values: Tensor  # [layers, kv_heads, W, head_dim]
-    rows: RowColumns
-    cull: Tensor  # [capacity] bool: rows to forget
-    brightness: Tensor  # [capacity] float32: of the rows that are already there
-    lit: Tensor  # [capacity] int64: of the rows that are already there
-    novelty: Tensor  # [capacity] float32: of the rows that are already there
-    cursor: Cursor  # where the next read stands
-    pinned: Tensor | None = None  # [capacity] bool: of the rows that are already there
-    erase: Tensor | None = None  # [E] int64: slots to overwrite with zeros; NOWHERE is padding
-    padded: bool = True  # whether ``rows.length`` may be less than W
-    fresh: bool = False  # nothing padded, culled or erased: all rows go where no row is
-
-
-def lowest_free_slots(valid: Tensor, width: int) -> Tensor:
-    """The ``width`` lowest slots in the order: free ones first, then occupied ones.
-
-    ``valid`` [capacity] bool → [width] int64, distinct. Occupied slots come up only when fewer
-    than ``width`` are free; the caller writes to them what they already hold.
-    """
-    capacity = valid.shape[0]
-    slot = torch.arange(capacity, device=valid.device)
-    order = torch.where(valid, slot + capacity, slot)
-    if width == 1:
-        return order.amin(0, keepdim=True) % capacity
-    return torch.topk(order, width, largest=False, sorted=True).values % capacity
+from compiled.state import COLUMNS, ROW_COLUMNS, Cursor, State, lowest_free_slots
 
 
 def make_empty(state: State, cursor: Cursor, plan: Plan) -> None:
@@ -99,10 +48,10 @@ def make_empty(state: State, cursor: Cursor, plan: Plan) -> None:
     A CUDA graph remembers which of its inputs are another graph's memory and copies all others to
     where it wants them, so a rehearsal must give it the very tensors that a tick will.
     """
-    for asked in (plan.rows.length, plan.cull):
+    for asked in (plan.length, plan.cull):
         asked.zero_()
-    for name in ("brightness", "lit", "novelty"):
-        getattr(plan, name).copy_(getattr(state, name))
+    for name, updated in plan.updates.items():
+        updated.copy_(getattr(state, name))
     for following, held in zip(plan.cursor, cursor, strict=True):
         following.copy_(held)
 
@@ -117,7 +66,7 @@ class _Write(NamedTuple):
 
 
 class _Erasure(NamedTuple):
-    """Slots to overwrite with zeros (ids and positions with NOWHERE), leaving nothing behind."""
+    """Slots to overwrite with what an empty one holds, leaving nothing behind."""
 
     slots: Tensor  # [E] int64; padding repeats one of them, or is slot 0 if there is none
     wanted: Tensor  # [] bool: whether there is any
@@ -141,19 +90,16 @@ def _over_rows(flags: Tensor, rows: Tensor) -> Tensor:
     return flags[:, None] if rows.dim() == 4 else flags
 
 
-def _erased(held: Tensor, erasure: _Erasure, blank: int = 0) -> _Write:
-    """Blanks in the slots to be erased."""
-    old = held.index_select(_row_axis(held), erasure.slots)
-    return _Write(held, old.masked_fill(erasure.wanted, blank), erasure.slots, old)
-
-
-def _erasures(state: State, erasure: _Erasure) -> list[_Write]:
-    """Of everything that is not written as a whole."""
-    return [
-        *(_erased(held, erasure, NOWHERE) for held in (state.token_id, state.position)),
-        *(_erased(held, erasure) for held in (state.keys, state.values, state.surprise)),
-        *(_erased(held, erasure) for held in (state.source, state.born, state.pinned)),
-    ]
+def _erasures(state: State, plan: Plan, erasure: _Erasure) -> list[_Write]:
+    """Erases keys, values and every column that is not updated as a whole."""
+    blanks = {"keys": 0, "values": 0}
+    blanks |= {name: COLUMNS[name].empty for name in ROW_COLUMNS if name not in plan.updates}
+    writes = []
+    for name, blank in blanks.items():
+        held = getattr(state, name)
+        old = held.index_select(_row_axis(held), erasure.slots)
+        writes.append(_Write(held, old.masked_fill(erasure.wanted, blank), erasure.slots, old))
+    return writes
 
 
 def _rows(
@@ -181,10 +127,11 @@ def _column(
     rows: Tensor,
     live: Tensor | None,
     erasure: _Erasure | None,
+    blank: int,
 ) -> _Write:
     """A column that changes for the rows that are already there, too."""
     if erasure is not None:
-        updated = updated.masked_fill(erasure.gone, 0)
+        updated = updated.masked_fill(erasure.gone, blank)
     if live is not None:
         rows = torch.where(live, rows, updated.index_select(0, slots))
     return _Write(held, updated.index_copy(0, slots, rows))
@@ -194,43 +141,32 @@ def _writes(
     state: State, cursor: Cursor, plan: Plan, erasure: _Erasure | None, *, erased: bool
 ) -> list[_Write]:
     """Everything that the plan asks for but erasing rows: cull, update columns, append, move the
-    cursor. ``erased``: whether they are erased already.
+    cursor; ``valid`` last. ``erased``: whether rows are erased already.
     """
-    new = plan.rows
-    width = new.token_id.shape[0]
+    width = plan.keys.shape[2]
     valid = state.valid & ~plan.cull
     if erasure is not None:
         valid = valid & ~erasure.gone
     slots = lowest_free_slots(valid, width)  # [W]
-    live = torch.arange(width, device=slots.device) < new.length if plan.padded else None  # [W]
+    live = torch.arange(width, device=slots.device) < plan.length if plan.padded else None  # [W]
     gone = None if erasure is None or erased else erasure.gone.index_select(0, slots)  # [W]
-    there = torch.ones_like(slots, dtype=torch.bool)
-    if plan.fresh:
-        cache = [_Write(state.keys, plan.keys, slots), _Write(state.values, plan.values, slots)]
+    if plan.only_appends:  # what free slots hold is nobody's: it need not be put back
+        writes = [_Write(state.keys, plan.keys, slots), _Write(state.values, plan.values, slots)]
     else:
-        cache = [
+        writes = [
             _rows(state.keys, slots, plan.keys, live, gone),
             _rows(state.values, slots, plan.values, live, gone),
         ]
-    pinned = (
-        _rows(state.pinned, slots, new.pinned, live, gone)
-        if plan.pinned is None
-        else _column(state.pinned, plan.pinned, slots, new.pinned, live, erasure)
-    )
-    return [
-        *cache,
-        _rows(state.token_id, slots, new.token_id, live, gone, NOWHERE),
-        _rows(state.position, slots, new.position, live, gone, NOWHERE),
-        _rows(state.surprise, slots, new.surprise, live, gone),
-        _rows(state.source, slots, new.source, live, gone),
-        _rows(state.born, slots, new.born, live, gone),
-        _column(state.brightness, plan.brightness, slots, new.brightness, live, erasure),
-        _column(state.lit, plan.lit, slots, new.lit, live, erasure),
-        _column(state.novelty, plan.novelty, slots, new.novelty, live, erasure),
-        pinned,
-        *(_Write(held, following) for held, following in zip(cursor, plan.cursor, strict=True)),
-        _column(state.valid, valid, slots, there, live, None),
-    ]
+    for name in ROW_COLUMNS:
+        held, new, blank = getattr(state, name), plan.rows[name], COLUMNS[name].empty
+        if name in plan.updates:
+            updated = plan.updates[name]
+            writes.append(_column(held, updated, slots, new, live, erasure, blank))
+        else:
+            writes.append(_rows(held, slots, new, live, gone, blank))
+    there = torch.ones_like(slots, dtype=torch.bool)
+    writes += [_Write(held, following) for held, following in zip(cursor, plan.cursor, strict=True)]
+    return [*writes, _column(state.valid, valid, slots, there, live, None, 0)]
 
 
 def _put(held: Tensor, slots: Tensor | None, content: Tensor) -> None:
@@ -242,9 +178,15 @@ def _put(held: Tensor, slots: Tensor | None, content: Tensor) -> None:
 
 
 def patch(state: State, cursor: Cursor, plan: Plan) -> None:
-    """Applies the plan in place, wholly or, where anything is raised, not at all."""
+    """Applies a plan in place, wholly or, where anything is raised, not at all.
+
+    Args:
+        state: The memory.
+        cursor: Its cursor.
+        plan: What to change; it is only read.
+    """
     erasure = None if plan.erase is None else _erasure(plan.erase, state.valid)
-    writes = [] if erasure is None else _erasures(state, erasure)
+    writes = [] if erasure is None else _erasures(state, plan, erasure)
     if torch.compiler.is_compiling():
         # The compiler writes in place only what is read nowhere after that.
         for write in writes:
@@ -281,6 +223,12 @@ def rebase(state: State, cursor: Cursor, inverse_frequencies: Tensor, wanted: Te
     Every key is turned once, by the whole difference, in float32 from float64 angles: one rounding
     to the cache's dtype, where turning step by step would round a thousand times. The cursor comes
     to stand on the newest row, or behind it if its token has no row yet.
+
+    Args:
+        state: The memory.
+        cursor: Its cursor.
+        inverse_frequencies: [head_dim / 2] float64, radians per position.
+        wanted: [] bool.
     """
     moving = state.valid & wanted  # [capacity]
     dense = torch.where(moving, dense_positions(state.valid, state.position), state.position)

@@ -1,14 +1,57 @@
-"""Plans that change nothing: to be filled."""
+"""What one patch is to change: the plan, and the plan that changes nothing.
 
-import functools
+Plans are made by whoever decides (``choose.py``, ``speculate.py``, edits) and carried out by the
+one writer, ``patch.py``. Nothing here writes.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled.llama import LlamaConfig
-from compiled.patch import Plan, RowColumns
 from compiled.read import ScoredPrefill
-from compiled.state import NOWHERE, Cursor, State
+from compiled.state import COLUMNS, NOWHERE, ROW_COLUMNS, Cursor, State
+
+
+class Plan(NamedTuple):
+    """Everything that one patch changes. Replacing is culling and appending in the same plan.
+
+    ``updates`` holds the columns that change for the rows that are already there; every other
+    column is written for new rows alone. ``erase`` is None in the plan of an ordinary tick. The
+    last two say what is known of a plan that no graph carries out: it then needs less room.
+    """
+
+    keys: Tensor  # [layers, kv_heads, W, head_dim] of the rows to append, RoPE applied
+    values: Tensor  # [layers, kv_heads, W, head_dim]
+    rows: dict[str, Tensor]  # [W] each: every column of the rows to append
+    length: Tensor  # [] int64: how many of the W rows are written; the rest is padding
+    cull: Tensor  # [capacity] bool: rows to forget
+    updates: dict[str, Tensor]  # [capacity] each
+    cursor: Cursor  # where the next read stands
+    erase: Tensor | None = None  # [E] int64: slots to overwrite; NOWHERE is padding
+    padded: bool = True  # whether ``length`` may be less than W
+    only_appends: bool = False  # nothing padded, culled or erased: all rows go to free slots
+
+
+def new_rows(width: int, device: torch.device, **given: Tensor) -> dict[str, Tensor]:
+    """Every column of rows to append; a column that is not given holds what an empty slot holds.
+
+    Args:
+        width: W, how many rows.
+        device: Where the columns that are not given are made.
+        given: [W] each, by the column's name.
+
+    """
+    rows = {}
+    for name in ROW_COLUMNS:
+        column = COLUMNS[name]
+        rows[name] = (
+            given[name]
+            if name in given
+            else torch.full((width,), column.empty, dtype=column.dtype, device=device)
+        )
+    return rows
 
 
 def empty_edit(
@@ -16,39 +59,39 @@ def empty_edit(
     state: State,
     cursor: Cursor,
     width: int,
-    learnt: ScoredPrefill | None = None,
+    scored: ScoredPrefill | None = None,
 ) -> Plan:
-    """An edit of a width that changes nothing, to be filled with ``_replace``; with the keys and
-    values of a study of that width, if there is one.
+    """An edit that changes nothing, to be filled with ``_replace``.
+
+    Args:
+        config: The model's dimensions.
+        state: The memory.
+        cursor: Its cursor.
+        width: W, how many rows it has room for.
+        scored: A prefill of that width whose keys and values the rows get.
+
     """
     device = state.valid.device
-    new_rows = (config.num_layers, config.num_kv_heads, width, config.head_dim)
 
     def blank() -> Tensor:
-        return torch.zeros(new_rows, dtype=state.keys.dtype, device=device)
+        shape = (config.num_layers, config.num_kv_heads, width, config.head_dim)
+        return torch.zeros(shape, dtype=state.keys.dtype, device=device)
 
-    column = functools.partial(torch.zeros, width, device=device)
-    rows = RowColumns(
-        token_id=column(dtype=torch.int64),
-        position=column(dtype=torch.int64),
-        brightness=column(dtype=torch.float32),
-        surprise=column(dtype=torch.float32),
-        novelty=column(dtype=torch.float32),
-        source=column(dtype=torch.uint8),
-        born=column(dtype=torch.int64),
-        lit=column(dtype=torch.int64),
-        pinned=column(dtype=torch.bool),
-        length=torch.zeros((), dtype=torch.int64, device=device),
-    )
     return Plan(
-        keys=blank() if learnt is None else learnt.new_keys,
-        values=blank() if learnt is None else learnt.new_values,
-        rows=rows,
+        keys=blank() if scored is None else scored.new_keys,
+        values=blank() if scored is None else scored.new_values,
+        rows={
+            name: torch.zeros(width, dtype=COLUMNS[name].dtype, device=device)
+            for name in ROW_COLUMNS
+        },
+        length=torch.zeros((), dtype=torch.int64, device=device),
         cull=torch.zeros_like(state.valid),
-        brightness=state.brightness.add(0),
-        lit=state.lit.add(0),
-        novelty=state.novelty.add(0),
+        updates={
+            "brightness": state.brightness.add(0),
+            "lit": state.lit.add(0),
+            "novelty": state.novelty.add(0),
+            "pinned": state.pinned.logical_or(state.pinned),
+        },
         cursor=Cursor(*(tensor.add(0) for tensor in cursor)),
-        pinned=state.pinned.logical_or(state.pinned),
         erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=device),
     )

@@ -71,10 +71,15 @@ def _lowered(logits: Tensor, penalty: Tensor) -> Tensor:
 
 
 def candidates(logits: Tensor, method: SamplingMethod, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Tokens that may be drawn and their log-probabilities up to a constant.
+    """Tokens that may be drawn, and their log-probabilities up to a constant.
 
-    ``logits`` [..., vocab] float32, penalised → (scores [..., K] float32 with -inf where filtered,
-    ids [..., K] int64). K is ``top_k``, or the vocabulary.
+    Args:
+        logits: [..., vocab] float32, penalised.
+        method: Which filters there are.
+        sampling: Their settings.
+    Returns:
+        Scores [..., K] float32, -inf where filtered, and ids [..., K] int64. K is ``top_k``, or the
+        vocabulary.
     """
     scores = logits / sampling.temperature
     vocab_size = scores.shape[-1]
@@ -98,10 +103,16 @@ def candidates(logits: Tensor, method: SamplingMethod, sampling: Sampling) -> tu
 def sample(
     logits: Tensor, seen: Tensor, tick: Tensor, method: SamplingMethod, sampling: Sampling
 ) -> Tensor:
-    """Draws one token: [..., 1] int64.
+    """Draws one token; greedy takes the highest penalised logit.
 
-    ``logits`` [..., vocab] float32, ``seen`` [..., vocab] bool, ``tick`` [] or [..., 1] int64.
-    Greedy takes the highest penalised logit.
+    Args:
+        logits: [..., vocab] float32.
+        seen: [..., vocab] bool, tokens that the penalty is for.
+        tick: [] or [..., 1] int64; with the seed it decides the draw.
+        method: Which filters there are.
+        sampling: Their settings.
+    Returns:
+        [..., 1] int64.
     """
     return draw(penalize(logits, seen, sampling.repetition_penalty), tick, method, sampling)
 
@@ -124,10 +135,15 @@ def surprises(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def head_surprises(final: Tensor, head: Matrix, targets: Tensor) -> Tensor:
-    """The same without logits: they are made block by block and forgotten.
+    """The same without logits: they are made block by block and dropped. The normaliser is the
+    log-sum-exp of the blocks' log-sum-exps.
 
-    ``final`` [T, hidden], ``head`` [vocab, hidden], ``targets`` [T] int64 → [T] float32.
-    The normaliser is the log-sum-exp of the blocks' log-sum-exps.
+    Args:
+        final: [T, hidden], what the head takes.
+        head: [vocab, hidden].
+        targets: [T] int64.
+    Returns:
+        [T] float32, nats.
     """
     normalisers, chosen = [], []
     for first in range(0, num_rows(head), HEAD_BLOCK):

@@ -32,13 +32,13 @@ class Novelty:
     decay: float = 0.9
 
     @property
-    def fresh(self) -> float:
+    def own_share(self) -> float:
         """Share of a token's own surprise in the mean that it joins."""
         return 1.0 - self.decay
 
 
 @dataclass(frozen=True)
-class Forgetting:
+class Culling:
     """Constants of culling. Protected are the first ``sinks`` positions, the newest ``recent``
     positions and pinned rows. ``target`` 0 means that nothing is ever culled. ``at_once``: straight
     to the target, however far above it the count is; otherwise at most two rows a tick.
@@ -54,7 +54,7 @@ MOST_CULLED = 2
 """Rows culled in one tick, at most, unless they go at once."""
 
 
-def cull_count(count: int, constants: Forgetting) -> int:
+def cull_count(count: int, constants: Culling) -> int:
     """How many rows a tick culls: below the target none, at the target one, above it two; or as
     many as bring the count back to the target once the tick's own row is there.
     """
@@ -67,12 +67,17 @@ def cull_count(count: int, constants: Forgetting) -> int:
 def brighten(
     state: State, tick: Tensor, mass: Tensor, constants: Brightness
 ) -> tuple[Tensor, Tensor]:
-    """Brightness of every row after a reading: decayed, plus the attention it received; and when
-    each row was last lit, that is, drew more attention than the average row.
+    """Brightness of every row after a read: decayed, plus the attention it received, scaled so that
+    a row with average attention gains ``gain``.
 
-    ``mass`` [capacity] float32 of one query is scaled by the number of valid rows, so that a row
-    with average attention gains ``gain``. ``tick`` [] int64 is the one being made. Returns
-    brightness [capacity] float32 (forgotten rows are dark) and ``lit`` [capacity] int64.
+    Args:
+        state: The memory that was read.
+        tick: [] int64, the tick being made.
+        mass: [capacity] float32, the attention of one query.
+        constants: Decay, gain and maximum.
+    Returns:
+        Brightness [capacity] float32, 0 without a row, and ``lit`` [capacity] int64, the tick in
+        which each row last drew more attention than the average row.
     """
     scaled = mass * state.valid.sum()
     brighter = constants.decay * state.brightness + constants.gain * scaled
@@ -84,20 +89,31 @@ Nats = TypeVar("Nats", Tensor, float)
 
 
 def running_novelty(before: Nats, surprise: Nats, constants: Novelty) -> Nats:
-    """Novelty of the next token at birth, in nats: an exponential mean of surprise up to it. Of the
-    device's numbers or the host's.
+    """Novelty of a token at birth: an exponential mean of surprise up to it.
+
+    Args:
+        before: Novelty of the token before it, nats, of the device's numbers or the host's.
+        surprise: Its own surprise, nats.
+        constants: The decay.
     """
-    return constants.decay * before + constants.fresh * surprise
+    return constants.decay * before + constants.own_share * surprise
 
 
 def echo(state: State, at: Tensor, strength: Tensor, constants: Novelty) -> Tensor:
-    """Novelty of every row once something has been said at position ``at`` [] int64: rows before it
-    gain ``strength`` [] float32 nats, times ``decay`` per position of distance. Returns [capacity].
+    """Novelty of every row once a token has been said: the rows before it gain some.
 
     With ``running_novelty`` this makes novelty a mean of surprise over the passage around a row,
     what came after it included. A token's own surprise finds the first word of a fact and the mean
     up to it the last: the answer may be either, and stands out only in its passage. A row of some
     age gains no more, so it costs nothing that what came after it may be forgotten.
+
+    Args:
+        state: The memory.
+        at: [] int64, the position of the token.
+        strength: [] float32, nats gained by a row beside it; ``decay`` times that per position.
+        constants: The decay.
+    Returns:
+        [capacity] float32, nats.
     """
     distance = (at - state.position).to(torch.float32)  # [capacity]
     share = torch.exp(distance.clamp(min=0.0) * math.log(constants.decay))
@@ -114,13 +130,19 @@ def seed_brightness(source: Tensor, constants: Brightness) -> Tensor:
 
 
 def decide_cull(
-    state: State, cursor: Cursor, keep_scores: Tensor, constants: Forgetting
+    state: State, cursor: Cursor, keep_scores: Tensor, constants: Culling
 ) -> tuple[Tensor, Tensor]:
-    """Which rows to forget, as many as ``cull_count`` says.
+    """Which rows to forget, as many as ``cull_count`` says: those with the lowest keep-scores; of
+    equal scores, the earliest position. Slot order plays no part.
 
-    The lowest keep-scores go; of equal scores, the earliest position. Slot order plays no part.
-    Returns the rows [capacity] bool, and their positions [MOST_CULLED] (``at_once``: [capacity])
-    int64 filled up with NOWHERE.
+    Args:
+        state: The memory.
+        cursor: The token being read.
+        keep_scores: [capacity] float32; NaN counts as lowest.
+        constants: How many rows are wanted, and which are protected.
+    Returns:
+        The rows [capacity] bool, and their positions [MOST_CULLED] int64 (``at_once``: [capacity])
+        filled up with NOWHERE.
     """
     cull = torch.zeros_like(state.valid)
     if constants.target == 0:
@@ -128,7 +150,7 @@ def decide_cull(
         return cull, torch.full((most,), NOWHERE, dtype=torch.int64, device=cull.device)
     count = state.valid.sum()
     eligible = may_go(state, cursor, constants)
-    # What is no number counts as lowest: the host relies on the count, whatever the scores.
+    # The host relies on the count, whatever the scores.
     keep_scores = torch.where(keep_scores.isnan(), -math.inf, keep_scores)
     if constants.at_once:
         cull = _lowest(state, eligible, keep_scores, (count - constants.target + 1).clamp(min=0))
@@ -146,7 +168,7 @@ def decide_cull(
     return cull, torch.stack(chosen)
 
 
-def may_go(state: State, cursor: Cursor, constants: Forgetting) -> Tensor:
+def may_go(state: State, cursor: Cursor, constants: Culling) -> Tensor:
     """Rows that are not protected: [capacity] bool."""
     return (
         state.valid

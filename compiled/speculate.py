@@ -1,7 +1,7 @@
 """What follows a read of several tokens that may or may not be said: as many ticks' choices as come
 true, in one graph. It only returns; the patch writes.
 
-    choose_ahead(state, cursor, proposal, reading, sampling, forced) → Said
+    choose_ahead(state, cursor, proposal, reading, sampling, forced) → Accepted
 
 Choice i is that of the tick i ticks from now: the same draw (a draw depends on the seed and the
 number of the tick alone), from the logits behind the i-th token, on a memory to which the i tokens
@@ -19,40 +19,38 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from compiled.choose import Choice, Conduct, Forced, follow
+from compiled.choose import Choice, Eviction, Forced, Look, follow
 from compiled.lookup import Proposal
-from compiled.patch import Plan, RowColumns, lowest_free_slots
+from compiled.plan import Plan
 from compiled.read import AheadReading, Reading
 from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens
-from compiled.score import Forgetting
-from compiled.state import Cursor, State
+from compiled.score import Culling
+from compiled.state import Cursor, State, lowest_free_slots
 
 Held = TypeVar("Held", State, Cursor)
 
 
-class Said(NamedTuple):
+class Accepted(NamedTuple):
     """The choices that came true. Of T tokens the first ``number`` were said."""
 
     tokens: Tensor  # [T] int64
     surprise: Tensor  # [T] float32, nats, under the raw logits
     number: Tensor  # [] int64, at least 1
-    rows: RowColumns  # of the tokens that were read, [T]: ``number`` of them have a row now
-    brightness: Tensor  # [capacity] float32
-    lit: Tensor  # [capacity] int64
-    novelty: Tensor  # [capacity] float32
-    cursor: Cursor  # standing at the last token that was said
+    rows: dict[str, Tensor]  # [T] each, of the tokens that were read: ``length`` have a row now
+    length: Tensor  # [] int64
+    updates: dict[str, Tensor]  # [capacity] each: columns of the rows that are already there
+    cursor: Cursor  # standing at the last token that was accepted
 
     def plan(self, reading: AheadReading) -> Plan:
         """The patch of these ticks: the choices with the keys and values that were read."""
         return Plan(
-            reading.new_keys,
-            reading.new_values,
-            self.rows,
-            torch.zeros_like(self.brightness, dtype=torch.bool),
-            self.brightness,
-            self.lit,
-            self.novelty,
-            self.cursor,
+            keys=reading.new_keys,
+            values=reading.new_values,
+            rows=self.rows,
+            length=self.length,
+            cull=torch.zeros_like(self.updates["brightness"], dtype=torch.bool),
+            updates=self.updates,
+            cursor=self.cursor,
         )
 
 
@@ -65,16 +63,25 @@ def choose_ahead(
     forced: Forced,
     *,
     method: SamplingMethod,
-    conduct: Conduct,
-) -> Said:
+    eviction: Eviction,
+) -> Accepted:
     """Chooses from the reading of the cursor's token and those proposed behind it.
 
     The cursor's token must have no row yet, at least T slots must be free, and T rows more must
-    not make a tick forget any. ``forced`` [T] takes the place of what would be drawn, as in
-    ``choose``, token by token.
+    not make a tick forget any.
+
+    Args:
+        state: The memory that was read.
+        cursor: The first token that was read.
+        proposal: The T - 1 tokens behind it.
+        reading: What the read returned.
+        sampling: Settings of the draw.
+        forced: [T] tokens to take instead of draws, as in ``choose``.
+        method: What shapes the draw.
+        eviction: What decides which rows stay.
     """
     width = reading.logits.shape[0]
-    conduct = dataclasses.replace(conduct, forgetting=Forgetting(target=0), keep_score=_no_score)
+    eviction = dataclasses.replace(eviction, culling=Culling(target=0), keep_score=_no_score)
     slots = lowest_free_slots(state.valid, width)  # [T]
     drawn = _draw(state, cursor, proposal, reading, sampling, method)
     tokens = torch.where(forced.token >= 0, forced.token, drawn)  # [T]
@@ -84,30 +91,33 @@ def choose_ahead(
     choices: list[Choice] = []
     for i in range(width):
         spoken = Forced(tokens[i : i + 1], forced.source[i : i + 1])
-        choice = follow(state, cursor, _reading_of(reading, slots, i), spoken, conduct)
+        choice = follow(state, cursor, _reading_of(reading, slots, i), spoken, eviction)
         choices.append(choice)
         later = _with_row(state, choice, slots[i : i + 1])
         state, cursor = _where(alive, later, state), _where(alive, choice.cursor, cursor)
         number = number + alive
         if i + 1 < width:
             alive = alive & (i < proposal.length) & (proposal.tokens[i] == tokens[i])
-    columns = {
-        name: torch.cat([getattr(choice.rows, name) for choice in choices])
-        for name in RowColumns._fields
-        if name != "length"
+    updated = choices[0].updates
+    rows = {
+        # A row that was there when a later token was said has been looked at and heard since.
+        name: getattr(state, name)[slots]
+        if name in updated
+        else torch.cat([choice.rows[name] for choice in choices])
+        for name in choices[0].rows
     }
-    rows = RowColumns(**columns, length=number + 0)
-    # A row that was there when a later token was said has been looked at and heard since.
-    rows = rows._replace(
-        brightness=state.brightness[slots], lit=state.lit[slots], novelty=state.novelty[slots]
+    return Accepted(
+        tokens=tokens + 0,
+        surprise=torch.cat([choice.surprise for choice in choices]),
+        number=number,
+        rows=rows,
+        length=number + 0,
+        updates={name: getattr(state, name) + 0 for name in updated},
+        cursor=Cursor(*(tensor + 0 for tensor in cursor)),
     )
-    surprise = torch.cat([choice.surprise for choice in choices])
-    bright, lit, novelty = state.brightness + 0, state.lit + 0, state.novelty + 0
-    following = Cursor(*(tensor + 0 for tensor in cursor))
-    return Said(tokens + 0, surprise, number, rows, bright, lit, novelty, following)
 
 
-def _no_score(state: State, reading: Reading) -> Tensor:
+def _no_score(state: State, look: Look) -> Tensor:
     """In place of a policy, where nothing is forgotten."""
     return state.brightness
 
@@ -145,13 +155,14 @@ def _reading_of(reading: AheadReading, slots: Tensor, i: int) -> Reading:
 
 def _with_row(state: State, choice: Choice, slot: Tensor) -> State:
     """The columns that the next choice looks at, after this one's patch. ``slot`` [1] int64."""
-    rows = choice.rows
+    columns = {
+        name: updated.scatter(0, slot, choice.rows[name])
+        for name, updated in choice.updates.items()
+    }
     return state._replace(
         valid=state.valid.scatter(0, slot, torch.ones_like(slot, dtype=torch.bool)),
-        position=state.position.scatter(0, slot, rows.position),
-        brightness=choice.brightness.scatter(0, slot, rows.brightness),
-        lit=choice.lit.scatter(0, slot, rows.lit),
-        novelty=choice.novelty.scatter(0, slot, rows.novelty),
+        position=state.position.scatter(0, slot, choice.rows["position"]),
+        **columns,
     )
 
 

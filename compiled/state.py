@@ -7,7 +7,7 @@ order: text order is order by position.
 This module allocates and describes. It never writes: see ``patch.py``.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,26 +18,50 @@ NOWHERE = -1
 """Position and token id of a slot that has never held a row: visible to nobody."""
 
 
+class Column(NamedTuple):
+    """What one column of the mirror is made of."""
+
+    dtype: torch.dtype
+    empty: int = 0  # in a slot that never held a row, and in one that was redacted
+    older: int | None = None  # what a save without this column gets; None: it is refused
+
+
 class State(NamedTuple):
-    """Cache and mirror. Keys are stored with RoPE applied."""
+    """Cache and mirror. Keys are stored with RoPE applied.
+
+    This is the table of the mirror's columns: allocation, bytes, redaction, plans, saves and the
+    host's mirror follow it. A further column is a further line here, and whoever computes it.
+    """
 
     keys: Tensor  # [layers, kv_heads, capacity, head_dim] model dtype
     values: Tensor  # [layers, kv_heads, capacity, head_dim] model dtype
-    token_id: Tensor  # [capacity] int64
-    position: Tensor  # [capacity] int64, unique among valid rows
-    brightness: Tensor  # [capacity] float32
-    surprise: Tensor  # [capacity] float32, nats: negative log-likelihood on arrival
-    novelty: Tensor  # [capacity] float32, nats: mean surprise of the passage around the row
-    source: Tensor  # [capacity] uint8
-    born: Tensor  # [capacity] int64, tick of birth
-    lit: Tensor  # [capacity] int64, tick in which it last drew more than average attention
-    valid: Tensor  # [capacity] bool
-    pinned: Tensor  # [capacity] bool
+    # [capacity] each:
+    token_id: Annotated[Tensor, Column(torch.int64, empty=NOWHERE)]
+    position: Annotated[Tensor, Column(torch.int64, empty=NOWHERE)]  # unique among valid rows
+    brightness: Annotated[Tensor, Column(torch.float32)]
+    surprise: Annotated[Tensor, Column(torch.float32)]  # nats: negative log-likelihood on arrival
+    novelty: Annotated[Tensor, Column(torch.float32)]  # nats: mean surprise of the passage around
+    source: Annotated[Tensor, Column(torch.uint8)]
+    born: Annotated[Tensor, Column(torch.int64)]  # tick of birth
+    lit: Annotated[Tensor, Column(torch.int64)]  # tick it last drew more than average attention
+    valid: Annotated[Tensor, Column(torch.bool)]
+    pinned: Annotated[Tensor, Column(torch.bool)]
 
     @property
     def capacity(self) -> int:
         """Number of slots."""
         return self.valid.shape[0]
+
+
+COLUMNS: dict[str, Column] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(State, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
+"""The columns of the mirror by name, in the order of :class:`State`."""
+
+ROW_COLUMNS = tuple(name for name in COLUMNS if name != "valid")
+"""The columns that a row brings along; whether there is a row in a slot is what ``valid`` says."""
 
 
 class Cursor(NamedTuple):
@@ -63,19 +87,14 @@ def allocate_state(
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, not {capacity}")
     rows = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
+    columns = {
+        name: torch.full((capacity,), column.empty, dtype=column.dtype, device=device)
+        for name, column in COLUMNS.items()
+    }
     return State(
         keys=torch.zeros(rows, dtype=dtype, device=device),
         values=torch.zeros(rows, dtype=dtype, device=device),
-        token_id=torch.full((capacity,), NOWHERE, dtype=torch.int64, device=device),
-        position=torch.full((capacity,), NOWHERE, dtype=torch.int64, device=device),
-        brightness=torch.zeros(capacity, dtype=torch.float32, device=device),
-        surprise=torch.zeros(capacity, dtype=torch.float32, device=device),
-        novelty=torch.zeros(capacity, dtype=torch.float32, device=device),
-        source=torch.zeros(capacity, dtype=torch.uint8, device=device),
-        born=torch.zeros(capacity, dtype=torch.int64, device=device),
-        lit=torch.zeros(capacity, dtype=torch.int64, device=device),
-        valid=torch.zeros(capacity, dtype=torch.bool, device=device),
-        pinned=torch.zeros(capacity, dtype=torch.bool, device=device),
+        **columns,
     )
 
 
@@ -95,8 +114,30 @@ def allocate_cursor(device: torch.device) -> Cursor:
 def state_bytes(config: LlamaConfig, capacity: int, dtype: torch.dtype) -> int:
     """Bytes that :func:`allocate_state` takes, computed before anything is allocated."""
     row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-    mirror_row = 8 + 8 + 4 + 4 + 4 + 1 + 8 + 8 + 1 + 1
+    mirror_row = sum(column.dtype.itemsize for column in COLUMNS.values())
     return capacity * (row + mirror_row)
+
+
+def lowest_free_slots(valid: Tensor, width: int) -> Tensor:
+    """The ``width`` lowest slots in the order: free ones first, then occupied ones.
+
+    Occupied slots come up only when fewer than ``width`` are free; whoever writes to them must
+    write what they already hold.
+
+    Args:
+        valid: [capacity] bool.
+        width: How many slots, at most the capacity.
+
+    Returns:
+        [width] int64, distinct.
+
+    """
+    capacity = valid.shape[0]
+    slot = torch.arange(capacity, device=valid.device)
+    order = torch.where(valid, slot + capacity, slot)
+    if width == 1:
+        return order.amin(0, keepdim=True) % capacity
+    return torch.topk(order, width, largest=False, sorted=True).values % capacity
 
 
 def addresses(state: State) -> dict[str, int]:

@@ -15,9 +15,11 @@ from patch_cost import SMOLLM2
 from torch import Tensor
 
 from brain.policies import policy
-from compiled.patch import Plan, RowColumns, patch
+from compiled.choose import Look
+from compiled.patch import patch
+from compiled.plan import Plan, new_rows
 from compiled.read import Reading
-from compiled.score import Brightness, Forgetting, Novelty, brighten, decide_cull, echo
+from compiled.score import Brightness, Culling, Novelty, brighten, decide_cull, echo
 from compiled.state import Cursor, State, allocate_cursor, allocate_state
 
 CAPACITIES = (1024, 8192, 65536)
@@ -48,17 +50,20 @@ def main() -> None:
         for name in POLICIES:
             torch._dynamo.reset()
             state, cursor, reading = full_memory(capacity)
-            forgetting = Forgetting(capacity)
-            keep_score = policy(name, forgetting, 0.25)
+            culling = Culling(capacity)
+            keep_score = policy(name, culling, 0.25)
 
             def steps(state: State, cursor: Cursor, reading: Reading) -> Tensor:
                 bright, lit = brighten(state, cursor.tick + 1, reading.mass, Brightness())
                 novelty = echo(state, cursor.position[0], cursor.surprise[0], Novelty())
-                now = state._replace(brightness=bright, lit=lit, novelty=novelty)
-                scores = keep_score(now, reading)  # noqa: B023
-                cull, told = decide_cull(state, cursor, scores, forgetting)  # noqa: B023
+                updates = {"brightness": bright, "lit": lit, "novelty": novelty}
+                look = Look(reading.mass, cursor.position[0], torch.tensor(1), cursor.tick + 1)
+                scores = keep_score(state._replace(**updates), look)  # noqa: B023
+                cull, culled = decide_cull(state, cursor, scores, culling)  # noqa: B023
                 one = torch.ones(1)
-                rows = RowColumns(
+                rows = new_rows(
+                    1,
+                    one.device,
                     token_id=cursor.token + 0,
                     position=cursor.position + 0,
                     brightness=one,
@@ -67,23 +72,20 @@ def main() -> None:
                     source=cursor.source + 0,
                     born=cursor.tick[None] + 0,
                     lit=cursor.tick[None] + 0,
-                    pinned=torch.zeros(1, dtype=torch.bool),
-                    length=torch.ones((), dtype=torch.int64),
                 )
                 following = Cursor(*(tensor + 0 for tensor in cursor))
                 following = following._replace(position=cursor.position + 1)
                 plan = Plan(
-                    reading.new_keys,
-                    reading.new_values,
-                    rows,
-                    cull,
-                    bright,
-                    lit,
-                    novelty,
-                    following,
+                    keys=reading.new_keys,
+                    values=reading.new_values,
+                    rows=rows,
+                    length=torch.ones((), dtype=torch.int64),
+                    cull=cull,
+                    updates=updates,
+                    cursor=following,
                 )
                 patch(state, cursor, plan)
-                return told
+                return culled
 
             compiled = torch.compile(steps, fullgraph=True, dynamic=False)
             for _ in range(5):

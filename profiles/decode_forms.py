@@ -69,7 +69,7 @@ def ticks_per_second(form: str, asked: argparse.Namespace) -> dict[str, Any]:
     conf = compose_conf([*overrides, f"device={asked.device}", f"dtype={precision}"])
     settings = settings_of(conf)
     found = checkpoint_of(asked.shape, settings.dtype, device, asked.precision == "int8")
-    brain = Brain(found, settings, conf)
+    brain = Brain(found, settings)
 
     def streams(x: torch.Tensor, num_tokens: int) -> bool:
         return num_tokens == 1 and torch.compiler.is_compiling()

@@ -12,6 +12,7 @@ rule. On a CPU give few slots.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -29,10 +30,10 @@ from brain.config.settings import settings_of
 from brain.measure.bench.memory_reader import read_memory
 from compiled.attention import attend, visibility
 from compiled.choose import Forced
-from compiled.graphs import Behaviour, Graphs
+from compiled.graphs import Graphs
 from compiled.llama import LlamaConfig, Weights
-from compiled.patch import Plan
 from compiled.philox import key_of
+from compiled.plan import Plan
 from compiled.read import Reading
 from compiled.sample import Sampling
 from compiled.state import State, addresses, allocate_cursor, allocate_state, state_bytes
@@ -74,8 +75,8 @@ class Subject:
         sampling = Sampling(number, number, number * 0, number, key_of(0).to(device))
         nothing = torch.zeros(1, device=device)
         weights = Weights(*(nothing for _ in Weights._fields))
-        behaviour = Behaviour(config, settings.method, settings.conduct)
-        self.graphs = Graphs(behaviour, weights, self.state, cursor, sampling, compiled=True)
+        spec = dataclasses.replace(settings.graphs, compiled=True)
+        self.graphs = Graphs(spec, config, weights, self.state, cursor, sampling)
         rows = (layers, config.num_kv_heads, 1, config.head_dim)
         mass = torch.rand(slots, device=device) / slots
         new = torch.randn(rows, dtype=torch.bfloat16, device=device)
@@ -102,9 +103,11 @@ class Subject:
 
 
 def _copied(part: Any) -> Any:
-    """Of a tensor, or of a tuple of them; None stays."""
+    """Of a tensor, or of a tuple or dict of them; None stays."""
     if isinstance(part, Tensor):
         return part.clone()
+    if isinstance(part, dict):
+        return {name: _copied(inner) for name, inner in part.items()}
     return type(part)(*map(_copied, part)) if isinstance(part, tuple) else part
 
 

@@ -68,7 +68,7 @@ def brain_of(checkpoint: Checkpoint | None, overrides: list[str]) -> Brain:
     use_threads(conf.threads)
     if checkpoint is None:
         checkpoint = checkpoint_of(conf, settings)
-    brain = Brain(checkpoint, settings, conf)
+    brain = Brain(checkpoint, settings)
     for name in brain.warm_up():
         print(f"capturing {name}", file=sys.stderr, flush=True)
     return brain
@@ -88,7 +88,7 @@ def compare(subject: Subject, plain: Brain, quick: Brain) -> dict[str, Any]:
     prompt = plain.encode(subject.prompt)[:PROSE_TOKENS]
     seconds: dict[Brain, list[float]] = {plain: [], quick: []}
     said: dict[Brain, list[int]] = {}
-    account = quick.lookahead.account
+    account = quick.lookahead.counts
     before = (account.passes, account.tokens, account.proposed, account.accepted)
     for number in range(ROUNDS):
         for brain in (plain, quick) if number % 2 == 0 else (quick, plain):

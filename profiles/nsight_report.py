@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from brain.errors import Refused
+from brain.loop import TICK
 from brain.measure.profiling.picture import draw_timeline
 from brain.measure.profiling.ranges import (
     Kernel,
@@ -24,7 +25,6 @@ from brain.measure.profiling.ranges import (
     warm_up_of,
     with_kernels,
 )
-from brain.naming import WHOLE_TICK
 
 PUSH_POP = 59
 """``ENUM_NSYS_EVENT_TYPE``: a range that was pushed and popped on one thread."""
@@ -67,7 +67,7 @@ def _ranges(report: sqlite3.Connection, tables: set[str], path: Path) -> list[Ra
         "LEFT JOIN StringIds ON textId = id WHERE eventType = ? AND end IS NOT NULL",
         (PUSH_POP,),
     ).fetchall()
-    threads = {thread for name, _, _, thread in named if name == WHOLE_TICK}
+    threads = {thread for name, _, _, thread in named if name == TICK}
     if not named:
         raise Refused(f"{path}: {NO_RANGES}")
     if not threads:

@@ -16,8 +16,17 @@ import torch
 from tqdm import tqdm
 
 from compiled.llama import LlamaConfig
-from compiled.patch import Plan, RowColumns, patch
-from compiled.state import Cursor, State, addresses, allocate_cursor, allocate_state
+from compiled.patch import patch
+from compiled.plan import Plan
+from compiled.state import (
+    COLUMNS,
+    ROW_COLUMNS,
+    Cursor,
+    State,
+    addresses,
+    allocate_cursor,
+    allocate_state,
+)
 
 CAPACITIES = (1024, 8192, 65536)
 ROUNDS, PER_ROUND = 40, 25
@@ -29,26 +38,14 @@ def plan_for(state: State, cursor: Cursor) -> Plan:
     shape = (SMOLLM2.num_layers, SMOLLM2.num_kv_heads, 1, SMOLLM2.head_dim)
     cull = torch.zeros_like(state.valid)
     cull[[3, 7]] = True
-    rows = RowColumns(
-        token_id=torch.ones(1, dtype=torch.int64),
-        position=torch.ones(1, dtype=torch.int64),
-        brightness=torch.ones(1),
-        surprise=torch.ones(1),
-        novelty=torch.ones(1),
-        source=torch.ones(1, dtype=torch.uint8),
-        born=torch.ones(1, dtype=torch.int64),
-        lit=torch.ones(1, dtype=torch.int64),
-        pinned=torch.zeros(1, dtype=torch.bool),
-        length=torch.ones((), dtype=torch.int64),
-    )
+    rows = {name: torch.ones(1, dtype=COLUMNS[name].dtype) for name in ROW_COLUMNS}
     return Plan(
         keys=torch.ones(shape, dtype=state.keys.dtype),
         values=torch.ones(shape, dtype=state.values.dtype),
-        rows=rows,
+        rows=rows | {"pinned": torch.zeros(1, dtype=torch.bool)},
+        length=torch.ones((), dtype=torch.int64),
         cull=cull,
-        brightness=state.brightness.clone(),
-        lit=state.lit.clone(),
-        novelty=state.novelty.clone(),
+        updates={name: getattr(state, name).clone() for name in ("brightness", "lit", "novelty")},
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
     )
 

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import shutil
 import signal
 import sys
 import warnings
@@ -12,7 +14,6 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from fuzzing.specimens import Specimens
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
@@ -26,12 +27,22 @@ from brain.errors import Refused
 from brain.measure.golden.reference import load_reference, seeded_reference
 from brain.measure.golden.seeded import SEEDED
 from brain.opening import checkpoint_of
+from fixture_types import CommandLine, EditJson, OpenTiny, Reference, RoomyBrain, SaveLlama
+from toy_models import PARROT_OPTIONS, TRAINED
 
 # The same examples on every run, however slow the machine.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 THREADS = torch.get_num_threads()
+INVARIANT = re.compile(r"test_I\d+_")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is in ``invariants/`` or carries the number of an invariant in its name."""
+    for item in items:
+        if item.path.parent.name == "invariants" or INVARIANT.match(item.name):
+            item.add_marker(pytest.mark.invariant)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,10 +77,6 @@ def byte_level_json() -> str:
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens(["<|end|>"])
     return str(library.to_str())
-
-
-EditJson = Callable[[Path, dict[str, Any]], None]
-SaveLlama = Callable[..., dict[str, Tensor]]
 
 
 @pytest.fixture(scope="session")
@@ -127,9 +134,6 @@ def save_llama(byte_level_json: str, edit_json: EditJson) -> SaveLlama:
         return {name: tensor.float() for name, tensor in model.state_dict().items()}
 
     return save
-
-
-OpenTiny = Callable[..., brain.Brain]
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +224,6 @@ def strict_cuda() -> Iterator[None]:
 
 # The default model and a toy with TinyLlama's heads, in a memory of 1,024 rows ------------------
 
-RoomyBrain = Callable[[str, str, str], brain.Brain]
-Reference = Callable[[str, str], Any]
-
 
 @pytest.fixture
 def all_threads() -> None:
@@ -260,7 +261,7 @@ def roomy_brain(request: pytest.FixtureRequest) -> RoomyBrain:
             if real
             else SEEDED[model].checkpoint(settings.dtype, settings.device)
         )
-        return brain.Brain(checkpoint, settings, conf)
+        return brain.Brain(checkpoint, settings)
 
     return shared
 
@@ -276,6 +277,41 @@ def reference_model(request: pytest.FixtureRequest) -> Reference:
         return load_reference(request.getfixturevalue("smollm2_folder"), getattr(torch, dtype))
 
     return shared
+
+
+# A toy that was trained on few positions ----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def short_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+    edit_json: EditJson,
+) -> Path:
+    """The tiny Llama, trained on TRAINED positions."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(tiny_folder, folder)
+    edit_json(folder / "config.json", {"max_position_embeddings": TRAINED})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_short(short_folder: Path) -> OpenTiny:
+    def open_(**overrides: Any) -> brain.Brain:
+        torch.set_num_threads(1)
+        options = {
+            "model.path": str(short_folder),
+            "capacity": 32,
+            "positions": "rebase",
+            "cull.target": 20,
+            "cull.recent": 4,
+            "engine.widths": [1, 4],
+            "engine.smallest_bucket": 32,
+            "engine.chunk": None,
+        }
+        return brain.open("folder", **{**options, **overrides})
+
+    return open_
 
 
 # A toy that repeats itself ------------------------------------------------------------------------
@@ -325,23 +361,16 @@ def open_parrot(parrot_folder: Path, open_tiny: OpenTiny) -> OpenTiny:
     return open_
 
 
-# Hostile input ------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
-def specimens(tmp_path_factory: pytest.TempPathFactory) -> Specimens:
-    """Valid files of every kind, which tests damage."""
-    torch.set_num_threads(1)
-    return Specimens(tmp_path_factory.mktemp("specimens"))
+def warm_parrot(open_parrot: OpenTiny) -> brain.Brain:
+    """It looks up, and every graph is captured; shared by all tests: prime it before use."""
+    captured = open_parrot(engine="compiled", **PARROT_OPTIONS)
+    for _ in captured.warm_up():
+        pass
+    return captured
 
 
-@pytest.fixture
-def toy_model(specimens: Specimens, tmp_path: Path) -> Path:
-    """A model folder to damage: config.json, tokenizer.json, model.safetensors."""
-    return specimens.copy(specimens.single, tmp_path / "model")
-
-
-CommandLine = Callable[..., tuple[int, str, str]]
+# The command line ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ raise one knows what a tick will cost.
 """
 
 import ast
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from brain import Brain
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.measure.golden.seeded import SeededModel
+from brain.memory import Account
 from brain.tick import Tick
 from compiled.llama import LlamaConfig, weight_shapes
 
@@ -108,18 +110,18 @@ def watched(
     conf = compose_conf([*overrides, f"engine.smallest_bucket={capacity}"])
     settings = settings_of(conf)
     model = SeededModel("guarded", config, seed=3)
-    b = Brain(model.checkpoint(settings.dtype, settings.device), settings, conf)
+    b = Brain(model.checkpoint(settings.dtype, settings.device), settings)
     # As a prime of so many tokens would leave it, without reading them.
     b.state.valid.fill_(True)
     b.state.token_id.fill_(7)
     b.state.position.copy_(torch.arange(capacity))
     b.cursor.token.fill_(7)
     b.cursor.position.fill_(capacity - 1)
-    b.memory.account = b.memory.account.after(capacity, capacity - 1, uncommitted=False)
+    b.memory.account = Account(capacity, capacity, 0, capacity - 1)
     emitted: list[str] = []
     with mock.patch.object(GraphLowering, "save_output_code", emitted.append):
         b.tick()
-    graphs = dict(zip(b.graphs.captures, map(structures, emitted), strict=True))
+    graphs = dict(zip(b.graphs.captured, map(structures, emitted), strict=True))
     return Watched(b, graphs)
 
 
@@ -303,17 +305,17 @@ def test_a_tick_is_three_graphs_compiled_once(ticking: Brain) -> None:
         launched.append(name)
         yield
 
-    ticking.graphs.naming = noticed
+    ticking.graphs.ranges = noticed
     try:
         for _ in range(12):
             ticking.tick()
     finally:
-        ticking.graphs.naming = None
+        ticking.graphs.ranges = contextlib.nullcontext
     assert compilations() == before
-    graphs = [name for name in launched if name in ticking.graphs.captures]
+    graphs = [name for name in launched if name in ticking.graphs.captured]
     assert len(set(graphs)) == 3
     assert graphs == graphs[:3] * 12
-    assert {ticking.graphs.captures[name].compilations for name in graphs} == {1}
+    assert {ticking.graphs.captured[name].compilations for name in graphs} == {1}
 
 
 def operators(run: Callable[[], object]) -> set[str]:

@@ -27,7 +27,7 @@ from brain.config.overrides import literal_arguments
 from brain.config.settings import settings_of
 from brain.errors import Refused
 from brain.machine.built_folder import ensure_built
-from conftest import OpenTiny
+from fixture_types import OpenTiny
 
 IDS = [(7 * n) % 300 for n in range(64)]
 SEEDS = range(8)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from brain import Brain
 from brain.measure.golden.judge import CLEAR_GAP, LOGIT_TOLERANCE
-from brain.saves import restore
 from brain.tick import Step
 from compiled.state import State, addresses
 
@@ -118,7 +117,7 @@ def test_862_rows_stay_862_until_the_patch(
         assert digests(brain.state) == before
         assert addresses(brain.state) == places
         assert (int(step.cursor.token[0]), int(step.cursor.position[0])) == (prompt[-1], 861)
-        assert int(step.plan.rows.length) == 0  # the row of the token read is there already
+        assert int(step.plan.length) == 0  # the row of the token read is there already
         chosen.append(int(step.choice.token[0]))
 
     brain.observer = look
@@ -141,7 +140,7 @@ def test_862_rows_stay_862_until_the_patch(
     assert brain.tick().count == len(brain) == PROMPT + 1
     assert brain.mirror.token_id.tolist() == [*prompt, tick.token]
     assert addresses(brain.state) == places
-    captures = brain.graphs.captures.values()
+    captures = brain.graphs.captured.values()
     assert {graph.compilations for graph in captures} == ({1} if engine == "compiled" else set())
 
 
@@ -158,7 +157,7 @@ def test_all_of_it_holds_after_a_load(
     brain.save(tmp_path / "save")
     following = [brain.tick().token for _ in range(3)]
     brain.prime(prompt[:5])  # another memory altogether
-    restore(brain, tmp_path / "save")
+    brain.restore(tmp_path / "save")
     assert len(brain) == PROMPT
     assert brain.mirror.token_id.tolist() == prompt
     assert torch.equal(brain.read([prompt[-1]], [PROMPT - 1]).logits, expected.logits)

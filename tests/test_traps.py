@@ -4,7 +4,6 @@ Some are here because only real weights show them: toy weights are as fluent wit
 them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ import brain
 from brain import Brain, Cull
 from brain.policies import POLICIES
 from compiled.rope import inverse_frequencies, rotation
+from fixture_types import OpenTiny
 from toys import digest
 
-OpenTiny = Callable[..., Brain]
 IDS = [(31 * index + 5) % 300 for index in range(200)]
 EVICTING = [name for name in POLICIES if name != "none"]
 PASSAGE = (Path(__file__).parent / "golden" / "passage.txt").read_text("utf-8")
@@ -72,7 +71,7 @@ def test_trap_the_newborn_is_not_forgotten_first(policy: str, open_tiny: OpenTin
     for token in IDS[16:60]:
         b.feed([token])
         newest = b.mirror.position[-4:].tolist()
-        assert newest == list(range(b.memory.position - 4, b.memory.position))
+        assert newest == list(range(b.memory.account.position - 4, b.memory.account.position))
     assert (b.mirror.position > 30).sum() > 4  # the memory moves on with the text
 
 

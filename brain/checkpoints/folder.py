@@ -11,7 +11,7 @@ from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused, one_line, shown
 from brain.files import TOKENIZER_BYTES, read_json
-from brain.machine.digest import files_sha256
+from brain.machine.integrity import files_sha256
 from brain.machine.memory import give_back_freed
 from brain.tokens import load_tokenizer
 
@@ -26,18 +26,26 @@ def open_folder(
     int8: bool = False,
     name: str | None = None,
 ) -> Checkpoint:
-    """Loads a model folder; ``dtype`` is float32, bfloat16 or float16, whatever the files hold, and
-    ``int8`` whether matrices are rounded to eight bits.
+    """Loads a model folder.
 
-    Raises Refused where anything is missing, malformed or not supported, before memory is
-    allocated for weights.
+    Args:
+        path: holds config.json, safetensors files and a tokenizer.
+        dtype: float32, bfloat16 or float16, whatever the files hold.
+        device: where the weights go.
+        int8: rounds matrices to eight bits.
+        name: for people; None: the folder's.
+
+    Raises:
+        Refused: something is missing, malformed or not supported. No memory has been allocated for
+            weights.
+
     """
     path = Path(path)
     if not path.is_dir():
         raise Refused(f"{path}: no such folder; give the folder that holds config.json")
     config = read_config(path / "config.json")
     tokenizer = load_tokenizer(path)
-    give_back_freed()  # before weights lie on top of it
+    give_back_freed()  # before weights are allocated above it
     paths = weight_files(path)
     files = [TensorFile(file) for file in paths]
     weights = load_weights(config, files, dtype=dtype, device=torch.device(device), int8=int8)
@@ -72,7 +80,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise Refused(
                 f"{index}: shard name {shown(name)} is not a plain *.safetensors file name"
             )
-        if not os.path.exists(folder / name):  # false as well for what cannot be a file's name
+        if not os.path.exists(folder / name):  # also false for an impossible file name
             raise Refused(f"{index}: shard {name} is missing from {folder}; fetch it")
     if not names:
         raise Refused(f"{index}: weight_map is empty; fetch the index again")

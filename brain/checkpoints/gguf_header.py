@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: metadata, and where which tensor lies.
+"""The header of a GGUF file: metadata, and where each tensor is.
 
 Read from the specification rather than by the ``gguf`` package, which believes every count it finds
 and would follow one of 2^63 for ever. Here every count and length is held against what is left of
@@ -81,7 +81,7 @@ class _Header:
         self._fields = self._count(MOST_FIELDS, 13, "metadata entries")
 
     def fields(self) -> Iterator[tuple[str, Any]]:
-        """Every metadata entry. Raises ValueError for a key that stands there twice."""
+        """Every metadata entry. Raises ValueError for a key that is there twice."""
         seen: set[str] = set()
         for _ in range(self._fields):
             key = _new(self._text(), seen)
@@ -152,7 +152,7 @@ class _Header:
 
 def _new(name: str, seen: set[str]) -> str:
     if name in seen:
-        raise ValueError(f"the name {shown(name)} stands there twice")
+        raise ValueError(f"the name {shown(name)} is there twice")
     seen.add(name)
     return name
 

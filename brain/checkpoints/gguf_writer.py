@@ -24,7 +24,7 @@ from brain.checkpoints.packing import checked_owners
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused
 from brain.machine.built_folder import ensure_built
-from brain.machine.digest import files_sha256
+from brain.machine.integrity import files_sha256
 from brain.tokenizers.gguf_vocabulary import vocabulary_fields
 from brain.tokens import Tokenizer, load_tokenizer
 from compiled.llama import LlamaConfig
@@ -44,10 +44,16 @@ FILE_TYPES = {
 
 
 def converted_gguf(folder: Path, kind: str, *, cache_dir: Path | None = None) -> Path:
-    """The model of a Hugging Face folder as a GGUF file, converted where need be.
+    """The model of a Hugging Face folder as a GGUF file, converted if it is not cached.
 
-    ``kind`` is one of ``FILE_TYPES``; ``cache_dir`` holds the files (default: the user's cache
-    folder), which are complete or absent. Raises Refused where the model cannot be converted.
+    Args:
+        folder: the model's.
+        kind: one of ``FILE_TYPES``.
+        cache_dir: holds the files, which are complete or absent; None: the user's cache folder.
+
+    Raises:
+        Refused: the model cannot be converted.
+
     """
     root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
     weights = files_sha256(weight_files(folder), progress=True)
@@ -163,9 +169,9 @@ def _add_vocabulary(writer: GGUFWriter, folder: Path, config: LlamaConfig) -> No
 
 
 def _rope_factors(config: LlamaConfig) -> np.ndarray[tuple[int], np.dtype[np.float32]] | None:
-    """By what each pair's angular frequency is divided, [head_dim / 2]; None where by nothing.
+    """What each pair's angular frequency is divided by, [head_dim / 2]; None without scaling.
 
-    One form for every kind of scaling: what the scaling makes of the frequencies.
+    One form for every kind of scaling: unscaled over scaled frequencies.
     """
     if config.rope_scaling is None:
         return None

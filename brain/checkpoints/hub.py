@@ -29,18 +29,27 @@ def open_hub(
     device: torch.device | str = "cpu",
     int8: bool = False,
 ) -> Checkpoint:
-    """Loads ``owner/name`` at a revision (default: main), downloading what is not cached.
+    """Loads a model from the hub, downloading what is not cached.
 
-    ``cache_dir`` defaults to the Hugging Face cache. Raises Refused where the repository cannot be
-    had or its model cannot be used.
+    Args:
+        repo: ``owner/name``.
+        revision: a branch, tag or commit; None: main.
+        cache_dir: None: the Hugging Face cache.
+        dtype: float32, bfloat16 or float16, whatever the files hold.
+        device: where the weights go.
+        int8: rounds matrices to eight bits.
+
+    Raises:
+        Refused: the repository cannot be downloaded, or its model cannot be used.
+
     """
     folder = hub_folder(repo, revision=revision, cache_dir=cache_dir)
     return open_folder(folder, dtype=dtype, device=device, int8=int8, name=repo)
 
 
 def hub_folder(repo: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The local folder of a repository, as :func:`open_hub` reads it, downloaded where need be."""
-    # Imported here, for it takes a fifth of a second, and most models come from elsewhere.
+    """The local folder of a repository, downloaded if it is not cached. Raises Refused."""
+    # Imported here because it takes a fifth of a second and most models come from elsewhere.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

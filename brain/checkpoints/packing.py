@@ -101,7 +101,7 @@ def _count(parts: Sequence[_Stored]) -> int:
 
 
 def _in_place(parts: Sequence[_Stored], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the parts lie as they are wanted, so that no copy is needed."""
+    """Whether the parts lie in the file as they are packed, so that no copy is needed."""
     first = parts[0]
     return (
         device.type == "cpu"

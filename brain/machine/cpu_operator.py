@@ -36,7 +36,7 @@ def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
     defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
     try:
         library = built_library(SOURCE, compiler, defined, cache_dir)
-        load(library)  # a folder may forbid to run what lies in it
+        load(library)  # a folder may be mounted without the right to execute
     except (Refused, OSError) as error:
         raise Refused(f"{one_line(error)}; or use engine.native=false") from None
     return library
@@ -69,20 +69,20 @@ def built_library(
 
 
 def begin_native_decoder(formats: Formats, cache_dir: Path | None = None) -> None:
-    """Begins with what :func:`native_decoder` does, beside other work. That waits for it, or does
-    it itself if this fails, and says what is wrong.
+    """Begins to build what :func:`native_decoder` returns, in another thread. That function waits
+    for it, or builds it itself if this fails, and reports what is wrong.
     """
 
     def build() -> None:
         with contextlib.suppress(Refused, OSError):
             native_decoder(formats, cache_dir)
 
-    # A daemon: whoever is refused meanwhile need not wait for it.
+    # A daemon: a program that is refused meanwhile must not wait for it.
     Thread(target=build, name="native-decoder", daemon=True).start()
 
 
 def cpp_compiler() -> str:
-    """The C++ compiler: what ``CXX`` says, or what is there. Raises Refused."""
+    """The C++ compiler that ``CXX`` names, or one that is installed. Raises Refused."""
     asked = os.environ.get("CXX")
     for name in [asked] if asked else ["g++", "clang++", "c++"]:
         found = shutil.which(name)
@@ -90,7 +90,7 @@ def cpp_compiler() -> str:
             return found
     if asked:
         raise Refused(
-            f"CXX={asked} is no program that can be run: name a C++ compiler without arguments, "
+            f"CXX={asked} cannot be run: name a C++ compiler without arguments, "
             "or use engine.native=false"
         )
     raise Refused("no C++ compiler is installed (g++ or clang++): install one, or use engine=eager")
@@ -101,8 +101,8 @@ def _identity(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
     resolved = Path(compiler).resolve()
     status = resolved.stat()
     built_by = (flags, str(resolved), status.st_size, status.st_mtime_ns, platform.machine())
-    told = repr((source.read_text("utf-8"), built_by, _processor()))
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    described = repr((source.read_text("utf-8"), built_by, _processor()))
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def _processor() -> str:

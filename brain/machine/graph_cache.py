@@ -1,73 +1,74 @@
 """What PyTorch's compiler keeps for later starts, and proof that it is as it was left.
 
-The compiler loads the libraries that it finds in its folder without looking at them: one that was
-cut short by a full disk ends the process, and one with a wrong byte says wrong words. So it is
-given a folder of our own, whose files are sealed by size and SHA-256 and looked at before use.
+The compiler loads the libraries that it finds in its folder without checking them. One that was cut
+short by a full disk ends the process, and one with a wrong byte changes the text. So the compiler
+is given a folder of our own, whose files are recorded in a manifest and checked before use.
 """
 
 import contextlib
-import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from brain.files import RECORD_BYTES, read_json
-from brain.machine.digest import file_sha256
-from brain.terminal import note
+from brain.errors import warn
+from brain.machine.integrity import MANIFEST, Entry, is_as_recorded, read_manifest, write_manifest
+from brain.machine.lock import shared
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 NAME = "positronic-brain-graphs"
-SEAL, LOCK = "sealed.json", ".lock"
-
-Sealed = dict[str, tuple[int, str]]
-"""Size and SHA-256 of each file, by its path in the folder."""
+LOCK = ".lock"
 
 
 @contextmanager
 def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
-    """Within this the compiler keeps what it makes in a folder of ours, and all that it finds there
-    is whole. Gives a function that seals what is there, which is also done at the end.
+    """Has the compiler keep its files in a folder of ours, within a ``with`` statement.
 
-    The folder is in the one that ``TORCHINDUCTOR_CACHE_DIR`` names, else in ``cache_dir`` (default:
-    the user's cache folder). If a sealed file is damaged or lost, all are removed, and one line
-    says so; so are, without a word, files that a process left unsealed when it was killed. Where
-    there can be no such folder, the compiler keeps its files where it always does.
+    All that it finds there is whole. If a recorded file is damaged or lost, all are removed, with a
+    warning. Files that a killed process left unrecorded are removed without one. Where there can be
+    no such folder, the compiler keeps its files where it always does.
+
+    Args:
+        cache_dir: the folder that holds ours, unless ``TORCHINDUCTOR_CACHE_DIR`` names another;
+            None: the user's cache folder.
+
+    Returns:
+        A function that records what is there now. That is also done at the end.
+
     """
     named = os.environ.get(VARIABLE)
     root = Path(named) if named else cache_dir or user_cache_path("positronic-brain")
-    folder = root if root.name == NAME else root / NAME  # of a process that was begun within this
+    folder = root if root.name == NAME else root / NAME  # our parent process may have named ours
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_private(folder)
-            alone = stack.enter_context(_shared(folder / LOCK))
+            alone = stack.enter_context(shared(folder / LOCK))
             with alone() as nobody_else:
                 if nobody_else:
-                    _sweep(folder)
+                    _remove_unrecorded(folder)
         except OSError:
             yield lambda: None
             return
 
-        def seal() -> None:
-            # What another process is making may be half a file: it is for the last to seal.
+        def record() -> None:
+            # What another process is making may be half a file: the last one records it.
             with contextlib.suppress(OSError), alone() as nobody_else:
                 if nobody_else:
-                    _seal(folder)
+                    _record(folder)
 
         os.environ[VARIABLE] = str(folder)
         try:
-            yield seal
+            yield record
         finally:
             if named is None:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = named
-            seal()
+            record()
 
 
 def _require_private(folder: Path) -> None:
@@ -80,46 +81,35 @@ def _require_private(folder: Path) -> None:
         raise PermissionError(f"{folder} is not a folder of one's own")
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what is not as it was sealed. Nobody may be using the folder."""
-    found = _files(folder)
+def _remove_unrecorded(folder: Path) -> None:
+    """Removes what is not as it was recorded. Nobody else may be using the folder."""
+    recorded: dict[str, Entry] = {}
+    damaged = False
     try:
-        sealed = _read_seal(folder)
-        damaged = any(_entry(folder, name) != entry for name, entry in sealed.items())
-    except FileNotFoundError as error:
-        sealed = {}
-        damaged = Path(error.filename or "") != folder / SEAL
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        sealed, damaged = {}, True
+        recorded = read_manifest(folder)
+        damaged = not all(is_as_recorded(folder / name, recorded[name]) for name in recorded)
+    except (OSError, ValueError):
+        damaged = (folder / MANIFEST).exists()
     if damaged:
-        note(f"{folder}: what was kept of earlier graphs is damaged; they are compiled once more")
-        sealed = {}
-        (folder / SEAL).unlink(missing_ok=True)
-    for name in found - sealed.keys():
+        (folder / MANIFEST).unlink()
+    kept = set() if damaged else set(recorded)
+    for name in _files(folder) - kept:
         (folder / name).unlink(missing_ok=True)
+    if damaged:
+        warn(f"{folder}: the graphs kept there are damaged; they are compiled once more")
 
 
-def _seal(folder: Path) -> None:
-    """Writes down every file that is there now, if there is a new one. Nobody else may be using the
-    folder. What cannot be sealed is made once more next time.
+def _record(folder: Path) -> None:
+    """Records every file that is there now, if there is a new one. Nobody else may be using the
+    folder. What cannot be recorded is made once more next time.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        sizes = {name: size for name, (size, _) in _read_seal(folder).items()}
-        if sizes == {name: (folder / name).stat().st_size for name in _files(folder)}:
+    names = _files(folder)
+    with contextlib.suppress(OSError, ValueError):
+        sizes = {name: entry.size for name, entry in read_manifest(folder).items()}
+        if sizes == {name: (folder / name).stat().st_size for name in names}:
             return
-    partial = folder / f"{SEAL}.{os.getpid()}"
-    try:
-        entries = {name: _entry(folder, name) for name in sorted(_files(folder))}
-        partial.write_text(json.dumps(entries, indent=1) + "\n", "utf-8")
-        partial.replace(folder / SEAL)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _read_seal(folder: Path) -> Sealed:
-    told = read_json(folder / SEAL, RECORD_BYTES)
-    return {str(name): (int(entry[0]), str(entry[1])) for name, entry in told.items()}
+    with contextlib.suppress(OSError):
+        write_manifest(folder, names)
 
 
 def _files(folder: Path) -> set[str]:
@@ -127,36 +117,4 @@ def _files(folder: Path) -> set[str]:
     found = set()
     for where, _, names in os.walk(folder):
         found |= {str((Path(where) / name).relative_to(folder)) for name in names}
-    return {name for name in found if name != LOCK and not name.startswith(SEAL)}
-
-
-def _entry(folder: Path, name: str) -> tuple[int, str]:
-    path = folder / name
-    return path.stat().st_size, file_sha256(path)
-
-
-@contextmanager
-def _shared(path: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[bool]]]:
-    """Marks a folder as in use, by however many. What it gives says, where it is entered, whether
-    nobody else uses the folder, and lets nobody begin to until it is left. The lock ends with the
-    process. Raises OSError where files cannot be locked.
-    """
-    if sys.platform == "win32":
-        yield lambda: contextlib.nullcontext(False)
-        return
-    import fcntl
-
-    with path.open("ab") as file:
-
-        @contextmanager
-        def alone() -> Iterator[bool]:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
-            fcntl.flock(file, fcntl.LOCK_SH)
-
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield alone
+    return {name for name in found if name != LOCK and not name.startswith(MANIFEST)}

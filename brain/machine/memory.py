@@ -1,4 +1,4 @@
-"""Memory of the machine: how much is free, when garbage is collected, what is given back."""
+"""Memory of the machine: how much is free, when garbage is collected, giving freed memory back."""
 
 import ctypes
 import gc
@@ -10,9 +10,10 @@ import torch
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Within this nothing is collected: for work that makes a million objects to keep, as loading
-    a vocabulary, importing a compiler and tracing with it do. Each search among them takes tenths
-    of a second and finds nothing.
+    """Turns garbage collection off within a ``with`` statement.
+
+    Loading a vocabulary, importing a compiler and tracing with it make a million objects that stay.
+    Each collection among them takes tenths of a second and finds nothing.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -24,16 +25,15 @@ def without_collection() -> Iterator[None]:
 
 
 def give_back_freed() -> None:
-    """Gives what has been freed back to the system. The GNU C library keeps what lies between
-    pieces in use; after a vocabulary has been read those are tens of megabytes. Other libraries
-    have no such call and are left alone.
+    """Gives freed memory back to the system. The GNU C library keeps what lies between pieces in
+    use: tens of megabytes after a vocabulary has been read. Other libraries have no such call.
     """
     with suppress(AttributeError, OSError, TypeError):  # no call, no library, no way to name it
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None on a system that does not say."""
+    """Bytes that can still be allocated on a device; None where the system does not report it."""
     if device.type == "cuda":
         # PyTorch keeps what was given back to it, and gives it out again.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -49,5 +49,5 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device has no memory left for what was tried."""
+    """Whether an error means that a device has run out of memory."""
     return isinstance(error, torch.OutOfMemoryError)

@@ -10,15 +10,15 @@ from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name)))
-"""Signals whose handlers raise: Ctrl-C, a polite end, and somebody's time limit."""
+"""Signals whose handlers may raise: Ctrl-C, SIGTERM, and a time limit."""
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether somebody wants the program to stop.
+    """Gives a function that returns whether the program was asked to stop.
 
-    Whoever asks twice does not want to wait: that is a KeyboardInterrupt at once. Outside the main
-    thread, which alone hears signals, nobody ever asks.
+    A second request is a KeyboardInterrupt at once. Only the main thread gets signals; in any other
+    the function returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -40,7 +40,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def sigterm_is_ctrl_c() -> Iterator[None]:
-    """A polite end is a KeyboardInterrupt within this, as Ctrl-C is."""
+    """Makes SIGTERM a KeyboardInterrupt, as Ctrl-C is, within a ``with`` statement."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,12 +52,12 @@ def sigterm_is_ctrl_c() -> Iterator[None]:
 
 
 class Uninterrupted:
-    """``with Uninterrupted(): …`` is one step for signals: what comes within it is heard after it.
+    """``with Uninterrupted(): …`` delays signals: those that come within it are handled after it.
 
     Python runs the handlers of signals between any two instructions, and some of them raise.
-    Holding them off costs microseconds, so it is for what is short and must be whole. Outside the
-    main thread, which alone hears signals, it does nothing; a signal that nobody handles in Python
-    acts as it always does.
+    Delaying them costs microseconds, so it is for what is short and must be whole. Only the main
+    thread gets signals; in any other it does nothing. A signal without a handler in Python acts as
+    it always does.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """Which rows are forgotten first: one file per policy, one function each.
 
-A policy is a tensor function ``(state, reading) → keep-scores [capacity]``, compiled into the graph
-that chooses. The lowest scores go first; protection is not its business.
+A policy is a tensor function ``(state, look) → keep-scores [capacity]``, compiled into the graph
+that chooses; ``compiled.choose.KeepScore`` says what it may and must do. The lowest scores go
+first; protection is not its business.
 """
 
 import math
@@ -17,8 +18,9 @@ from brain.policies import (
     surprise,
     tova,
 )
+from brain.policies.custom import CustomPolicy, custom_policy
 from compiled.choose import KeepScore
-from compiled.score import Forgetting
+from compiled.score import Culling
 
 PLAIN: dict[str, KeepScore] = {
     "none": sink_recent.keep_score,  # never asked: without a target nothing is culled
@@ -32,17 +34,30 @@ PLAIN: dict[str, KeepScore] = {
 }
 POLICIES = (*PLAIN, "novelty")
 
+__all__ = ["POLICIES", "CustomPolicy", "custom_policy", "policy"]
 
-def policy(
-    name: str, forgetting: Forgetting, share: float, lifetime: float | None = None
-) -> KeepScore:
-    """The keep-score function of a policy; ``share`` of the target is what ``novelty`` keeps for
-    novel rows, and ``lifetime``, in targets, how long they stay novel. Raises Refused for an
-    unknown name.
+
+def policy(name: str, culling: Culling, share: float, lifetime: float | None = None) -> KeepScore:
+    """The keep-score function of a policy.
+
+    Args:
+        name: One of POLICIES, or ``package.module:function``.
+        culling: How many rows there are to be, and which are protected.
+        share: Of the target, what ``novelty`` keeps for novel rows.
+        lifetime: In targets, how long a row stays novel; None: for ever.
+
+    Raises:
+        Refused: There is no such policy.
+
     """
     if name == "novelty":
-        ticks = math.inf if lifetime is None else lifetime * forgetting.target
-        return novelty.Novelty(round(share * forgetting.target), forgetting.recent, ticks)
+        ticks = math.inf if lifetime is None else lifetime * culling.target
+        return novelty.Novelty(round(share * culling.target), culling.recent, ticks)
+    if ":" in name:
+        return custom_policy(name)
     if name not in PLAIN:
-        raise Refused(f"cull.policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
+        raise Refused(
+            f"cull.policy {name!r} is unknown: use one of {', '.join(POLICIES)}, or "
+            "package.module:function"
+        )
     return PLAIN[name]

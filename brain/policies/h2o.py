@@ -7,10 +7,10 @@ head apart; a row here is one row in all of them.
 
 from torch import Tensor
 
-from compiled.read import Reading
+from compiled.choose import Look
 from compiled.state import State
 
 
-def keep_score(state: State, reading: Reading) -> Tensor:
+def keep_score(state: State, look: Look) -> Tensor:
     """Attention received so far: [capacity] float32."""
     return state.brightness

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled.read import Reading
+from compiled.choose import Look
 from compiled.state import State
 
 
-def keep_score(state: State, reading: Reading) -> Tensor:
+def keep_score(state: State, look: Look) -> Tensor:
     """Minus the cosine between a row's key and the mean direction of all keys, averaged over layers
     and heads: [capacity] float32.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiled.read import Reading
+from compiled.choose import Look
 from compiled.state import State
 
 _KEPT = 1e6
@@ -31,7 +31,7 @@ class Novelty:
     recent: int
     lifetime: float = math.inf
 
-    def __call__(self, state: State, reading: Reading) -> Tensor:
+    def __call__(self, state: State, look: Look) -> Tensor:
         """Brightness, raised above all others for the most novel rows: [capacity] float32.
 
         Newer rows are protected and take nobody's place yet: the positions that ``decide_cull``

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
+from compiled.choose import Look
 from compiled.philox import uniform
-from compiled.read import Reading
 from compiled.state import State
 
 _LANES = 1 << 32
 
 
-def keep_score(state: State, reading: Reading) -> Tensor:
+def keep_score(state: State, look: Look) -> Tensor:
     """Independent in every tick, and a function of positions alone, so that the same run draws the
     same numbers whatever slots its rows are in: [capacity] float32.
     """

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from compiled.read import Reading
+from compiled.choose import Look
 from compiled.state import State
 
 
-def keep_score(state: State, reading: Reading) -> Tensor:
+def keep_score(state: State, look: Look) -> Tensor:
     """Position: [capacity] float32, exact up to 2^24; of equal scores the earliest goes first."""
     return state.position.to(torch.float32)

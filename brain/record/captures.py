@@ -1,6 +1,6 @@
-"""Step captures: what every step of a tick received and returned, on disk.
+"""Captures: what every step of a tick received and returned, on disk.
 
-For tick N of a run, ``tick_N.safetensors`` holds the tensors and ``tick_N.json`` what they mean in
+For tick N of a run, ``tick_N.safetensors`` holds the tensors, and ``tick_N.json`` their meaning in
 numbers and words. The names of the tensors say where they belong:
 
 * ``read.in.*``: token, position, and the mirror it was read against (position, token_id, valid)
@@ -10,7 +10,8 @@ numbers and words. The names of the tensors say where they belong:
   probabilities, token, surprise
 * ``patch.in.*``: the plan: the row's columns, what to cull, every row's brightness
 
-Writing is an observer of the loop (``steps.py``). With captures off there is none, and no cost.
+They are written by an observer of the loop (``tick.py``). With captures off there is none, and no
+cost.
 """
 
 import dataclasses
@@ -27,15 +28,24 @@ from brain.files import require_own
 from brain.mirror import SOURCES
 from brain.record.heatmap import remembered
 from brain.tick import Step
-from compiled.sample import candidates, penalize, seen_tokens
+from compiled.sample import candidates, penalize_some
 
 TOP_IN_JSON = 20
-"""Rows of the tables in the JSON, at least."""
+"""The fewest rows of the tables in the JSON."""
 
 
 class CaptureWriter:
-    """An observer that writes each tick into a folder. ``top`` entries of the logits are kept, or
-    all of them if it is 0. The tables of the JSON have ``top`` rows, and TOP_IN_JSON at least.
+    """An observer that writes each tick into a folder.
+
+    Args:
+        folder: where to; it is made if it is absent.
+        brain: the one that is observed.
+        top: how many of the highest logits are written, 0 for all. The tables of the JSON have as
+            many rows, and TOP_IN_JSON at least.
+
+    Raises:
+        Refused: the folder is a link.
+
     """
 
     def __init__(self, folder: Path, brain: Brain, top: int) -> None:
@@ -78,12 +88,13 @@ class CaptureWriter:
             "choose.out.surprise": step.choice.surprise,
             "patch.in.cull": step.plan.cull,
             "patch.in.culled_positions": step.choice.culled,
-            "patch.in.brightness": step.plan.brightness,
-            "patch.in.lit": step.plan.lit,
-            "patch.in.novelty": step.plan.novelty,
+            "patch.in.brightness": step.plan.updates["brightness"],
+            "patch.in.lit": step.plan.updates["lit"],
+            "patch.in.novelty": step.plan.updates["novelty"],
         }
         tensors |= {f"choose.in.{k}": v for k, v in brain.graphs.sampling._asdict().items()}
-        tensors |= {f"patch.in.row.{k}": v for k, v in step.plan.rows._asdict().items()}
+        tensors |= {f"patch.in.row.{k}": v for k, v in step.plan.rows.items()}
+        tensors["patch.in.row.length"] = step.plan.length
         tensors |= {f"patch.in.cursor.{k}": v for k, v in step.plan.cursor._asdict().items()}
         logits = step.reading.logits[0]
         if self._top:
@@ -92,17 +103,18 @@ class CaptureWriter:
             tensors["read.out.logsumexp"] = torch.logsumexp(logits, 0, keepdim=True)
         else:
             tensors["read.out.logits"] = logits
-        # A tensor shared by two steps is written once for each: safetensors stores no aliases.
+        # Copies, because safetensors refuses tensors that share memory.
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def _candidates(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Scores and ids of the tokens that could be drawn, filtered as ``choose`` does it."""
         sampling, state = self._brain.graphs.sampling, self._brain.state
-        logits = step.reading.logits[0]
-        seen = seen_tokens(len(logits), state.token_id, state.valid, step.cursor.token)
-        penalised = penalize(logits, seen, sampling.repetition_penalty)
-        method = self._brain.settings.method
+        pending = step.cursor.token
+        seen = torch.cat([torch.where(state.valid, state.token_id, pending), pending])
+        penalised = penalize_some(step.reading.logits[0], seen, sampling.repetition_penalty)
+        method = self._brain.settings.graphs.method
         if method.greedy:
-            best = penalised.argmax(0, keepdim=True)
+            best = penalised.argmax(-1, keepdim=True)
             return torch.zeros(1, device=best.device), best
         return candidates(penalised, method, sampling)
 
@@ -157,12 +169,12 @@ class CaptureWriter:
             "4 patch": {
                 "appended": [
                     {
-                        "position": int(step.plan.rows.position[0]),
-                        "token": int(step.plan.rows.token_id[0]),
-                        "source": SOURCES[int(step.plan.rows.source[0])],
-                        "surprise": float(step.plan.rows.surprise[0]),
+                        "position": int(step.plan.rows["position"][0]),
+                        "token": int(step.plan.rows["token_id"][0]),
+                        "source": SOURCES[int(step.plan.rows["source"][0])],
+                        "surprise": float(step.plan.rows["surprise"][0]),
                     }
-                ][: int(step.plan.rows.length)],
+                ][: int(step.plan.length)],
                 "culled": list(tick.culled),
                 "rows_afterwards": tick.count,
             },

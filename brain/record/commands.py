@@ -1,6 +1,6 @@
 """Commands to a running brain: lines of a file, each a batch of actions.
 
-``RUN_FOLDER/commands.jsonl`` is looked at between ticks. Every complete line that has been added is
+A run reads ``RUN_FOLDER/commands.jsonl`` between ticks. Every complete line that has been added is
 a JSON list of actions, applied wholly or refused wholly; ``answers.jsonl`` beside it gets one line
 for each. A line may be written by hand, by another program, or by ``brain task=command``:
 
@@ -12,8 +12,8 @@ boost      positions, amount
 cull       positions
 redact     positions
 replace    positions (neighbours), and the text or ids to put there; source (default repair)
-inject     text or ids to add after what has been said; source (default user). They pass through
-           the loop like tokens that are spoken, so that a full memory makes room for them
+inject     text or ids to add after the last token; source (default user). They pass through the
+           loop like spoken tokens, so that a full memory makes room for them
 =========  =======================================================================================
 """
 
@@ -31,13 +31,25 @@ INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
 LONGEST_LINE = 1 << 20
 """Characters of one batch."""
 MOST_AT_ONCE = 8 * LONGEST_LINE
-"""Bytes that are read in one look."""
+"""Bytes that are read at a time."""
 
 Encode = Callable[[str], Sequence[int]]
 
 
 def parse_batch(line: str, encode: Encode) -> list[Action]:
-    """The actions of one line. Raises Refused, naming what is wrong with which action."""
+    """Parses one line of ``commands.jsonl``.
+
+    Args:
+        line: JSON: a list of actions, or one action.
+        encode: text to ids.
+
+    Returns:
+        The actions, in order.
+
+    Raises:
+        Refused: the line is not that; the message says which action is wrong, and how.
+
+    """
     if len(line) > LONGEST_LINE:
         raise Refused(f"command of {len(line)} characters: at most {LONGEST_LINE} in one line")
     try:
@@ -63,13 +75,13 @@ def _action(given: Any, number: int, encode: Encode) -> Action:
 
 
 class _Fields:
-    """What is given to one action; every field is taken once, and none may be left."""
+    """The fields of one action. Each is taken once, and none may be left over."""
 
     def __init__(self, given: dict[str, Any], where: str, encode: Encode) -> None:
         self._given, self._where, self._encode = given, where, encode
 
     def take(self, name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
-        """A field of some type. Raises Refused if it is missing or another."""
+        """Takes a field. Raises Refused if it is missing, or not of this type."""
         if name not in self._given:
             if default:
                 return default[0]
@@ -77,12 +89,12 @@ class _Fields:
         value = self._given.pop(name)
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(value) not in kinds:
-            told = " or ".join(k.__name__ for k in kinds)
-            raise Refused(f"{self._where}: {name} is {shown(value)}, expected {told}")
+            expected = " or ".join(k.__name__ for k in kinds)
+            raise Refused(f"{self._where}: {name} is {shown(value)}, expected {expected}")
         return value
 
     def tokens(self) -> Sequence[int]:
-        """Text or ids: exactly one of them."""
+        """Takes text or ids, exactly one of them, as ids."""
         if ("text" in self._given) == ("ids" in self._given):
             raise Refused(f"{self._where}: give either text or ids")
         if "ids" in self._given:
@@ -91,9 +103,9 @@ class _Fields:
         return self._encode(self.take("text", str))
 
     def finish(self, action: Action) -> Action:
-        """The action, if nothing was given in vain."""
+        """Returns the action. Raises Refused if a field is left over."""
         if self._given:
-            raise Refused(f"{self._where}: {shown(min(self._given))} is not one of its fields")
+            raise Refused(f"{self._where}: {shown(min(self._given))} is not a field of it")
         return action
 
 
@@ -132,8 +144,8 @@ _READERS: dict[str, Callable[[_Fields], Action]] = {
 }
 
 
-class Lost(NamedTuple):
-    """A row that was redacted: the tick of its birth, its token, and whether the model spoke it."""
+class RedactedRow(NamedTuple):
+    """A row that was redacted: its tick of birth, its token, and whether the model spoke it."""
 
     born: int
     token: int
@@ -141,27 +153,27 @@ class Lost(NamedTuple):
 
 
 class Inbox:
-    """The commands of one run. Looking costs one call to the file system.
+    """The commands of one run. Polling costs one call to the file system.
 
-    Attributes: ``read``, bytes of the inbox that have been obeyed; ``heard``, called with each line
-    after it was obeyed (or refused) and before it is answered; ``redacted``, called after that with
-    the rows it redacted, if any.
+    Attributes: ``read``, bytes of the inbox that have been executed; ``on_command``, called with
+    each line after it was applied or refused and before it is answered; ``on_redaction``, called
+    after that with the rows it redacted, if any.
     """
 
     def __init__(self, folder: Path, brain: Brain) -> None:
         self._inbox, self._answers = folder / INBOX, folder / ANSWERS
         self._brain = brain
-        # Bytes. What an earlier run in this folder was told is not said to this one.
+        # Commands that an earlier run in this folder was given are not for this one.
         self.read = self._inbox.stat().st_size if self._inbox.exists() else 0
-        self.heard: Callable[[bytes], None] | None = None
-        self.redacted: Callable[[Sequence[Lost]], None] | None = None
+        self.on_command: Callable[[bytes], None] | None = None
+        self.on_redaction: Callable[[Sequence[RedactedRow]], None] | None = None
 
-    def look(self) -> int:
-        """Applies what has come since the last look; returns how many batches were applied."""
+    def poll(self) -> int:
+        """Executes the lines that have come since the last call; returns how many were applied."""
         try:
             size = self._inbox.stat().st_size
             if size < self.read:
-                self.read = 0  # written anew
+                self.read = 0  # replaced by a new file
             if size == self.read:
                 return 0
             with open_plain(self._inbox) as file:
@@ -174,42 +186,45 @@ class Inbox:
         if not whole and len(added) == MOST_AT_ONCE:
             whole = added  # longer than any command may be: refused in parts
         for line in whole.splitlines(keepends=True):
-            self.read += len(line)  # what has no line break is still being written
+            self.read += len(line)  # a line without a break is still being written
             if line.strip():
-                applied += self.obey(line)
+                applied += self.execute(line)
         return applied
 
-    def obey(self, line: bytes) -> bool:
-        """Applies one line and answers; returns whether it was applied."""
+    def execute(self, line: bytes) -> bool:
+        """Applies or refuses one line and answers it; returns whether it was applied.
+
+        Raises Unwritten if the answer cannot be written.
+        """
         answer: dict[str, Any] = {"tick": self._brain.ticks}
-        lost: Sequence[Lost]
+        redacted: Sequence[RedactedRow]
         try:
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 raise Refused(f"command is not UTF-8 (byte {error.start})") from None
             actions = parse_batch(text, self._brain.encode)
-            lost = self._redacted(actions)
+            redacted = self._rows_to_redact(actions)
             self._brain.apply(actions)
             answer |= {"applied": len(actions), "rows": len(self._brain)}
         except Unwritten:
             raise
         except Refused as refused:
-            lost = ()
+            redacted = ()
             answer["refused"] = str(refused)
-        if self.heard is not None:
-            self.heard(line)
+        if self.on_command is not None:
+            self.on_command(line)
         try:
             with self._answers.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(answer, ensure_ascii=False) + "\n")
         except OSError as error:
             raise Unwritten(f"{self._answers} cannot be written ({one_line(error)})") from None
-        if lost and self.redacted is not None:
-            self.redacted(lost)
+        if redacted and self.on_redaction is not None:
+            self.on_redaction(redacted)
         return "applied" in answer
 
-    def _redacted(self, actions: Sequence[Action]) -> list[Lost]:
-        """The rows that these actions mean to redact."""
+    def _rows_to_redact(self, actions: Sequence[Action]) -> list[RedactedRow]:
+        """The rows that these actions redact."""
         redactions = [action.positions for action in actions if isinstance(action, Redact)]
         positions = {p for given in redactions for p in given if isinstance(p, int)}
         if not positions:
@@ -223,14 +238,14 @@ class Inbox:
             strict=True,
         )
         return [
-            Lost(born, token, spoken=source == "model")
+            RedactedRow(born, token, spoken=source == "model")
             for position, born, token, source in rows
             if position in positions
         ]
 
 
 def send(folder: Path, line: str) -> None:
-    """Adds one line to the inbox of a run. Raises Refused if there is no such run."""
+    """Adds one line to the inbox of the run in a folder. Raises Refused if there is no such run."""
     if "\n" in line.strip():
         raise Refused("a command is one line")
     if not (folder / "transcript.txt").is_file():

@@ -1,4 +1,4 @@
-"""What is remembered, as a picture: every token with how bright it is, in the terminal and in HTML.
+"""The memory as a picture: every token with its brightness, in the terminal and in HTML.
 
 Both can be read without colour: the terminal draws a bar below every character, the page a line
 below every token, as high as the token is bright.
@@ -22,7 +22,7 @@ GAP = " … "
 FILE = "memory.json"
 """What a run leaves in its folder."""
 MOST_LIKELY = 1 << 63
-"""No number of a row is larger."""
+"""The largest number that a row may have."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _row(row: Any) -> Row:
     if any(abs(row[name]) > MOST_LIKELY for name in kinds if kinds[name] in (int, float)):
         raise ValueError("a number is too large")
     if any(math.isnan(row[name]) for name in numbers):
-        raise ValueError("a number is none")
+        raise ValueError("a number is NaN")
     return Row(**row)
 
 
@@ -140,21 +140,21 @@ def _shaded(character: str, level: int | None) -> str:
 
 
 def page(rows: list[Row], title: str) -> str:
-    """A standalone HTML page; pointing at a token tells everything about it."""
+    """A standalone HTML page; pointing at a token shows its columns."""
     spans = []
     before: Row | None = None
     for row, level in zip(rows, levels(rows), strict=True):
         if before is not None and row.position > before.position + 1:
             gone = row.position - before.position - 1
             spans.append(f'<i title="{gone} positions forgotten">{GAP}</i>')
-        told = (
+        columns = (
             f"position {row.position}, token {row.token}, {row.source}, brightness "
             f"{row.brightness:g}, surprise {row.surprise:g}, novelty {row.novelty:g} nats, "
             f"{row.age} ticks old, last lit {row.dark} ticks ago" + (", pinned" * row.pinned)
         )
         kind = f"b{level}" + (" pinned" if row.pinned else "")
         text = html.escape(row.text).replace("\n", "⏎<br>")
-        spans.append(f'<span class="{kind}" title="{html.escape(told)}">{text}</span>')
+        spans.append(f'<span class="{kind}" title="{html.escape(columns)}">{text}</span>')
         before = row
     shades = "\n".join(
         f".b{level} {{ background: rgba(255, 170, 0, {0.08 + 0.1 * level:.2f}); "

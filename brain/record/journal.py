@@ -1,7 +1,7 @@
-"""Lines that are added one at a time and survive a crash: each carries its own checksum.
+"""A file of lines that survives a crash: each line carries its own checksum.
 
-A line is the CRC-32 of the rest in eight hex digits, a space, and JSON. Only the last one can be
-torn, by a crash while it was written; it is then as if it had never been begun.
+A line is the CRC-32 of the rest in eight hex digits, a space, and JSON. A crash can tear only the
+last line, while it is written; a torn line counts as not written.
 """
 
 import json
@@ -14,12 +14,12 @@ from brain.errors import Refused, Unwritten, one_line
 from brain.files import open_plain
 
 LONGEST_LINE = 1 << 26
-"""Bytes; the longest command, each of its characters written out, takes less."""
+"""Bytes. The longest command takes less, even with each of its characters escaped."""
 
 
 class Journal:
-    """Adds lines to a file. What is written is in the hands of the system at once, so that it
-    outlives the process; to outlive the machine it takes a save.
+    """Adds lines to a file. Each is handed to the system at once, so that it outlives the process;
+    a save makes it outlive the machine.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +30,7 @@ class Journal:
             raise Refused(f"{path} cannot be written ({one_line(error)})") from None
 
     def add(self, record: Any) -> None:
-        """Writes one line. Raises Unwritten if it does not fit on the disk."""
+        """Writes one line. Raises Unwritten if it cannot be written whole."""
         line = _line(record)
         try:
             written = self._file.write(line)
@@ -40,25 +40,30 @@ class Journal:
             raise Unwritten(f"{self._path} cannot be written: the disk is full")
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Closes the file."""
         self._file.close()
 
 
 def read_journal(path: Path) -> tuple[list[Any], int]:
-    """The records of a journal, and the bytes they take: what comes after them is torn.
+    """Reads a journal.
 
-    Raises Refused if it cannot be read, or if a line is damaged that is not the last.
+    Returns:
+        What each line holds, and the bytes that these lines take. Any bytes after them are torn.
+
+    Raises:
+        Refused: it cannot be read, or a line before the last is damaged.
+
     """
     records: list[Any] = []
     size = 0
     try:
         with open_plain(path) as file:
             whole = os.fstat(file.fileno()).st_size
-            # A line at a time, none longer than any that is written: a hole may be terabytes.
+            # Line by line, and no more of a line than is ever written: a hole may be terabytes.
             while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
                 record = _record(line[:-1])
                 if record is None and size + len(line) < whole:
-                    raise Refused(f"{path} is damaged in line {len(records) + 1}")
+                    raise Refused(f"{path} is damaged at line {len(records) + 1}")
                 if record is None:
                     break
                 records.append(record)
@@ -66,7 +71,7 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
     except OSError as error:
         raise Refused(f"{path} cannot be read ({one_line(error)})") from None
     if len(line) == LONGEST_LINE:
-        raise Refused(f"{path} is damaged in line {len(records) + 1}")
+        raise Refused(f"{path} is damaged at line {len(records) + 1}")
     return records, size
 
 
@@ -76,7 +81,7 @@ def _line(record: Any) -> bytes:
 
 
 def _record(line: bytes) -> Any:
-    """What a line says, or None if it is damaged."""
+    """What a line holds, or None if it is damaged."""
     text = line[9:]
     if line[:9] != b"%08x " % zlib.crc32(text):
         return None

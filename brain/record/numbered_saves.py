@@ -1,11 +1,11 @@
-"""The saves of a run and the journals behind them, by number. No number is used twice."""
+"""The saves of a run and the journals after them, by number. No number is used twice."""
 
 import shutil
 from pathlib import Path
 
 
 class NumberedSaves:
-    """What lies in a folder: ``N/``, the Nth save, and ``N.journal``, what happened since."""
+    """A folder with ``N/``, the Nth save, and ``N.journal``, what happened after it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -15,7 +15,7 @@ class NumberedSaves:
         return self.folder / str(number)
 
     def journal(self, number: int) -> Path:
-        """Where the journal behind a save is; behind save 0, which there is not, the beginning."""
+        """Where the journal after a save is. Journal 0 begins with the run; there is no save 0."""
         return self.folder / f"{number}.journal"
 
     def saves(self) -> list[int]:
@@ -31,17 +31,17 @@ class NumberedSaves:
         return max([*self.saves(), *self.journals()], default=0) + 1
 
     def drop(self, *numbers: int) -> None:
-        """Forgets saves and the journals behind them."""
+        """Removes saves and the journals after them."""
         for number in numbers:
             shutil.rmtree(self.save(number), ignore_errors=True)
             self.journal(number).unlink(missing_ok=True)
 
     def drop_before(self, number: int) -> None:
-        """Forgets everything older than a save."""
+        """Removes everything older than a save."""
         self.drop(*(n for n in {*self.saves(), *self.journals()} if n < number))
 
     def clear_away(self) -> None:
-        """Removes what a save that was killed has left."""
+        """Removes what was left by saving when it was killed."""
         for left in self.folder.glob(".*"):
             shutil.rmtree(left, ignore_errors=True)
 

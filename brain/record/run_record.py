@@ -1,105 +1,121 @@
-"""The record of a run, and how it goes on after it was killed, with the token it would have said.
+"""The record of a run, from which a killed run goes on with the token it would have said.
 
     RUN_FOLDER/transcript.txt     the text, RUN_FOLDER/tokens.txt its tokens
-    RUN_FOLDER/saves/run.json     what was asked for
+    RUN_FOLDER/saves/run.json     the settings of the run
     RUN_FOLDER/saves/N/           the brain (brain/saves.py) when it was saved for the Nth time
     RUN_FOLDER/saves/N.journal    what happened since: every token, every command
 
-A draw depends on the seed and the number of the tick alone, and a command is written down between
-the tokens it came between. So the newest save and the journal behind it tell everything: the files
-of the run are cut back to what they were when the save was made, and what the journal tells happens
-once more. Of the saves the newest two are kept, so that one may be damaged. No number is used
-twice, so a name never means two things, whenever the power goes.
+A draw depends on the seed and the number of its tick alone, and the journal holds every command
+between the tokens that it came between. So the newest save and the journal behind it are enough.
+The files of the run are cut back to what they were at that save, and the journal is replayed. The
+newest two saves are kept, in case one is damaged. No number is used twice, so a name never means
+two things, whenever the power goes.
+
+A row that was redacted leaves the record too: a new save takes the place of all earlier saves and
+journals, and its token and text leave the files.
 """
 
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.config.older import add_unsaid
-from brain.errors import Refused, Unwritten, one_line, shown
-from brain.files import RECORD_BYTES, read_bytes, read_json, require_own
-from brain.record.commands import ANSWERS, INBOX, Inbox, Lost
+from brain.errors import Refused, Unwritten, one_line, shown, warn
+from brain.files import RECORD_BYTES, read_json, require_own
+from brain.machine.integrity import to_disk
+from brain.record.commands import ANSWERS, INBOX, Inbox, RedactedRow
 from brain.record.heatmap import FILE
 from brain.record.journal import Journal, read_journal
 from brain.record.numbered_saves import NumberedSaves
+from brain.record.run_files import ALL, DRAFT, REPAIRS, TOKENS, TRANSCRIPT, RunFiles
 from brain.repair import Repair
-from brain.saves import OtherWeights, plain, restore, save, to_disk
-from brain.terminal import note
+from brain.saves import OtherWeights, plain
 from brain.tick import Tick
 from brain.tokens import StreamDecoder
 from conf.schema import Conf
 
 FORMAT = 1
-TRANSCRIPT, TOKENS, REPAIRS = "transcript.txt", "tokens.txt", "repairs.jsonl"
-SAVES, RUN = "saves", "run.json"
+SAVES, SETTINGS = "saves", "run.json"
 KEPT = 2
 """Saves that are kept."""
 FREE = (
     *("task", "ticks", "stop_at_eos", "threads", "nvtx", "cache_dir"),
     *("capture", "capture_top", "save_every"),
 )
-"""Settings that may change when a run goes on: none of them decides what is said."""
-
+"""Settings that may change when a run goes on: none of them changes what it says."""
 REPORTS = ("run.json", FILE)
 """What a run writes about itself when it ends."""
-_REWRITTEN = ".rewritten"
-MOST_TOKENS_TOLD = 1 << 32
-"""Bytes of ``tokens.txt``: some hundred million tokens."""
 
 
-class Chronicle:
+class Notes(NamedTuple):
+    """What a save of a run holds besides the brain."""
+
+    spoken: int  # tokens
+    last: int | None  # the last token
+    inbox: int  # bytes of the inbox that have been executed
+    sizes: dict[str, int]  # bytes of each growing file
+    alone: bool  # earlier saves hold what was redacted: never go back to them
+
+
+class RunRecord:
     """Writes down a run as it happens.
 
     Attributes: ``inbox``, the commands it takes; ``spoken``, how many tokens it has said;
     ``last``, the last of them.
-    Everything here raises Refused if the disk is full or a file cannot be written or read.
+    Every method raises Refused if the disk is full or a file cannot be written or read.
     """
 
     def __init__(self, folder: Path, brain: Brain, conf: Conf) -> None:
         self._folder, self._brain, self._conf = folder, brain, conf
         self._saves = NumberedSaves(folder / SAVES)
-        self._files: dict[str, IO[str]] = {}
+        self._files = RunFiles(folder)
         self._journal: Journal | None = None
         self._saved_at = 0  # ticks
         self._unsaved = True
-        self._broken = False  # memory and files disagree: only the journal knows
+        self._broken = False  # the files lack what the journal has
         self.spoken = 0
         self.last: int | None = None
         self.inbox = Inbox(folder, brain)
-        brain.on_repair = self._repaired
+        brain.on_repair = self._record_repair
 
     def begin(self, prime: Callable[[], None]) -> bool:
-        """Starts the record, or takes it up where it ended; returns whether there was one.
+        """Starts the record, or goes on where it ended.
 
-        ``prime`` gives the brain its prompt. Raises Refused if the folder has the record of
-        another run, or a damaged one, before anything is changed.
+        Args:
+            prime: gives the brain its prompt.
+
+        Returns:
+            Whether there was a record.
+
+        Raises:
+            Refused: the folder has the record of another run, or a damaged one. Nothing has
+                changed.
+
         """
         with self._on_disk():
             self._require_own()
-            found = self._found()
+            found = self._has_record()
             if found:
                 self._saves.clear_away()
                 self._go_on(prime)
             else:
                 prime()
                 self._start()
-        self.inbox.heard, self.inbox.redacted = self._heard, self._redact
+        self.inbox.on_command, self.inbox.on_redaction = self._record_command, self._redact
         return found
 
-    def said(self, *ticks: Tick) -> str:
-        """Writes down what was spoken in one pass of the loop; returns its text.
+    def record_ticks(self, *ticks: Tick) -> str:
+        """Writes down the ticks of one pass of the loop; returns their text.
 
-        A pass that read several tokens is one line of the journal, a list, so that it happens again
-        as a whole: read one by one, its numbers would round otherwise.
+        A pass that read several tokens is one line of the journal, a list, and is replayed as a
+        whole: read one by one, its numbers would round otherwise.
         """
         ids = [tick.token for tick in ticks]
         self._write_journal({"said": ids[0] if ticks[0].width == 1 else ids})
@@ -107,8 +123,8 @@ class Chronicle:
             self._write_token(tick)
         return "".join(tick.text for tick in ticks)
 
-    def rest(self) -> None:
-        """Saves, if it is time to."""
+    def save_if_due(self) -> None:
+        """Saves, if ``save_every`` ticks have passed since the last save."""
         every = self._conf.save_every
         if every and self._brain.ticks - self._saved_at >= every:
             self.save()
@@ -116,269 +132,228 @@ class Chronicle:
     def save(self) -> None:
         """Saves the brain, if anything has happened since the last save, and begins a new journal.
 
-        Where it cannot, the record is as it was: whole. After a write that failed nothing is saved:
-        the journal knows what to do again.
+        If it fails, the record is whole, as it was. After a failed write it does nothing: the
+        journal has what the files lack.
         """
         if self._unsaved and not self._broken:
             with self._on_disk():
                 self._save(self._saves.unused())
 
-    def finish(self, rest: str) -> None:
-        """Writes what the text still owed, behind the last save."""
-        self._write(TRANSCRIPT, rest)
+    def finish(self, remainder: str) -> None:
+        """Appends what the text still lacks, after the last save, and closes all files."""
+        self._append(TRANSCRIPT, remainder)
         self.close()
 
     def close(self) -> None:
-        """Gives all files back."""
-        for file in self._files.values():
-            file.close()
+        """Closes all files."""
+        self._files.close()
         if self._journal is not None:
             self._journal.close()
 
     def tokens(self) -> list[int]:
         """Every token that was spoken and has not been redacted, in order."""
-        return [token for _, token in self._told()]
+        return [token for _, token in self._files.tokens()]
 
-    # Starting and going on
-
-    def _start(self) -> None:
-        shutil.rmtree(self._saves.folder, ignore_errors=True)
-        self._saves.folder.mkdir(parents=True, exist_ok=True)
-        for old in (ANSWERS, TRANSCRIPT):
-            (self._folder / old).unlink(missing_ok=True)
-        for left in self._folder.glob(f"*{_REWRITTEN}"):
-            left.unlink()
-        for name in (TOKENS, REPAIRS):
-            self._open(name, "w")
-        self._switch_journal(0)
-        # What an earlier run in this folder was told is not said to this one.
-        asked = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
-        draft = self._saves.folder / (RUN + _REWRITTEN)
-        draft.write_text(json.dumps(asked, indent=2), "utf-8")
-        to_disk(draft)
-        draft.replace(self._saves.folder / RUN)  # from here on there is a record
-        to_disk(self._saves.folder)
-        self._open(TRANSCRIPT, "w")  # from here on it takes commands
+    # Starting
 
     def _require_own(self) -> None:
         """Raises Refused if anything in the folder leads out of it."""
-        names = (TRANSCRIPT, TOKENS, REPAIRS, ANSWERS, INBOX, SAVES, *REPORTS)
-        require_own(self._folder / name for name in names)
-        require_own(self._folder.glob(f"*{_REWRITTEN}"))
+        require_own(self._folder / name for name in (*ALL, INBOX, SAVES, *REPORTS))
+        require_own(self._folder.glob(f"*{DRAFT}"))
         if self._saves.folder.is_dir():
             require_own(self._saves.folder.iterdir())
 
-    def _found(self) -> bool:
-        """Whether there is a record, of this very run. Raises Refused if it is of another."""
-        path = self._saves.folder / RUN
+    def _has_record(self) -> bool:
+        """Whether there is a record of this very run. Raises Refused if it is of another."""
+        path = self._saves.folder / SETTINGS
         try:
-            asked = read_json(path, RECORD_BYTES)
+            record = read_json(path, RECORD_BYTES)
         except FileNotFoundError:
             return False
         except (OSError, ValueError) as error:
             raise Refused(f"{path} cannot be read ({one_line(error)})") from None
-        if not isinstance(asked, dict) or asked.get("format") != FORMAT:
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise Refused(f"{path} is not of format {FORMAT}: choose another folder")
-        conf = asked.get("conf")
-        before = conf if isinstance(conf, dict) else {}
-        add_unsaid(before)
-        for key, value in _lasting(self._conf).items():
-            was = before.get(key)
-            if was != value:
-                told = key if isinstance(value, dict) else f"{key}={shown(was)}, not {value!r}"
+        conf = record.get("conf")
+        recorded = conf if isinstance(conf, dict) else {}
+        add_unsaid(recorded)
+        for key, given in _lasting(self._conf).items():
+            difference = _difference(key, recorded.get(key), given)
+            if difference is not None:
                 raise Refused(
-                    f"{self._folder} has the record of a run with another {told}: "
-                    "give the same settings to go on with it, or choose another folder"
+                    f"{self._folder} has the record of another run ({difference}): give the same "
+                    "settings to go on with it, or choose another folder"
                 )
-        self.inbox.read = _count(asked.get("inbox"), path)
+        self.inbox.read = _count(record.get("inbox"), "inbox", path)
         return True
 
+    def _start(self) -> None:
+        shutil.rmtree(self._saves.folder, ignore_errors=True)
+        self._saves.folder.mkdir(parents=True, exist_ok=True)
+        for name in (ANSWERS, TRANSCRIPT):
+            (self._folder / name).unlink(missing_ok=True)
+        self._files.remove_drafts()
+        for name in (TOKENS, REPAIRS):
+            self._files.open(name, "w")
+        self._switch_journal(0)
+        # Commands that an earlier run in this folder was given are not for this one.
+        record = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
+        draft = self._saves.folder / (SETTINGS + DRAFT)
+        draft.write_text(json.dumps(record, indent=2), "utf-8")
+        to_disk(draft)
+        draft.replace(self._saves.folder / SETTINGS)  # from here on there is a record
+        to_disk(self._saves.folder)
+        self._files.open(TRANSCRIPT, "w")  # from here on it takes commands
+
+    # Going on
+
     def _go_on(self, prime: Callable[[], None]) -> None:
-        sizes: dict[str, int] = {}
-        since, refused = 0, []
+        number, notes, damaged = self._restore_newest()
+        if notes is None:
+            prime()
+            notes = Notes(0, None, self.inbox.read, {}, alone=False)
+        self.spoken, self.last, self.inbox.read = notes.spoken, notes.last, notes.inbox
+        if notes.alone:
+            self._saves.drop_before(number)
+        self._saved_at = self._brain.ticks
+        journals = [later for later in self._saves.journals() if later >= number]
+        entries = self._entries(journals)
+        self._files.cut_back(number, notes.sizes)
+        for name in REPORTS:  # of an earlier end; they may hold what is redacted by now
+            (self._folder / name).unlink(missing_ok=True)
+        redacted: list[RedactedRow] = []
+        self.inbox.on_redaction = redacted.extend
+        self._unsaved = bool(entries) or number == 0
+        for path, line, entry in tqdm(entries, desc="going on", unit="tick", leave=False):
+            self._replay(path, line, entry)
+        self._journal = Journal(self._saves.journal(journals[-1] if journals else number))
+        if redacted:
+            self._redact(redacted)
+        elif damaged:
+            self._save(self._saves.unused())
+            self._saves.drop(*damaged)
+
+    def _restore_newest(self) -> tuple[int, Notes | None, list[int]]:
+        """Restores the newest undamaged save.
+
+        Returns its number and notes, 0 and None where there is none, and the numbers of the damaged
+        ones.
+        """
+        damaged: list[int] = []
         for number in self._saves.saves():
-            where = self._saves.save(number)
+            path = self._saves.save(number)
             try:
-                notes = restore(self._brain, where)
-                sizes, self.spoken, self.last, self.inbox.read, alone = _checked(notes, where)
+                return number, _checked(self._brain.restore(path), path), damaged
             except OtherWeights:
                 raise
             except Refused as refusal:
-                note(f"warning: {refusal}; going back to the save before it")
-                refused.append(number)
-                continue
-            since = number
-            if alone:  # what came before it was redacted
-                self._saves.drop_before(since)
-            break
-        else:
-            if not self._saves.journal(0).exists():
-                raise Refused(
-                    f"{self._saves.folder} has no save that is whole: choose another folder"
-                )
-            prime()
-        self._saved_at = self._brain.ticks
-        journals = [number for number in self._saves.journals() if number >= since]
-        records = self._records(journals)
-        self._cut_back(since, sizes)
-        for name in REPORTS:  # of the end that this was; it may hold what is redacted now
-            (self._folder / name).unlink(missing_ok=True)
-        lost: list[Lost] = []
-        self.inbox.redacted = lost.extend
-        self._unsaved = bool(records) or since == 0
-        for record in tqdm(records, desc="going on", unit="tick", leave=False):
-            self._again(record)
-        self._journal = Journal(self._saves.journal(journals[-1] if journals else since))
-        if lost:
-            self._redact(lost)
-        elif refused:
-            self._save(self._saves.unused())
-            self._saves.drop(*refused)
+                warn(f"{refusal}; going back to the save before it")
+                damaged.append(number)
+        if not self._saves.journal(0).exists():
+            raise Refused(f"{self._saves.folder} has no undamaged save: choose another folder")
+        return 0, None, damaged
 
-    def _records(self, journals: Sequence[int]) -> list[Any]:
-        """What these journals tell, one after the other. Cuts off what is torn at the end."""
-        records: list[Any] = []
+    def _entries(self, journals: Sequence[int]) -> list[tuple[Path, int, Any]]:
+        """Every entry of these journals, in order, with its file and line.
+
+        Cuts off what is torn at the end of the last.
+        """
+        entries: list[tuple[Path, int, Any]] = []
         for number in journals:
             path = self._saves.journal(number)
-            told, size = read_journal(path)
+            found, size = read_journal(path)
             if number == journals[-1]:
                 os.truncate(path, size)
             elif size != path.stat().st_size:
                 raise Refused(f"{path} is damaged at its end")
-            records += told
-        return records
+            entries += [(path, line, entry) for line, entry in enumerate(found, 1)]
+        return entries
 
-    def _again(self, record: Any) -> None:
-        """Lets happen what a journal tells."""
-        match record:
+    def _replay(self, path: Path, line: int, entry: Any) -> None:
+        """Has the brain do once more what a line of a journal says."""
+        match entry:
             case {"said": int(token)}:
                 self._write_token(self._brain.tick(token))
             case {"said": list(ids)}:
-                for tick in self._brain.retell(ids):
+                for tick in self._brain.replay(ids):
                     self._write_token(tick)
-            case {"heard": str(told), "inbox": int(read)} if read >= 0:
+            case {"heard": str(text), "inbox": int(read)} if read >= 0:
                 try:
-                    line = told.encode("utf-8", "surrogateescape")
+                    command = text.encode("utf-8", "surrogateescape")
                 except UnicodeEncodeError:
                     raise Refused(
-                        f"{self._saves.folder}: a journal tells no line of bytes"
+                        f"{path}: the command at line {line} was not made of bytes"
                     ) from None
-                self.inbox.obey(line)
+                self.inbox.execute(command)
                 self.inbox.read = read
             case _:
-                raise Refused(
-                    f"{self._saves.folder}: a journal tells what is not known here: {shown(record)}"
-                )
-
-    def _cut_back(self, since: int, sizes: dict[str, int]) -> None:
-        """Makes the files of the run what they were when the save was made."""
-        for name in (TRANSCRIPT, TOKENS, REPAIRS, ANSWERS):
-            path, size = self._folder / name, sizes.get(name, 0)
-            rewritten = self._rewritten(name, since)
-            if rewritten.exists():
-                rewritten.replace(path)
-            if path.exists():
-                if path.stat().st_size < size:
-                    raise Refused(f"{path} is shorter than the record of it: choose another folder")
-                os.truncate(path, size)
-            elif size:
-                raise Refused(f"{path} is missing: choose another folder")
-            if name != ANSWERS:
-                self._open(name, "a")
-        for left in self._folder.glob(f"*{_REWRITTEN}"):
-            left.unlink()
+                raise Refused(f"{path} has an unknown entry at line {line}: {shown(entry)}")
 
     # Writing
 
     def _save(self, number: int, *, alone: bool = False) -> None:
-        """``alone``: what came before this save must not be gone back to."""
-        notes = {
-            "spoken": self.spoken,
-            "last": self.last,
-            "inbox": self.inbox.read,
-            "sizes": {name: self._size(name, number) for name in (*self._files, ANSWERS)},
-            "alone": alone,
-        }
-        for name in (*self._files, ANSWERS):
-            for path in (self._folder / name, self._rewritten(name, number)):
-                if path.exists():
-                    to_disk(path)
-        to_disk(self._folder)
-        save(self._brain, self._saves.save(number), notes)
+        """Saves the brain as this number. ``alone``: earlier saves must not be gone back to."""
+        sizes = self._files.sizes(number)
+        notes = Notes(self.spoken, self.last, self.inbox.read, sizes, alone)
+        self._files.to_disk(number)
+        self._brain.save(self._saves.save(number), notes._asdict())
         self._saved_at, self._unsaved = self._brain.ticks, False
         self._switch_journal(number)
         kept = self._saves.saves()[: 1 if alone else KEPT]
         if alone or len(kept) == KEPT:
             self._saves.drop_before(kept[-1])
 
+    def _redact(self, rows: Sequence[RedactedRow]) -> None:
+        """Takes redacted rows out of the tokens, the text, the saves and the journals."""
+        with self._on_disk():
+            number = self._saves.unused()
+            tokens = _without(self._files.tokens(), rows)
+            decoder = StreamDecoder(self._brain.tokenizer, at_start=False)
+            text = "".join(decoder.push(token) for _, token in tokens)
+            self._brain.resume_text(decoder.unfinished)
+            lines = "".join(f"{tick} {token}\n" for tick, token in tokens)
+            for name, content in ((TOKENS, lines), (TRANSCRIPT, text)):
+                self._files.draft(name, number).write_text(content, "utf-8", newline="")
+            self._save(number, alone=True)
+            for name in (TOKENS, TRANSCRIPT):
+                self._files.replace(name, number)
+            self._saves.clear_away()
+
     def _write_token(self, tick: Tick) -> None:
         self.spoken += 1
         self.last = tick.token
-        self._write(TOKENS, f"{tick.number} {tick.token}\n")
-        self._write(TRANSCRIPT, tick.text)
+        self._append(TOKENS, f"{tick.number} {tick.token}\n")
+        self._append(TRANSCRIPT, tick.text)
 
-    def _heard(self, line: bytes) -> None:
-        told = line.decode("utf-8", "surrogateescape")
-        self._write_journal({"heard": told, "inbox": self.inbox.read})
+    def _record_command(self, line: bytes) -> None:
+        text = line.decode("utf-8", "surrogateescape")
+        self._write_journal({"heard": text, "inbox": self.inbox.read})
 
-    def _repaired(self, repair: Repair) -> None:
-        self._write(REPAIRS, json.dumps(repair.to_json()) + "\n")
+    def _record_repair(self, repair: Repair) -> None:
+        self._append(REPAIRS, json.dumps(repair.to_json()) + "\n")
 
-    def _redact(self, lost: Sequence[Lost]) -> None:
-        """Takes what was redacted out of the record too: out of the tokens and the text, and with
-        all earlier saves and journals, of which a new save takes the place.
-        """
-        with self._on_disk():
-            number = self._saves.unused()
-            kept = self._told()
-            for row in lost:
-                if not row.spoken:
-                    continue  # put there, never said
-                # A token gets its row in the tick after it was spoken, unless an append was faster.
-                lines = ((row.born - 1, row.token), (row.born, row.token))
-                line = next((line for line in lines if line in kept), None)
-                if line is not None:
-                    kept.remove(line)
-            decoder = StreamDecoder(self._brain.tokenizer, at_start=False)
-            text = "".join(decoder.push(token) for _, token in kept)
-            self._brain.speak_on(decoder.unfinished)
-            told = "".join(f"{tick} {token}\n" for tick, token in kept)
-            for name, content in ((TOKENS, told), (TRANSCRIPT, text)):
-                self._rewritten(name, number).write_text(content, "utf-8", newline="")
-            self._save(number, alone=True)
-            for name in (TOKENS, TRANSCRIPT):
-                self._files[name].close()
-                self._rewritten(name, number).replace(self._folder / name)
-                self._open(name, "a")
-            self._saves.clear_away()
-
-    def _told(self) -> list[tuple[int, int]]:
-        """Tick and id of every token in ``tokens.txt``."""
-        path = self._folder / TOKENS
+    def _append(self, name: str, text: str) -> None:
         try:
-            pairs = [line.split() for line in read_bytes(path, MOST_TOKENS_TOLD).splitlines()]
-            return [(int(tick), int(token)) for tick, token in pairs]
-        except (OSError, ValueError) as error:
-            raise Refused(f"{path} is damaged ({one_line(error)})") from None
-
-    def _write(self, name: str, text: str) -> None:
-        try:
-            self._files[name].write(text)
-            self._files[name].flush()
+            self._files.append(name, text)
         except OSError as error:
             self._broken = True
             raise Unwritten(
                 f"{self._folder / name} cannot be written ({one_line(error)})"
             ) from None
 
-    def _write_journal(self, record: Any) -> None:
+    def _write_journal(self, entry: Any) -> None:
         assert self._journal is not None
         try:
-            self._journal.add(record)
+            self._journal.add(entry)
         except Unwritten:
             self._broken = True
             raise
         self._unsaved = True
+
+    def _switch_journal(self, number: int) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = Journal(self._saves.journal(number))
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:
@@ -387,39 +362,45 @@ class Chronicle:
         except OSError as error:
             raise Refused(f"{self._folder} cannot be used ({one_line(error)})") from None
 
-    def _open(self, name: str, mode: str) -> None:
-        self._files[name] = (self._folder / name).open(mode, encoding="utf-8", newline="")
 
-    def _rewritten(self, name: str, number: int) -> Path:
-        """What takes the place of a file when the save of this number is made."""
-        return self._folder / f"{name}.{number}{_REWRITTEN}"
-
-    def _size(self, name: str, number: int) -> int:
-        """Bytes of a file, or of what is about to take its place."""
-        for path in (self._rewritten(name, number), self._folder / name):
-            if path.exists():
-                return path.stat().st_size
-        return 0
-
-    def _switch_journal(self, number: int) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        self._journal = Journal(self._saves.journal(number))
+def _without(
+    tokens: Sequence[tuple[int, int]], rows: Sequence[RedactedRow]
+) -> list[tuple[int, int]]:
+    """Ticks and ids of what was spoken, less redacted rows."""
+    kept = list(tokens)
+    for row in rows:
+        if not row.spoken:
+            continue  # put there, never said
+        # A token gets its row in the tick after it was spoken, unless an append was faster.
+        candidates = ((row.born - 1, row.token), (row.born, row.token))
+        found = next((candidate for candidate in candidates if candidate in kept), None)
+        if found is not None:
+            kept.remove(found)
+    return kept
 
 
 def _lasting(conf: Conf) -> dict[str, Any]:
-    """The settings that decide what a run says, as JSON knows them."""
-    told = plain(dataclasses.asdict(conf))
-    lasting: dict[str, Any] = json.loads(json.dumps(told))
+    """The settings that decide what a run says, as JSON holds them."""
+    settings: dict[str, Any] = json.loads(json.dumps(plain(conf)))
     if not conf.engine.compiled:
-        lasting["engine"]["native"] = False  # it decides nothing there
-    return {key: value for key, value in lasting.items() if key not in FREE}
+        settings["engine"]["native"] = False  # it decides nothing there
+    return {key: value for key, value in settings.items() if key not in FREE}
 
 
-def _checked(notes: Any, where: Path) -> tuple[dict[str, int], int, int | None, int, bool]:
-    """Sizes of files, tokens spoken and the last of them, bytes of the inbox, and whether the save
-    stands alone.
-    """
+def _difference(name: str, recorded: Any, given: Any) -> str | None:
+    """The first setting in which two values differ, with what it is in both; None if none does."""
+    if recorded == given:
+        return None
+    if isinstance(recorded, dict) and isinstance(given, dict):
+        for key in dict.fromkeys((*given, *recorded)):
+            found = _difference(f"{name}.{key}", recorded.get(key), given.get(key))
+            if found is not None:
+                return found
+    return f"{name}: {shown(recorded)} in the record, {shown(given)} given"
+
+
+def _checked(notes: Any, path: Path) -> Notes:
+    """The notes of a save. Raises Refused if they are anything else."""
     match notes:
         case {
             "sizes": dict(sizes),
@@ -428,12 +409,17 @@ def _checked(notes: Any, where: Path) -> tuple[dict[str, int], int, int | None, 
             "inbox": int(inbox),
             "alone": bool(alone),
         }:
-            checked = {str(name): _count(size, where) for name, size in sizes.items()}
-            return checked, _count(spoken, where), last, _count(inbox, where), alone
-    raise Refused(f"{where}: the notes of the run are damaged")
+            return Notes(
+                _count(spoken, "spoken", path),
+                last,
+                _count(inbox, "inbox", path),
+                {str(name): _count(size, f"sizes.{name}", path) for name, size in sizes.items()},
+                alone,
+            )
+    raise Refused(f"{path}: the notes of the run are damaged")
 
 
-def _count(number: Any, where: Path) -> int:
+def _count(number: Any, name: str, path: Path) -> int:
     if type(number) is not int or number < 0:
-        raise Refused(f"{where} is damaged: {shown(number)} is no count")
+        raise Refused(f"{path} is damaged: {name} is {shown(number)}, expected an integer from 0")
     return number

@@ -1,4 +1,4 @@
-"""``task=command``: have a running brain change what it remembers."""
+"""``task=command``: change what a running brain remembers."""
 
 from pathlib import Path
 from typing import cast
@@ -12,8 +12,10 @@ from conf.schema import CommandTask, Conf
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Sends one batch of actions to the run in ``task.path``. Raises Refused if it is malformed;
-    whether the brain takes it, it says itself in ``answers.jsonl``.
+    """Sends one batch of actions to the run in ``task.path``.
+
+    Raises Refused if the batch is malformed. Whether the brain applies it is in its
+    ``answers.jsonl``.
     """
     task = cast(CommandTask, conf.task)
     if task.path is None:
@@ -26,4 +28,4 @@ def run(conf: Conf, run_dir: Path) -> None:
     if is_taken(folder):
         note(f"sent; the answer will be in {folder / ANSWERS}")
     else:
-        note(f"sent, but nobody runs in {folder}: it will be obeyed when that run goes on")
+        note(f"sent, but {folder} is not running: it will be executed when that run goes on")

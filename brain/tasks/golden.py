@@ -1,17 +1,17 @@
 """``task=golden``: compare logits with golden files, or write these files.
 
-Checking needs nothing but this program; writing needs the reference implementation.
+The files are in a clone of the repository, in ``tests/golden``. Checking needs nothing else but
+this program; writing needs the reference implementation.
 """
 
 import json
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from brain.config.settings import settings_of
 from brain.errors import Refused
 from brain.files import given_path
+from brain.machine.environment import environment
 from brain.measure.golden.check import check, table
 from brain.measure.golden.files import golden_names
 from brain.measure.golden.write import chosen, write
@@ -23,7 +23,7 @@ DEFAULT_FOLDER = Path("tests/golden")
 
 
 class Mismatch(Refused):
-    """The engine's logits are not those of the golden files."""
+    """The engine's logits differ from those of the golden files."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
@@ -37,8 +37,8 @@ def run(conf: Conf, run_dir: Path) -> None:
     use_threads(conf.threads)
     if conf.weights is not WeightFormat.model:
         raise Refused(
-            f"weights={conf.weights.value} has no goldens: they are of the weights as the model "
-            "has them; leave weights=model"
+            f"weights={conf.weights.value} has no goldens: they are made with the weights as "
+            "the model has them; leave weights=model"
         )
     folder = DEFAULT_FOLDER if task.folder is None else given_path(task.folder)
     if task.write:
@@ -47,18 +47,19 @@ def run(conf: Conf, run_dir: Path) -> None:
         return
     outcomes = list(check(conf, folder, chosen(golden_names(folder), task.cases)))
     engine = "compiled" if conf.engine.compiled else "eager"
+    here = environment(settings_of(conf).device)
     report = {
-        "torch": torch.__version__,
+        "torch": here["torch"],
         "engine": engine,
         "dtype": conf.dtype.value,
-        "device": str(settings_of(conf).device),
-        "threads": torch.get_num_threads(),
+        "device": here["device"],
+        "threads": here["threads"],
         "goldens": [outcome.to_json() for outcome in outcomes],
     }
     (run_dir / "golden.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     note(table(outcomes))
     failed = [outcome for outcome in outcomes if outcome.verdict.failure is not None]
     if failed:
-        told = "; ".join(f"{outcome.title}: {outcome.verdict.failure}" for outcome in failed)
-        raise Mismatch(f"{len(failed)} of {len(outcomes)} golden runs differ: {told}")
+        failures = "; ".join(f"{outcome.title}: {outcome.verdict.failure}" for outcome in failed)
+        raise Mismatch(f"{len(failed)} of {len(outcomes)} golden runs differ: {failures}")
     note(f"{len(outcomes)} golden runs agree ({engine}, {conf.dtype.value}); {run_dir}")

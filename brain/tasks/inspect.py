@@ -13,23 +13,24 @@ from brain.files import RECORD_BYTES, given_path, open_plain, read_json
 from brain.record.captures import TOP_IN_JSON
 from brain.record.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
 from brain.record.numbered_saves import NumberedSaves
-from brain.record.run_record import RUN, SAVES, TRANSCRIPT
+from brain.record.run_files import TRANSCRIPT
+from brain.record.run_record import SAVES, SETTINGS
 from brain.saves import TENSORS
 from brain.terminal import note
 from conf.schema import Conf, InspectTask
 
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-"""What a description of another shape than ours leads to."""
+"""Errors of reading a description that has another shape than ours."""
 UNREADABLE = (*DAMAGED, OSError, MemoryError, SafetensorError)
 
 CAPTURES = "captures"
-TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{RUN}")
-"""What a run leaves in its folder, whenever it is killed."""
+TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{SETTINGS}")
+"""Files in the folder of a run, whenever it was killed."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Prints what is remembered at the end of a run or, where that is newer or asked for, before
-    the patch of a captured tick, with everything about it; writes ``memory.html``.
+    """Prints what a run remembers at its end or, if that is newer or asked for, a captured tick and
+    what was remembered before its patch; writes ``memory.html``.
 
     Raises Refused if the folder holds neither.
     """
@@ -43,15 +44,15 @@ def run(conf: Conf, run_dir: Path) -> None:
     if task.tick is None and _ends_later(folder, captures):
         rows, what = read_rows(folder / FILE), f"what {folder} remembers at its end"
     else:
-        told, rows, tick = _captured(_capture(folder, captures, task.tick), task.top)
-        print("\n".join(printable(line) for line in told.split("\n")))
+        text, rows, tick = _captured(_capture(folder, captures, task.tick), task.top)
+        print("\n".join(printable(line) for line in text.split("\n")))
         what = f"what {folder} remembers before the patch of tick {tick}"
     what = printable(what)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"\n{what}: {len(rows)} rows\n")
     print(in_terminal(rows, colour=colour, width=max(20, shutil.get_terminal_size().columns - 1)))
     picture = run_dir / "memory.html"
-    # Half a surrogate pair is no character: it is shown as a question mark.
+    # Half a surrogate pair is not a character: it is shown as a question mark.
     picture.write_text(page(rows, what), "utf-8", "replace")
     note(f"heat map: {picture}")
 
@@ -80,8 +81,8 @@ def _ends_later(folder: Path, captures: dict[int, Path]) -> bool:
 
 
 def _last_tick(folder: Path) -> int:
-    """Ticks that the newest save of a run tells of: before it writes FILE, a run saves. -1 where
-    there is none that can be read.
+    """The tick of the newest save of a run, which saves before it writes FILE; -1 where no save can
+    be read.
     """
     saves = NumberedSaves(folder / SAVES)
     try:
@@ -114,7 +115,7 @@ def _captured(path: Path, top: int) -> tuple[str, list[Row], Any]:
     """
     try:
         described = read_json(path, RECORD_BYTES)
-        told = legible(described, _shapes(path.with_suffix(".safetensors")), top)
+        text = legible(described, _shapes(path.with_suffix(".safetensors")), top)
         rows = rows_of(described["remembered"])
         kept = len(described["1 read"]["returned"]["likeliest"])
     except UNREADABLE as error:
@@ -124,13 +125,13 @@ def _captured(path: Path, top: int) -> tuple[str, list[Row], Any]:
             f"task.top must be at most {kept}, the rows that {path} keeps of each table, not "
             f"{top}: run brain with capture_top={top} to keep as many"
         )
-    return told, rows, described["tick"]
+    return text, rows, described["tick"]
 
 
 def _why_empty(folder: Path, tick: int | None) -> str:
-    """Why there is nothing to show in a folder without captures, and what would be right."""
+    """Why there is nothing to show in a folder without captures, and what to do instead."""
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        what = "is not a folder" if folder.exists() else "does not exist"
         return f"{folder} {what}: give task.path=RUN_FOLDER, the folder of a run"
     if not any((folder / trace).exists() for trace in TRACES):
         return f"{folder} is not the folder of a run: it has neither {FILE} nor {CAPTURES}"

@@ -7,7 +7,6 @@ Systems, which ``profiles/nsys.sh`` starts around it, and only names the ranges.
 import contextlib
 import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 
 from brain.brain import Brain
 from brain.errors import Refused
+from brain.machine.environment import environment
 from brain.measure.profiling.picture import draw_timeline
 from brain.measure.profiling.ranges import legible, summary, table
 from brain.measure.profiling.trace import profiler_ranges, record
@@ -27,7 +27,7 @@ from compiled import torch_private
 from conf.schema import Conf, ProfileTask, WeightFormat
 
 UNWATCHED_TICKS = 5
-"""Before the session: CUDA graphs differ on their first runs, and so does a cold cache."""
+"""Ticks before those that are timed: the first runs of CUDA graphs and of a cold cache differ."""
 
 
 def run(conf: Conf, run_dir: Path) -> None:
@@ -39,34 +39,36 @@ def run(conf: Conf, run_dir: Path) -> None:
     note(f"loading {conf.model.name} …")
     brain = open_brain(conf)
     with contextlib.nullcontext() if conf.nvtx else torch_private.with_kernel_profile():
-        capture_graphs(brain)
-        brain.graphs.named("prime", brain.prime, conf.prompt, conf.source)
-        naming, brain.graphs.naming = brain.graphs.naming, None
+        capture_graphs(brain.graphs)
+        with brain.graphs.ranges("prime"):
+            brain.prime(conf.prompt, conf.source)
+        naming, brain.graphs.ranges = brain.graphs.ranges, contextlib.nullcontext
         plain = [_timed(brain) for _ in range(UNWATCHED_TICKS + task.ticks)][UNWATCHED_TICKS:]
     unwatched = round(statistics.median(plain) * 1e6, 1)
     if conf.nvtx:
-        brain.graphs.naming = naming
+        brain.graphs.ranges = naming
         with _profiled(brain.device):
             for _ in range(task.ticks):
                 brain.tick()
         note(f"a tick without names: {unwatched:.1f} µs; Nsight Systems has those with names")
         return
-    brain.graphs.naming = profiler_ranges()
+    brain.graphs.ranges = profiler_ranges()
 
     def ticks() -> None:
         for _ in range(task.ticks):
             brain.tick()
 
     ranges = record(ticks, brain.device, run_dir / "trace.json")
-    brain.graphs.naming = None
+    brain.graphs.ranges = contextlib.nullcontext
     rows = table(ranges)
     print(legible(rows))
     print(f"a tick without the profiler: {unwatched:.1f} µs")
+    here = environment(brain.device)
     report: dict[str, Any] = {
-        "profiler": f"torch.profiler {torch.__version__}",
-        "platform": platform.platform(),
-        "device": str(brain.device),
-        "threads": torch.get_num_threads(),
+        "profiler": f"torch.profiler {here['torch']}",
+        "platform": here["platform"],
+        "device": here["device"],
+        "threads": here["threads"],
         "model": brain.checkpoint.name,
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
@@ -78,7 +80,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         "tick": summary(rows),
         "warm_up": [
             {"name": graph.name, "seconds": round(graph.seconds, 3)}
-            for graph in brain.graphs.captures.values()
+            for graph in brain.graphs.captured.values()
         ],
     }
     (run_dir / "profile.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
@@ -87,7 +89,7 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 
 def _check(task: ProfileTask, conf: Conf) -> None:
-    """Raises Refused for what cannot be watched, or would not be."""
+    """Raises Refused for settings that do not apply to a profile."""
     if task.ticks < 1:
         raise Refused(f"task.ticks must be at least 1, not {task.ticks}")
     if conf.lookup.width:
@@ -107,7 +109,7 @@ def _timed(brain: Brain) -> float:
 
 @contextlib.contextmanager
 def _profiled(device: torch.device) -> Iterator[None]:
-    """What Nsight Compute is to look at, where it was told to wait for it (``profiles/ncu.sh``)."""
+    """Marks what Nsight Compute records if it was started to wait for it (``profiles/ncu.sh``)."""
     if device.type != "cuda":
         yield
         return
@@ -119,5 +121,5 @@ def _profiled(device: torch.device) -> Iterator[None]:
 
 def _title(report: dict[str, Any]) -> str:
     rounded = ["int8 weights"] if report["weights"] == WeightFormat.int8.value else []
-    told = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
-    return ", ".join([*told, report["profiler"]])
+    facts = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
+    return ", ".join([*facts, report["profiler"]])

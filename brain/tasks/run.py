@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from brain.brain import Brain
 from brain.errors import MemoryFull, Refused
 from brain.files import given_path
+from brain.machine.environment import environment
 from brain.machine.graph_cache import kept_graphs
 from brain.machine.memory import without_collection
 from brain.machine.signals import asked_to_stop
@@ -21,7 +19,7 @@ from brain.opening import open_brain
 from brain.record.captures import CaptureWriter
 from brain.record.heatmap import FILE, remembered, write_rows
 from brain.record.lock import sole_writer
-from brain.record.run_record import Chronicle
+from brain.record.run_record import RunRecord
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
@@ -31,10 +29,11 @@ def run(conf: Conf, run_dir: Path) -> None:
 
     Writes ``transcript.txt`` (the exact text), ``tokens.txt``, ``run.json`` (ids, timings,
     versions), ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was
-    replaced, by what, when and with what gain), ``saves/`` and, if asked to, ``captures/`` into the
-    run folder. Where the folder has the record of this run already, ended or killed, it goes on
-    with the next token (see ``brain/record/run_record.py``). Between ticks it does what
-    ``commands.jsonl`` there asks for (see ``brain/record/commands.py``).
+    replaced, by what, when and with what gain), ``saves/`` and, with ``capture=true``,
+    ``captures/`` into the run folder. Where the folder has the record of this run already, ended or
+    killed, it goes on with the next token (see ``brain/record/run_record.py``). Between ticks it
+    executes what is added to ``commands.jsonl`` there (see ``brain/record/commands.py``).
+    Raises Refused.
     """
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
@@ -49,9 +48,9 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 
 def _edits_soon(brain: Brain, conf: Conf) -> bool:
-    """Whether to capture the graphs of edits before the first token, too. On a GPU, where they are
-    recorded together with the others; on a CPU, where that is seconds, if edits are to be expected,
-    as repairs are. A prompt needs none of them.
+    """Whether to capture the graphs of edits before the first token, too. On a GPU yes: they are
+    recorded together with the others. On a CPU it takes seconds, so only if there will be repairs.
+    A prompt needs none of them.
     """
     return brain.graphs.device.type == "cuda" or conf.repair.every > 0
 
@@ -66,64 +65,66 @@ def _run(conf: Conf, run_dir: Path) -> None:
 
 
 def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None:
-    """Opens the brain, calls ``captured`` when its graphs are there, and speaks."""
+    """Opens the brain, calls ``captured`` when its graphs are captured, and speaks."""
     note(f"loading {conf.model.name} …")
     started = time.perf_counter()
     with without_collection():
         brain = open_brain(conf)
-        capture_graphs(brain, edits=_edits_soon(brain, conf))
+        capture_graphs(brain.graphs, edits=_edits_soon(brain, conf))
     captured()
-    chronicle = Chronicle(run_dir, brain, conf)
-    went_on = chronicle.begin(lambda: brain.prime(conf.prompt, conf.source))
+    record = RunRecord(run_dir, brain, conf)
+    went_on = record.begin(lambda: brain.prime(conf.prompt, conf.source))
     if conf.capture:
         brain.observer = CaptureWriter(run_dir / "captures", brain, conf.capture_top)
     if went_on:
-        note(f"going on after {chronicle.spoken} tokens")
+        note(f"going on after {record.spoken} tokens")
     if sys.stderr.isatty():
         note(f"\033[2m{conf.prompt}\033[0m")
     primed = time.perf_counter()
-    before = chronicle.spoken
-    ended = _speak(brain, conf, chronicle)
-    count, spoken = chronicle.spoken - before, time.perf_counter() - primed
+    before = record.spoken
+    ended = _speak(brain, conf, record)
+    count, spoken = record.spoken - before, time.perf_counter() - primed
     write_rows(remembered(brain), run_dir / FILE)
-    _write_report(brain, conf, run_dir / "run.json", chronicle.tokens(), primed - started, spoken)
+    _write_report(brain, conf, run_dir / "run.json", record.tokens(), primed - started, spoken)
     note(
         f"{count} tokens in {spoken:.1f} s ({count / spoken:.1f} per second), "
         f"{len(brain)} of {brain.capacity} rows remembered, ready after {primed - started:.1f} s; "
         f"{run_dir}"
     )
-    account = brain.lookahead.account
+    account = brain.lookahead.counts
     if account.proposed:
         note(
             f"lookup: {account.tokens / account.passes:.2f} tokens per read, {account.accepted} of "
-            f"{account.proposed} proposed tokens said"
+            f"{account.proposed} proposed tokens accepted"
         )
     if ended is not None:
         raise ended
 
 
-def _speak(brain: Brain, conf: Conf, chronicle: Chronicle) -> BaseException | None:
-    """Prints and records every token until there are enough; returns what ended it before that, to
-    be raised when everything is written: somebody who asked to stop, or a full memory.
+def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
+    """Prints and records every token until there are enough.
+
+    Returns what ended it before that (a request to stop, or a full memory), to be raised when
+    everything is written.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
-    before = chronicle.spoken
+    before = record.spoken
     ended: BaseException | None = None
     with asked_to_stop() as asked:
-        chronicle.inbox.look()  # what came behind the last token, when the run was killed
+        record.inbox.poll()  # what came after the last token, if the run was killed
         try:
-            while chronicle.spoken < conf.ticks and chronicle.last not in ending and not ended:
-                _print(chronicle.said(*brain.speak(conf.ticks - chronicle.spoken)))
-                chronicle.inbox.look()
-                chronicle.rest()
+            while record.spoken < conf.ticks and record.last not in ending and not ended:
+                _print(record.record_ticks(*brain.speak(conf.ticks - record.spoken)))
+                record.inbox.poll()
+                record.save_if_due()
                 ended = KeyboardInterrupt() if asked() else None
         except MemoryFull as full:  # the end of a run with cull=none
             ended = full
-        chronicle.save()
-        rest = brain.finish_text()
-        chronicle.finish(rest)
-    if chronicle.spoken > before:
-        _print(rest + "\n" if sys.stdout.isatty() else rest)
+        record.save()
+        remainder = brain.finish_text()
+        record.finish(remainder)
+    if record.spoken > before:
+        _print(remainder + "\n" if sys.stdout.isatty() else remainder)
     return ended
 
 
@@ -135,12 +136,13 @@ def _print(text: str) -> None:
 def _write_report(
     brain: Brain, conf: Conf, path: Path, ids: Sequence[int], ready: float, spoken: float
 ) -> None:
+    here = environment(brain.device)
     report: dict[str, Any] = {
         "model": brain.checkpoint.name,
         "model_sha256": brain.checkpoint.sha256,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(brain.device),
+        "torch": here["torch"],
+        "python": here["python"],
+        "device": here["device"],
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
         "positions": conf.positions.value,
@@ -153,12 +155,12 @@ def _write_report(
         "tokens": list(ids),
         "seconds_until_ready": round(ready, 3),
         "seconds_speaking": round(spoken, 3),
-        "lookup": dataclasses.asdict(brain.lookahead.account),
+        "lookup": dataclasses.asdict(brain.lookahead.counts),
         "graphs": [
             {"name": g.name, "compilations": g.compilations, "seconds": round(g.seconds, 3)}
-            for g in brain.graphs.captures.values()
+            for g in brain.graphs.captured.values()
         ],
         "sampler": dataclasses.asdict(conf.sampler),
     }
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, "utf-8", errors="backslashreplace")  # a path may be no text at all
+    path.write_text(text, "utf-8", errors="backslashreplace")  # a path may not be text

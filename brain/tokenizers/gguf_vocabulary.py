@@ -38,7 +38,7 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     tokens = _strings(fields, "tokenizer.ggml.tokens", where)
     types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if not isinstance(types, list) or any(type(kind) is not int or kind < 0 for kind in types):
-        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.token_type is no list of numbers")
+        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.token_type is not a list of numbers")
     if len(types) != len(tokens):
         raise Refused(f"{where}: {len(tokens)} tokens but {len(types)} token types")
     if model == "gpt2":
@@ -87,7 +87,7 @@ def vocabulary_fields(spec: Mapping[str, Any], vocab_size: int) -> ByteLevelFiel
 
 
 def _cuts_like(spec: Mapping[str, Any], pre: str) -> bool:
-    """Whether a ``tokenizer.json`` changes no text and cuts it into words as GGUF's name says."""
+    """Whether a ``tokenizer.json`` changes no text and cuts it into words as GGUF's name asks."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     found = json.dumps(spec.get("pre_tokenizer"), sort_keys=True)
     # Offsets have no part in what the ids are.
@@ -175,7 +175,7 @@ def _sentencepiece(
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise Refused(f"{where}: GGUF metadata tokenizer.ggml.scores is missing or misshapen")
     if not all(isinstance(score, int | float) and abs(score) < LARGEST_SCORE for score in scores):
-        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.scores holds what is no score")
+        raise Refused(f"{where}: GGUF metadata tokenizer.ggml.scores has an invalid score")
     return write_sentencepiece(
         tokens,
         scores,

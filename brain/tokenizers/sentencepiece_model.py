@@ -60,7 +60,7 @@ def read_sentencepiece(
     for index, piece in enumerate(pieces):
         if processor.is_byte(index):
             if not is_byte_token(piece):
-                raise Refused(f"{where}: piece {index} is no byte: {shown(piece)}")
+                raise Refused(f"{where}: piece {index} is not a byte: {shown(piece)}")
             spelling[index] = bytes([int(piece[3:5], 16)])
         elif processor.is_control(index) or processor.is_unknown(index):
             spelling[index] = piece.encode()

@@ -68,7 +68,7 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
     def id_of(token: str) -> int | None:
         try:
             found: int | None = library.token_to_id(token)
-        except UnicodeError:  # half a surrogate pair, which JSON can spell, is no token
+        except UnicodeError:  # half a surrogate pair, which JSON can hold, is not a token
             return None
         return found
 
@@ -92,9 +92,7 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
 
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Makes a refusal of whatever the library raises: bare Exception, and of a panic not even
-    that.
-    """
+    """Refuses whatever the library raises: a bare Exception, or for a panic a BaseException."""
     try:
         yield
     except (Refused, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -163,7 +161,7 @@ def _check_templates(spec: dict[str, Any], where: str) -> None:
                 token = piece.get("SpecialToken") if isinstance(piece, dict) else None
                 name = token.get("id") if isinstance(token, dict) else None
                 if token is not None and not (isinstance(name, str) and name in known):
-                    raise Refused(f"{where}: its template names {shown(name)}, which it lacks")
+                    raise Refused(f"{where}: its template has the undefined token {shown(name)}")
 
 
 def _name(step: dict[str, Any]) -> str:

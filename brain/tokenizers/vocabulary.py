@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MOST_TOKENS = 1 << 22
-"""An id from here on is a mistake: a table of them would take gigabytes."""
+"""Higher ids are mistakes: a table of them would take gigabytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,8 +16,8 @@ class Vocabulary:
 
     ``spelling[id]`` is the UTF-8 (or a fragment of it) that the id stands for, ``None`` where the
     id names nothing. ``leading_space`` is true where splitting puts one space before a text.
-    ``lossless`` is true where the spellings of a text's ids, joined, ought to be the text's own
-    bytes, so that a text of which this fails cannot be represented. ``id_of`` gives a token's id.
+    ``lossless`` is true where the joined spellings of a text's ids must be the text's own bytes; a
+    text for which they are not cannot be represented. ``id_of`` gives a token's id.
     ``prepended``: ids that the reference tokenizer puts before a text unless told not to.
     ``bos_text``, ``eos_text``: the format's own idea of these tokens, where it has one.
     """

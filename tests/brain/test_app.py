@@ -1,7 +1,6 @@
 """The command line as its users run it: a process of its own, on a tiny model."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,31 +12,8 @@ import torch
 
 import brain
 from brain import app
-from conftest import CommandLine
-
-ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-
-
-def command(tiny_folder: Path, *arguments: str) -> list[str]:
-    """``brain`` on the tiny model."""
-    model = ["model=folder", f"model.path={tiny_folder}"]
-    return [sys.executable, "-m", "brain.app", *model, *arguments]
-
-
-def call(
-    where: Path, tiny_folder: Path, *arguments: str, status: int = 0
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(tiny_folder, *arguments),
-        cwd=where,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+from fixture_types import CommandLine
+from processes import ENVIRONMENT, call, command
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +155,8 @@ def test_the_folder_of_a_model_has_a_short_name(tmp_path: Path, tiny_folder: Pat
     )
     assert done.returncode == 0, done.stderr
     opened = brain.open("folder", path=str(tiny_folder), capacity=16)
-    assert opened.conf.path is None
-    assert opened.conf.model.path == str(tiny_folder)
+    assert opened.settings.conf.path is None
+    assert opened.settings.conf.model.path == str(tiny_folder)
 
 
 def test_ctrl_c_ends_with_status_130_and_a_whole_transcript(

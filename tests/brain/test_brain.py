@@ -14,12 +14,13 @@ import brain
 from brain import Append, Boost, Brain, Cull, Pin, Refused, Replace
 from brain.brain import MOST_POSITIONS
 from brain.tick import Step
-from compiled.score import Forgetting, cull_count
+from compiled.choose import Look
+from compiled.score import Culling, cull_count
+from fixture_types import OpenTiny
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OpenTiny = Callable[..., Brain]
 IDS = [(37 * index + 11) % 300 for index in range(200)]
 
 
@@ -380,7 +381,7 @@ def test_the_target_is_reached_and_kept(policy: str, open_tiny: OpenTiny) -> Non
         for tick in b.stream(ticks=60):
             pending = int(tick.number > 1)
             before = counts[-1] if counts else prompt
-            assert len(tick.culled) == cull_count(before, Forgetting(24))
+            assert len(tick.culled) == cull_count(before, Culling(24))
             assert tick.count == len(b) == before - len(tick.culled) + pending
             assert len(b) == int(b.state.valid.sum())
             mirror = b.mirror
@@ -398,8 +399,10 @@ def test_what_is_culled_is_what_scored_lowest(either_brain: Brain) -> None:
 
     def note(step: Step) -> None:
         valid, choice = b.state.valid, step.choice
-        now = b.state._replace(brightness=choice.brightness, novelty=choice.novelty)
-        told = b.settings.conduct.keep_score(now, step.reading)[valid].tolist()
+        one = torch.ones((), dtype=torch.int64)
+        look = Look(step.reading.mass, step.cursor.position[0], one, step.cursor.tick + 1)
+        now = b.state._replace(**choice.updates)
+        told = b.settings.graphs.eviction.keep_score(now, look)[valid].tolist()
         scores = dict(zip(b.state.position[valid].tolist(), told, strict=True))
         steps.append((scores, step.tick.culled, int(step.cursor.position)))
 

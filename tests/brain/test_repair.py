@@ -1,7 +1,6 @@
 """Repair: found by reading alone, committed by the one patch, and only where it helps."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,14 @@ import torch
 
 from brain import Brain, Refused
 from brain.mirror import SOURCES
-from brain.repair import RepairSettings, best_repair, dimmest_pair
+from brain.repair import best_repair, dimmest_pair
+from conf.schema import RepairConf
+from fixture_types import OpenTiny
+from processes import call
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OpenTiny = Callable[..., Brain]
 IDS = [(41 * index + 3) % 300 for index in range(60)]
 ALWAYS = {"repair": "pairs", "repair.every": 1, "repair.least_gain": -100.0}
 
@@ -58,7 +59,7 @@ def test_the_gain_is_what_its_formula_says(full: Brain) -> None:
         asked.append((token, position))
         return following(b, token, position)
 
-    settings = RepairSettings(every=1, candidates=3, least_gain=-1000.0)
+    settings = RepairConf(every=1, candidates=3, least_gain=-1000.0)
     repair = best_repair(mirror, first, 31, settings, ask)
     assert digest(*b.state, *b.cursor) == before
     assert repair is not None
@@ -78,7 +79,7 @@ def test_the_gain_is_what_its_formula_says(full: Brain) -> None:
     assert repair.gain == pytest.approx(max(gains.values()), abs=1e-5)
     assert gains[repair.token] == pytest.approx(repair.gain, abs=1e-5)
     assert (
-        best_repair(mirror, first, 31, RepairSettings(1, 3, repair.gain + 1e-3), ask) is None
+        best_repair(mirror, first, 31, RepairConf(1, 3, repair.gain + 1e-3), ask) is None
     )  # not worth it
 
 
@@ -105,7 +106,7 @@ def test_a_repaired_tick_replaces_two_rows_by_one(engine: str, open_tiny: OpenTi
         assert tick.culled == ()  # the repair freed the slot
         assert len(b) == 24 == tick.count
     if engine == "compiled":
-        assert all(capture.compilations == 1 for capture in b.graphs.captures.values())
+        assert all(capture.compilations == 1 for capture in b.graphs.captured.values())
 
 
 def test_nothing_is_repaired_before_anything_is_forgotten(open_tiny: OpenTiny) -> None:
@@ -142,8 +143,6 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 def test_a_run_records_its_repairs(tiny_folder: Path, tmp_path: Path) -> None:
-    from test_app import call
-
     call(
         tmp_path,
         tiny_folder,

@@ -17,7 +17,7 @@ from brain.actions import Pin
 from brain.brain import Brain
 from brain.errors import Refused
 from brain.saves import sealed
-from conftest import OpenTiny
+from fixture_types import OpenTiny
 from toys import digest
 
 IDS = [int(n) for n in torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(3))]

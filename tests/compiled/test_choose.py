@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled.choose import UNFORCED, Choice, Conduct, Forced, choose
+from compiled.choose import UNFORCED, Choice, Eviction, Forced, Look, choose
 from compiled.philox import key_of
 from compiled.read import Reading, read
 from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
-from compiled.score import Brightness, Forgetting, Novelty, brighten, decide_cull, echo
+from compiled.score import Brightness, Culling, Novelty, brighten, decide_cull, echo
 from compiled.state import NOWHERE, Cursor, State
 from toys import digest, toy_config, toy_cursor, toy_state, toy_weights
 
@@ -24,11 +24,11 @@ SAMPLING = Sampling(
 METHOD = SamplingMethod(top_k=20)
 BRIGHTNESS = Brightness(decay=0.9, seeds=(9.0, 8.0, 7.0, 6.0, 5.0))
 NOVELTY = Novelty(decay=0.75)
-FORGETTING = Forgetting(target=8, sinks=1, recent=2)
+FORGETTING = Culling(target=8, sinks=1, recent=2)
 
 
-def keep_score(state: State, reading: Reading) -> Tensor:
-    return state.brightness - reading.mass + state.lit
+def keep_score(state: State, look: Look) -> Tensor:
+    return state.brightness - look.mass + state.lit
 
 
 def situation(uncommitted: bool) -> tuple[State, Cursor, Reading]:
@@ -56,7 +56,7 @@ def chosen(state: State, cursor: Cursor, reading: Reading, token: int = UNFORCED
         SAMPLING,
         forced,
         method=METHOD,
-        conduct=Conduct(BRIGHTNESS, NOVELTY, FORGETTING, keep_score),
+        eviction=Eviction(BRIGHTNESS, NOVELTY, FORGETTING, keep_score),
     )
 
 
@@ -74,25 +74,27 @@ def test_a_choice_is_the_sum_of_its_parts(uncommitted: bool, fed: int) -> None:
     assert torch.equal(choice.surprise, surprises(reading.logits, torch.tensor([token])))
 
     bright, lit = brighten(state, torch.tensor(42), reading.mass, BRIGHTNESS)
-    assert torch.equal(choice.brightness, bright)
-    assert torch.equal(choice.lit, lit)
+    assert torch.equal(choice.updates["brightness"], bright)
+    assert torch.equal(choice.updates["lit"], lit)
     strength = torch.tensor((1 - NOVELTY.decay) * 1.25 * uncommitted)
-    assert torch.equal(choice.novelty, echo(state, cursor.position[0], strength, NOVELTY))
+    assert torch.equal(
+        choice.updates["novelty"], echo(state, cursor.position[0], strength, NOVELTY)
+    )
     cull, culled = decide_cull(state, cursor, bright - reading.mass + lit, FORGETTING)
     assert torch.equal(choice.cull, cull)
     assert torch.equal(choice.culled, culled)
     assert NOWHERE not in culled.tolist()
 
     rows = choice.rows
-    assert rows.token_id.tolist() == [17]
-    assert rows.position.tolist() == cursor.position.tolist()
-    assert rows.brightness.tolist() == [6.0]  # the seed of its source
-    assert rows.surprise.tolist() == [1.25]
-    assert rows.source.tolist() == [3]
-    assert rows.novelty.tolist() == [2.5]
-    assert rows.born.tolist() == rows.lit.tolist() == [42]
-    assert rows.pinned.tolist() == [False]
-    assert int(rows.length) == int(uncommitted)
+    assert rows["token_id"].tolist() == [17]
+    assert rows["position"].tolist() == cursor.position.tolist()
+    assert rows["brightness"].tolist() == [6.0]  # the seed of its source
+    assert rows["surprise"].tolist() == [1.25]
+    assert rows["source"].tolist() == [3]
+    assert rows["novelty"].tolist() == [2.5]
+    assert rows["born"].tolist() == rows["lit"].tolist() == [42]
+    assert rows["pinned"].tolist() == [False]
+    assert int(choice.length) == int(uncommitted)
 
     following = choice.cursor
     assert following.token.tolist() == [token]
@@ -113,15 +115,14 @@ def test_a_choice_shares_no_memory_with_what_the_patch_will_write() -> None:
     tensors = [
         plan.keys,
         plan.values,
-        *plan.rows,
+        *plan.rows.values(),
+        plan.length,
         plan.cull,
-        plan.brightness,
-        plan.lit,
-        plan.novelty,
+        *plan.updates.values(),
     ]
     tensors += plan.cursor
     assert not any(tensor.untyped_storage().data_ptr() in written for tensor in tensors)
     assert plan.keys is reading.new_keys
     assert plan.values is reading.new_values
-    assert plan.pinned is None
+    assert set(plan.updates) == {"brightness", "lit", "novelty"}
     assert plan.erase is None

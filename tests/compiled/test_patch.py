@@ -16,15 +16,23 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from compiled.patch import Plan, RowColumns, lowest_free_slots, make_empty, patch
-from compiled.state import NOWHERE, Cursor, State, addresses
-from toys import digest, raw_bytes, toy_config, toy_cursor, toy_plan, toy_state
+from compiled.patch import make_empty, patch
+from compiled.plan import Plan
+from compiled.state import (
+    NOWHERE,
+    ROW_COLUMNS,
+    Cursor,
+    State,
+    addresses,
+    lowest_free_slots,
+)
+from toys import digest, of_a_tick, raw_bytes, toy_config, toy_cursor, toy_plan, toy_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAPACITY = 9
 SLOT = st.integers(0, CAPACITY - 1)
-COLUMNS = tuple(name for name in RowColumns._fields if name != "length")
+COLUMNS = ROW_COLUMNS
 
 
 def copied(state: State) -> dict[str, npt.NDArray[Any]]:
@@ -41,10 +49,7 @@ def row_bytes(plan: Plan, name: str, row: int) -> npt.NDArray[np.uint8]:
     """What row ``row`` of the plan should leave in its slot."""
     if name == "valid":
         return np.array([1], np.uint8)
-    if name in ("keys", "values"):
-        tensor = getattr(plan, name)[:, :, row]
-    else:
-        tensor = getattr(plan.rows, name)[row]
+    tensor = getattr(plan, name)[:, :, row] if name in ("keys", "values") else plan.rows[name][row]
     return np.frombuffer(raw_bytes(tensor), np.uint8)
 
 
@@ -109,32 +114,24 @@ class PatchMachine(RuleBasedStateMachine):
     ) -> None:
         self.seed += 1
         plan = toy_plan(self.state, self.cursor, width, length, seed=self.seed)
-        assert plan.pinned is not None
         assert plan.erase is not None
         plan.cull[list(cull or ())] = True
         plan.erase[: len(erase or ())] = torch.tensor(erase or [], dtype=torch.int64)
         for slot, pinned in (pins or {}).items():
-            plan.pinned[slot] = pinned
+            plan.updates["pinned"][slot] = pinned
         for slot, light in (lights or {}).items():
-            plan.brightness[slot] = light
-            plan.lit[slot] = self.seed
-            plan.novelty[slot] = light + 1
+            plan.updates["brightness"][slot] = light
+            plan.updates["lit"][slot] = self.seed
+            plan.updates["novelty"][slot] = light + 1
         plan = plan._replace(
             cursor=Cursor(*(torch.full_like(tensor, self.seed) for tensor in self.cursor))
         )
-        assert plan.pinned is not None
-        lasting = {
-            "pinned": plan.pinned,
-            "brightness": plan.brightness,
-            "lit": plan.lit,
-            "novelty": plan.novelty,
-        }
-        asked = copied(self.state._replace(**lasting))
+        asked = copied(self.state._replace(**plan.updates))
         if not edits:
-            plan = plan._replace(pinned=None, erase=None)
+            plan = of_a_tick(plan)
         given = plan._replace(
             cursor=Cursor(*(tensor.clone() for tensor in plan.cursor)),
-            brightness=plan.brightness.clone(),
+            updates={name: updated.clone() for name, updated in plan.updates.items()},
         )
 
         patch(self.state, self.cursor, plan)
@@ -164,7 +161,9 @@ class PatchMachine(RuleBasedStateMachine):
             tensor.tolist() for tensor in given.cursor
         ]
         for tensor, same in zip(
-            (plan.brightness, *plan.cursor), (given.brightness, *given.cursor), strict=True
+            (*plan.updates.values(), *plan.cursor),
+            (*given.updates.values(), *given.cursor),
+            strict=True,
         ):
             assert torch.equal(tensor, same)  # the plan itself is only read
 
@@ -241,7 +240,7 @@ def test_replacing_takes_the_slot_that_the_same_plan_frees() -> None:
     plan.cull[4] = True
     patch(state, cursor, plan)
     assert int(state.valid.sum()) == CAPACITY
-    assert int(state.position[4]) == int(plan.rows.position[0])
+    assert int(state.position[4]) == int(plan.rows["position"][0])
     assert torch.equal(state.keys[:, :, 4], plan.keys[:, :, 0])
 
 
@@ -259,15 +258,13 @@ def test_culling_moves_no_memory() -> None:
 
 def test_a_plan_that_was_made_empty_changes_nothing_in_its_own_tensors() -> None:
     state, cursor = toy_state(toy_config(), 12, {0: 3, 4: 1, 7: 2}), toy_cursor(4, token=9)
-    plan = toy_plan(state, cursor, 1, 1)._replace(pinned=None, erase=None)
+    plan = of_a_tick(toy_plan(state, cursor, 1, 1))
     plan = plan._replace(
         cull=state.valid.clone(),
-        brightness=state.brightness + 1,
-        lit=state.lit + 1,
-        novelty=state.novelty + 1,
+        updates={name: getattr(state, name) + 1 for name in plan.updates},
         cursor=toy_cursor(5, token=2),
     )
-    held = (plan.rows.length, plan.cull, plan.brightness, *plan.cursor)
+    held = (plan.length, plan.cull, *plan.updates.values(), *plan.cursor)
     where = [tensor.data_ptr() for tensor in held]
     before = digest(*state, *cursor)
     make_empty(state, cursor, plan)

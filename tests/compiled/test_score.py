@@ -11,7 +11,7 @@ from torch import Tensor
 from compiled.score import (
     MOST_CULLED,
     Brightness,
-    Forgetting,
+    Culling,
     Novelty,
     brighten,
     cull_count,
@@ -34,7 +34,7 @@ TICK = torch.tensor(77)
     [(0, 10, 0), (9, 10, 0), (10, 10, 1), (11, 10, 2), (999, 10, 2), (999, 0, 0)],
 )
 def test_how_many_are_culled(count: int, target: int, culled: int) -> None:
-    assert cull_count(count, Forgetting(target)) == culled
+    assert cull_count(count, Culling(target)) == culled
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_how_many_are_culled(count: int, target: int, culled: int) -> None:
 )
 def test_how_many_are_culled_at_once(count: int, target: int, culled: int) -> None:
     """So many that the target is what is left when the tick's own row is there."""
-    assert cull_count(count, Forgetting(target, at_once=True)) == culled
+    assert cull_count(count, Culling(target, at_once=True)) == culled
     assert not culled or count - culled + 1 == target
 
 
@@ -114,7 +114,7 @@ def test_seeds_go_by_source() -> None:
 
 
 def plain_decision(
-    rows: dict[int, int], pinned: set[int], scores: list[float], at: int, forgetting: Forgetting
+    rows: dict[int, int], pinned: set[int], scores: list[float], at: int, forgetting: Culling
 ) -> list[int]:
     """Positions to forget, in order. ``rows``: slot → position; ``pinned``: slots."""
     candidates = [
@@ -128,7 +128,7 @@ def plain_decision(
 
 
 def decide(
-    state: State, at: int, scores: Tensor, forgetting: Forgetting
+    state: State, at: int, scores: Tensor, forgetting: Culling
 ) -> tuple[list[int], list[int]]:
     """Positions that are told, and positions of the rows that are marked."""
     cull, positions = decide_cull(state, toy_cursor(at), scores, forgetting)
@@ -151,7 +151,7 @@ def test_the_decision_is_that_of_plain_python(data: st.DataObject) -> None:
     value = st.sampled_from([0.0, 1.0, 2.0, -1.5, math.inf, -math.inf])
     scores = data.draw(st.lists(value, min_size=CAPACITY, max_size=CAPACITY))
     at = data.draw(st.integers(0, 27), "cursor")
-    forgetting = Forgetting(
+    forgetting = Culling(
         target=max(0, len(slots) + data.draw(st.integers(-2, 1), "above or below")),
         sinks=data.draw(st.integers(0, 4)),
         recent=data.draw(st.integers(1, 5)),
@@ -177,7 +177,7 @@ def test_the_count_is_culled_whatever_the_scores(score: float) -> None:
     """The host counts on it: it never asks the device how many rows went."""
     state = toy_state(toy_config(), CAPACITY, {slot: slot for slot in range(10)})
     scores = torch.full((CAPACITY,), score)
-    told, marked = decide(state, 9, scores, Forgetting(target=9, sinks=1, recent=2))
+    told, marked = decide(state, 9, scores, Culling(target=9, sinks=1, recent=2))
     assert told == marked == [1, 2]
 
 
@@ -185,5 +185,5 @@ def test_the_cursor_is_only_read() -> None:
     state = toy_state(toy_config(), CAPACITY, {slot: slot for slot in range(10)})
     cursor: Cursor = toy_cursor(9)
     before = digest(*cursor)
-    decide_cull(state, cursor, state.brightness, Forgetting(target=5, sinks=1, recent=1))
+    decide_cull(state, cursor, state.brightness, Culling(target=5, sinks=1, recent=1))
     assert digest(*cursor) == before

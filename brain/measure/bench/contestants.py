@@ -62,8 +62,8 @@ class Contestant:
         return self.engine in OURS
 
     def overrides(self, asked: Sequence[str]) -> list[str]:
-        """The configuration of our engines: what was asked for, at this precision. Where nothing is
-        said of a sampler they take the likeliest token, as the others do.
+        """The configuration of our engines: what was asked for, at this precision. Without a
+        sampler they take the likeliest token, as the others do.
         """
         keys = [key_of(override) for override in asked]
         rest = [o for o, key in zip(asked, keys, strict=True) if key not in ("dtype", "weights")]
@@ -72,7 +72,7 @@ class Contestant:
 
 
 def key_of(override: str) -> str:
-    """What an override of the command line is about."""
+    """The key of an override on the command line."""
     return override.partition("=")[0].lstrip("+~")
 
 

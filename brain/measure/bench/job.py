@@ -52,9 +52,9 @@ def result_of(job: Job) -> dict[str, Any]:
     )
     if done.returncode < 0:
         raise Failed(f"killed by {signal.Signals(-done.returncode).name}")
-    said = done.stderr.strip().splitlines()
+    errors = done.stderr.strip().splitlines()
     if done.returncode > 0:
-        raise Failed(said[-1].removeprefix("refused: ") if said else "it said nothing")
+        raise Failed(errors[-1].removeprefix("refused: ") if errors else "it printed no error")
     try:
         result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):

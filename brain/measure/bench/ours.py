@@ -32,7 +32,7 @@ class Ours:
 
     def capture(self) -> None:
         """Captures every graph, where all are wanted."""
-        for _ in self.brain.warm_up() if self._capture_all else ():
+        for _ in self.brain.graphs.warm_up() if self._capture_all else ():
             pass
 
     def prime(self, ids: list[int]) -> None:

@@ -8,9 +8,9 @@ forgets nothing and is the ceiling.
 from dataclasses import dataclass
 
 from brain.config.compose import compose_conf
-from brain.config.settings import conduct_of
+from brain.config.settings import eviction_of
 from brain.errors import Refused
-from compiled.choose import Conduct
+from compiled.choose import Eviction
 
 FULL = "full"
 FLOOR = "sink_recent"
@@ -23,14 +23,14 @@ class Contestant:
 
     label: str
 
-    def conduct(self, budget: int) -> Conduct:
+    def eviction(self, budget: int) -> Eviction:
         """Constants and keep-score at a budget of rows. Raises Refused, naming what is wrong."""
         if self.label == FULL:
-            return conduct_of(compose_conf(["cull=none"]).cull, budget)
+            return eviction_of(compose_conf(["cull=none"]).cull, budget)
         name, _, settings = self.label.partition(":")
         changes = [f"cull.{setting}" for setting in settings.split(",") if setting]
         conf = compose_conf([f"cull={name}", f"cull.target={budget}", *changes])
-        return conduct_of(conf.cull, budget)
+        return eviction_of(conf.cull, budget)
 
 
 def contestants(labels: list[str], budgets: list[int]) -> list[Contestant]:
@@ -40,5 +40,5 @@ def contestants(labels: list[str], budgets: list[int]) -> list[Contestant]:
     found = [Contestant(label) for label in labels]
     for contestant in found:
         for budget in budgets:
-            contestant.conduct(budget)
+            contestant.eviction(budget)
     return found

@@ -44,5 +44,5 @@ def endure(brain: Brain, ticks: int, bucket: int) -> Iterator[dict[str, Any]]:
             "ticks_per_second": size / seconds,
             "resident_mb": resident_bytes() / 1e6,
             "rows": len(brain),
-            "compilations": sum(graph.compilations for graph in brain.graphs.captures.values()),
+            "compilations": sum(graph.compilations for graph in brain.graphs.captured.values()),
         }

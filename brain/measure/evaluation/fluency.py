@@ -43,7 +43,7 @@ def measure(
     """Feeds every text tick by tick; scored are the tokens that are read with a full memory, that
     is, from the ``budget``-th on. ``texts`` [streams, more than budget] int64.
     """
-    streams = Streams(checkpoint, contestant.conduct(budget), texts)
+    streams = Streams(checkpoint, contestant.eviction(budget), texts)
     streams.feed_until(budget, progress)
     return Fluency(contestant.label, budget, streams.feed_until(texts.shape[1] - 1, progress))
 

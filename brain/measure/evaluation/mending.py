@@ -47,7 +47,7 @@ def compare(
 
 def _nats(brain: Brain, following: Sequence[int]) -> float:
     """Nats per token of a text behind the pending token, read and not remembered."""
-    pending, first = int(brain.cursor.token[0]), brain.memory.position
+    pending, first = int(brain.cursor.token[0]), brain.memory.account.position
     read = [pending, *following[:-1]]
     logits = brain.read(read, list(range(first, first + len(read)))).logits
     targets = torch.tensor(following, device=logits.device)

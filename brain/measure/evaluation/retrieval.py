@@ -108,7 +108,7 @@ def measure(
     progress: Progress,
 ) -> Recall:
     """Feeds the planted ``texts`` [streams, course.length] and asks as the course says."""
-    streams = Streams(checkpoint, contestant.conduct(budget), texts)
+    streams = Streams(checkpoint, contestant.eviction(budget), texts)
     answers = []
     streams.feed_until(course.starts[0] - 1, progress)
     nats = []

@@ -9,7 +9,7 @@ from torch import Tensor
 from brain.checkpoints import Checkpoint
 from brain.mirror import SOURCES
 from compiled.batched import Memories, advance, allocate_memories, last_logits
-from compiled.choose import Conduct
+from compiled.choose import Eviction
 
 Progress = Callable[[int], object]
 """Told how much has been done since it was last told."""
@@ -23,13 +23,13 @@ class Streams:
     Attributes: ``at``, index of the token that has been fed last (and is pending); ``memories``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, conduct: Conduct, texts: Tensor) -> None:
+    def __init__(self, checkpoint: Checkpoint, eviction: Eviction, texts: Tensor) -> None:
         self._config, self._weights = checkpoint.config, checkpoint.weights
-        self._conduct = conduct
+        self._eviction = eviction
         weights = checkpoint.weights
         self._texts = texts.to(weights.device)
         streams, length = texts.shape
-        target = conduct.forgetting.target
+        target = eviction.culling.target
         # A tick forgets before it remembers: one row above the target is never needed.
         capacity = min(target, length) if target else length
         self.memories: Memories = allocate_memories(
@@ -72,7 +72,7 @@ class Streams:
                     self._weights,
                     self.memories,
                     tokens,
-                    self._conduct,
+                    self._eviction,
                     _USER,
                     bucket=self.bucket,
                 )

@@ -108,7 +108,7 @@ class Brains:
                 capacity=memory.capacity,
                 cull=dataclasses.replace(self.conf.cull, policy="none", target=None),
             )
-            self._brains[key] = Brain(checkpoint, settings_of(conf), conf)
+            self._brains[key] = Brain(checkpoint, settings_of(conf))
         return self._brains[key]
 
     def _checkpoint(self, golden: Golden) -> Checkpoint:

@@ -51,7 +51,10 @@ class Golden:
 def golden_names(folder: Path) -> list[str]:
     """The goldens in a folder. Raises Refused where there are none."""
     if not folder.is_dir():
-        raise Refused(f"{folder}: no such folder; set task.folder to the one with golden files")
+        raise Refused(
+            f"{folder}: no such folder; set task.folder to the one with golden files (a clone of "
+            "the repository has them in tests/golden)"
+        )
     names = sorted(path.stem for path in folder.glob("*.safetensors"))
     if not names:
         raise Refused(f"{folder}: no golden files; task.write=true makes them")
@@ -125,14 +128,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 < value <= MOST_ROWS:
-        raise ValueError(f"memory: {shown(value)} is no number of rows")
+        raise ValueError(f"memory: {shown(value)} is not a number of rows")
     return value
 
 
-def _distance(told: Any) -> Distance:
-    if not all(type(number) in (int, float) for number in told.values()):
-        raise TypeError("noise holds what is no number")
-    return Distance(**told)
+def _distance(described: Any) -> Distance:
+    if not all(type(number) in (int, float) for number in described.values()):
+        raise TypeError("noise holds something else than numbers")
+    return Distance(**described)
 
 
 def _check_shapes(expected: Expected, path: Path) -> None:
@@ -164,7 +167,7 @@ def _check_shapes(expected: Expected, path: Path) -> None:
     )
     for name, numbers, end in indices:
         if ((numbers < 0) | (numbers >= end)).any():
-            raise Refused(f"{path.with_suffix('.safetensors')}: {name} names what is not there")
+            raise Refused(f"{path.with_suffix('.safetensors')}: {name} has an index out of range")
 
 
 def _readable(described: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ float32 run is the noise that a low-precision engine is measured by.
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from brain.checkpoints import Checkpoint
 from brain.errors import Refused, one_line
+from brain.machine.environment import environment
 from brain.measure.golden.cases import TEXT, Case, cases
 from brain.measure.golden.files import Golden, save_golden
 from brain.measure.golden.judge import Distance, Expected, distance, expected_of
@@ -42,14 +42,15 @@ def write(conf: Conf, folder: Path, names: Sequence[str]) -> list[str]:
     cpu = torch.device("cpu")
     checkpoint = open_checkpoint(conf.model, conf.cache_dir, torch.float32, cpu, int8=False)
     passage, ids = _passage(folder, checkpoint)
+    here = environment(cpu)
     made = {
         "by": "Hugging Face transformers, LlamaForCausalLM, masked passes without a cache",
         "transformers": library.__version__,
-        "torch": torch.__version__,
+        "torch": here["torch"],
         "dtype": "float32",
-        "device": "cpu",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "platform": platform.platform(),
+        "device": here["device"],
+        "cpu": here["cpu"],
+        "platform": here["platform"],
     }
     groups: dict[str | None, list[Case]] = {}
     chosen = chosen_cases(cases(ids), names)
@@ -128,7 +129,7 @@ def _passage(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], list
         raw = path.read_bytes()
         ids = checkpoint.tokenizer.encode(raw.decode("utf-8"))
         about = folder / ABOUT_PASSAGE
-        told = json.loads(about.read_text("utf-8")) if about.exists() else {}
+        described = json.loads(about.read_text("utf-8")) if about.exists() else {}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise Refused(
@@ -136,4 +137,4 @@ def _passage(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], list
         ) from None
     if len(ids) < TEXT:
         raise Refused(f"{path}: {len(ids)} tokens, but {TEXT} are read; use a longer text")
-    return {"file": PASSAGE, "sha256": hashlib.sha256(raw).hexdigest(), **told}, ids
+    return {"file": PASSAGE, "sha256": hashlib.sha256(raw).hexdigest(), **described}, ids

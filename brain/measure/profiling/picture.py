@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from brain.loop import CHOOSE, PATCH, READ
 from brain.measure.profiling.ranges import Range, ticks_of
-from brain.naming import CHOOSE, PATCH, READ
 
 COLOURS = {READ: "#4878a8", CHOOSE: "#d9973f", PATCH: "#6a9f58"}
 SHOWN = 3

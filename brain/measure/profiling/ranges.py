@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
-from brain.naming import WARM_UP, WHOLE_TICK
+from brain.loop import TICK
+from compiled.graphs import WARM_UP
 
 BETWEEN = "between the steps"
 """What a tick takes outside of its steps: the host's work."""
@@ -84,8 +85,8 @@ def ticks_of(ranges: Iterable[Range]) -> list[list[tuple[tuple[str, ...], Range]
     """The ranges of each tick, as ``nested`` from the tick inwards; the tick itself is first."""
     ticks: list[list[tuple[tuple[str, ...], Range]]] = []
     for path, r in nested(ranges):
-        if WHOLE_TICK in path:
-            inner = path[path.index(WHOLE_TICK) :]
+        if TICK in path:
+            inner = path[path.index(TICK) :]
             if len(inner) == 1:
                 ticks.append([])
             ticks[-1].append((inner, r))
@@ -104,13 +105,13 @@ def table(ranges: Iterable[Range]) -> list[Row]:
             own[path] = _added(own[path], r) if path in own else r
         steps = [r for path, r in own.items() if len(path) == 2]
         if steps:
-            own[(WHOLE_TICK, BETWEEN)] = _rest(own[(WHOLE_TICK,)], steps)
+            own[(TICK, BETWEEN)] = _rest(own[(TICK,)], steps)
         for path, r in own.items():
             sums.setdefault(path, []).append(r)
     seen = {path: number for number, path in enumerate(sums)}
     # What first occurs in a later tick still stands with its own step.
     order = sorted(sums, key=lambda path: [seen[path[: n + 1]] for n in range(len(path))])
-    whole = sum(r.microseconds for r in sums.get((WHOLE_TICK,), []))
+    whole = sum(r.microseconds for r in sums.get((TICK,), []))
     return [_row(path, sums[path], whole) for path in order]
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
+from brain.loop import TICK
 from brain.measure.profiling.ranges import Kernel, Range, with_kernels
-from brain.naming import WHOLE_TICK
 from compiled import torch_private
-from compiled.graphs import Naming
+from compiled.graphs import Ranges
 
 Event = dict[str, Any]
 
 
-def profiler_ranges() -> Naming:
+def profiler_ranges() -> Ranges:
     """Ranges that PyTorch's profiler records."""
-    naming: Naming = torch.profiler.record_function
+    naming: Ranges = torch.profiler.record_function
     return naming
 
 
@@ -42,7 +42,7 @@ def record(run: Callable[[], None], device: torch.device, path: Path) -> list[Ra
 def ranges_of_trace(events: Iterable[Event]) -> list[Range]:
     """The ranges of the thread that ticks, with their kernels."""
     whole = [event for event in events if event.get("ph") == "X"]
-    threads = {e["tid"] for e in whole if e.get("cat") == RANGES and e["name"] == WHOLE_TICK}
+    threads = {e["tid"] for e in whole if e.get("cat") == RANGES and e["name"] == TICK}
     here = [event for event in whole if event["tid"] in threads]
     ranges = [Range(e["name"], e["ts"], e["ts"] + e["dur"]) for e in here if e.get("cat") == RANGES]
     on_device = [event for event in whole if event.get("cat") == "kernel"]

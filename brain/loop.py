@@ -1,0 +1,173 @@
+"""The loop: one tick after another over one memory.
+
+    prepare → 1 read → 1 sample, 2 score, 3 decide → 4 patch
+
+No number crosses between host and device on the way: what is read next lies in the cursor, and the
+host's account follows from what each patch does. This module knows the memory and what is
+forgotten; it knows no text but the queue of tokens to be decoded, and no files.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from brain.checkpoints import Checkpoint
+from brain.config.settings import Settings
+from brain.errors import MemoryFull, Refused, warn
+from brain.machine.signals import Uninterrupted
+from brain.memory import Memory
+from brain.repair import Repair
+from brain.tick import AcceptedToken, Detokenizer, Observer, Step, Tick, host_copies
+from compiled.choose import Forced
+from compiled.lookup import Proposal
+from compiled.score import cull_count
+from compiled.state import NOWHERE
+
+TICK, READ, CHOOSE, PATCH = "tick", "1 read", "1 sample, 2 score, 3 decide", "4 patch"
+"""The ranges that a profiler shows: one for every tick, in it one for each step."""
+
+
+class Loop:
+    """Ticks over one memory.
+
+    Attributes: ``detokenizer``, the queue of tokens to be decoded; ``observer``, called in every
+    tick before its patch, if there is one.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        repair: Callable[[], tuple[Repair, ...]],
+    ) -> None:
+        """``repair`` is asked before every read for repairs that it has made."""
+        self.memory = memory
+        self.observer: Observer | None = None
+        self.detokenizer = Detokenizer(checkpoint.tokenizer)
+        self._repair = repair
+        self._culling = settings.culling
+        self._rebases = settings.graphs.rebases
+        self._trained = checkpoint.config.max_position_embeddings
+        self._name = checkpoint.name
+        self._warned = False
+
+    def tick(self, forced: Forced) -> Tick:
+        """Reads the cursor's token, speaks one, forgets, remembers.
+
+        Args:
+            forced: The token to speak instead of a sampled one, or UNFORCED.
+
+        Raises:
+            Refused: There is nothing to read, or no room.
+
+        """
+        memory, graphs = self.memory, self.memory.graphs
+        with graphs.ranges(TICK):
+            self.require_room(1)
+            self.detokenizer.make_room()
+            rebased = self.stay_in_range(1)
+            repairs = self._repair()
+            before = memory.account
+            culled = cull_count(before.count, self._culling)
+            after = before.after_ticks(1, before.count - culled + int(before.uncommitted))
+            graphs.begin_step()
+            with graphs.ranges(READ):
+                token, position = memory.cursor.token, memory.cursor.position
+                reading = graphs.read(token, position, memory.one, high_water=before.high_water)
+            with graphs.ranges(CHOOSE):
+                choice = graphs.choose(reading, forced)
+            plan = choice.plan(reading)
+            tick = Tick(
+                after.tick,
+                after.position,
+                after.count,
+                choice,
+                self.detokenizer,
+                repairs,
+                rebased=rebased,
+            )
+            if self.observer is not None:
+                self.observer(Step(tick, memory.cursor, reading, choice, plan))
+            with graphs.ranges(PATCH), Uninterrupted():
+                graphs.patch(plan)
+                memory.account = after
+                self.detokenizer.follow(tick)
+            return tick
+
+    def ticks_ahead(self, proposal: Proposal, forced: Forced) -> tuple[Tick, ...]:
+        """As many ticks in one pass as come true. Waits for their number.
+
+        Args:
+            proposal: What may be said beside the next token; none of these ticks would forget.
+            forced: [T] tokens to speak instead of sampled ones, or UNFORCED.
+
+        """
+        memory, graphs = self.memory, self.memory.graphs
+        with graphs.ranges(TICK):
+            self.detokenizer.make_room()
+            self.stay_in_range(1)
+            before = memory.account
+            graphs.begin_step()
+            with graphs.ranges(READ):
+                reading = graphs.read_ahead(proposal, high_water=before.high_water)
+            with graphs.ranges(CHOOSE):
+                accepted = graphs.choose_ahead(proposal, reading, forced)
+                copies = host_copies(accepted.tokens, accepted.surprise, accepted.number)
+                tokens, surprise, number = (copy.wait() for copy in copies)
+            nothing = torch.zeros(0, dtype=torch.int64)
+            ticks = tuple(
+                Tick(
+                    before.tick + count,
+                    before.position + count,
+                    before.count + count,
+                    AcceptedToken(tokens[count - 1 : count], surprise[count - 1 : count], nothing),
+                    self.detokenizer,
+                    width=len(tokens),
+                )
+                for count in range(1, int(number) + 1)
+            )
+            with graphs.ranges(PATCH), Uninterrupted():
+                graphs.patch(accepted.plan(reading))
+                memory.account = before.after_ticks(len(ticks), before.count + len(ticks))
+                for tick in ticks:
+                    self.detokenizer.follow(tick)
+            return ticks
+
+    def require_room(self, ticks: int) -> None:
+        """Raises Refused if there is nothing to read; MemoryFull if there is no room for the rows
+        of so many ticks and nothing is ever forgotten.
+        """
+        self.require_primed()
+        account = self.memory.account
+        # The first of them commits what is pending, each other one what the last one spoke.
+        count = account.count + int(account.uncommitted) + ticks - 1
+        if count > self.memory.state.capacity and not self._culling.target:
+            raise MemoryFull(
+                f"memory is full: {count} rows do not fit in {self.memory.state.capacity} slots "
+                "and cull=none forgets nothing; set cull=brightness or a larger capacity"
+            )
+
+    def require_primed(self) -> None:
+        """Raises Refused if there is nothing to read."""
+        if self.memory.account.position == NOWHERE:
+            raise Refused("nothing to read: prime the brain with a prompt first")
+
+    def stay_in_range(self, tokens: int) -> bool:
+        """Before ``tokens`` more positions are taken: renumbers the rows, or warns, if that would
+        leave the range the model was trained on. Returns whether it renumbered.
+        """
+        last = self.memory.account.position + tokens - 1
+        if last < self._trained:
+            return False
+        if self._rebases:
+            self.memory.rebase()
+            return True
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"position {last} is past the range {self._name} was trained on "
+                f"({self._trained}): expect the text to degrade; positions=rebase renumbers the "
+                "rows"
+            )
+        return False

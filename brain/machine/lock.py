@@ -1,0 +1,95 @@
+"""Locks on files, between processes: held by one, or shared by several.
+
+A lock is the operating system's. It ends with the process, however that ends.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+POLL = 0.05
+"""Seconds between two attempts."""
+
+
+@contextmanager
+def exclusive(path: Path, patience: float = math.inf) -> Iterator[None]:
+    """Holds the lock alone, within a ``with`` statement.
+
+    Args:
+        path: a file that is there for the lock; it is made where it is absent, and stays.
+        patience: how many seconds to wait while somebody else has the lock.
+
+    Raises:
+        TimeoutError: somebody else still has it.
+        OSError: the file cannot be opened or locked.
+
+    """
+    with path.open("ab") as file:
+        deadline = time.monotonic() + patience
+        while not _try_alone(file):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{path} is locked by another process")
+            time.sleep(POLL)
+        try:
+            yield
+        finally:
+            _unlock(file)
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[Callable[[], AbstractContextManager[bool]]]:
+    """Holds the lock together with any number of others, within a ``with`` statement.
+
+    Args:
+        path: as for :func:`exclusive`.
+
+    Returns:
+        A function that makes a context manager. Entering that tells whether nobody else holds the
+        lock now; if so, nobody can until it is left. On Windows, which cannot share locks, it
+        always says no.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
+
+    """
+    if sys.platform == "win32":
+        yield lambda: nullcontext(False)
+        return
+    with path.open("ab") as file:
+
+        @contextmanager
+        def alone() -> Iterator[bool]:
+            yield _try_alone(file)
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+        fcntl.flock(file, fcntl.LOCK_SH)
+        try:
+            yield alone
+        finally:
+            _unlock(file)
+
+
+def _try_alone(file: IO[Any]) -> bool:
+    """Takes the lock alone, unless somebody else has it."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # how each system says that it is taken
+        return False
+    return True
+
+
+def _unlock(file: IO[Any]) -> None:
+    if sys.platform != "win32":  # closing the file does it there
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,0 +1,396 @@
+"""``task=bench``: who is timed, what becomes of those who cannot be, and what the numbers mean."""
+
+import json
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from brain.checkpoints import open_folder
+from brain.checkpoints.hf_config import read_config
+from brain.measure.bench import comparison
+from brain.measure.bench import contestants as who
+from brain.measure.bench.contestants import (
+    Contestant,
+    contestants,
+    row_bytes,
+    weight_bytes,
+    why_missing,
+)
+from brain.measure.bench.job import Failed, Job, result_of
+from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
+from brain.measure.bench.tables import decode_table, flatness, scaling_table
+from fixture_types import CommandLine
+
+SaveLlama = Callable[..., dict[str, Tensor]]
+
+
+def a_run(seconds: list[float], *, count: int = 512, prefill: float = 2.0) -> dict[str, Any]:
+    return {
+        "token_seconds": {str(count): seconds},
+        "prefill_seconds": [prefill],
+        "open_seconds": 1.0,
+        "capture_seconds": 2.0,
+        "weight_bytes": 1_000_000,
+        "row_bytes": 1_000,
+        "peak_mb": 900.0,
+        "before_mb": 300.0,
+    }
+
+
+RUNS = {
+    Contestant(who.MEMORY, "float32"): [
+        {"read_seconds": [0.001, 0.002, 0.002], "operation": "sum", "bytes": 8_000_000}
+    ],
+    Contestant("compiled", "float32"): [a_run([0.001, 0.001]), a_run([0.002, 0.002, 0.002])],
+    Contestant("llama-cpp", "float32"): [a_run([0.004], prefill=1.0)],
+    Contestant("transformers-dynamic", "float32"): [],
+    Contestant("compiled", "int8"): [a_run([0.001])],
+}
+
+
+def test_rates_ratios_and_shares_follow_from_the_timings() -> None:
+    ours, peer, alone = engine_rows(RUNS, 512, 1000)
+    (limit,) = limit_rows(RUNS)
+    assert limit["gb_per_second"] == pytest.approx(4.0)
+    assert ours["tokens_per_second"] == pytest.approx(500)  # the median of all five tokens
+    assert (ours["slowest_run"], ours["fastest_run"]) == pytest.approx((500, 1000))
+    assert ours["bytes_per_token"] == 1_000_000 + 512 * 1_000
+    assert ours["gb_per_second"] == pytest.approx(1_512_000 * 500 / 1e9)
+    assert ours["share_of_limit"] == pytest.approx(ours["gb_per_second"] / 4.0)
+    assert ours["tokens_per_second_ratios"] == {"llama-cpp": pytest.approx(2.0)}
+    assert ours["prefill_tokens_per_second_ratios"] == {"llama-cpp": pytest.approx(0.5)}
+    assert peer["tokens_per_second_ratios"] == {"llama-cpp": pytest.approx(1.0)}
+    assert ours["model_mb"] == 600
+    assert alone["tokens_per_second_ratios"] == {}  # a peer at another precision is none
+    assert alone["share_of_limit"] is None
+
+
+def test_one_table_has_a_line_for_everybody_who_was_timed() -> None:
+    lines = decode_table(engine_rows(RUNS, 512, 1000), limit_rows(RUNS)).splitlines()
+    assert [line.split()[:2] for line in lines[2:]] == [
+        ["compiled", "float32"],
+        ["llama-cpp", "float32"],
+        ["compiled", "int8"],
+    ]
+    assert lines[1].startswith("(reading memory)")
+    assert len(set(map(len, lines[2:]))) == 1
+    assert "×llama" in lines[0]
+    assert "×hf" not in lines[0]
+
+
+def test_what_capacity_costs_is_told_beside_what_is_wanted() -> None:
+    runs = {
+        ("compiled", "float32", 512): [a_run([0.010], count=256)],
+        ("compiled", "float32", 8192): [a_run([0.012], count=256), a_run([0.012], count=256)],
+        ("llama-cpp", "float32", 8192): [a_run([0.020], count=256)],
+    }
+    rows = scaling_rows(runs)
+    (line,) = flatness(rows, 256)
+    assert "capacity 8192 costs 1.200 of one at capacity 512 (wanted: at most 1.1)" in line
+    assert flatness([row for row in rows if row["capacity"] == 512], 256) == []
+    table = scaling_table(rows, [256], 256).splitlines()
+    assert table[1].split() == ["256", "12.00", "20.00"]
+    assert table[4].split() == ["512", "10.00", "–"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_of_a_token_are_those_of_the_tensors(
+    save_llama: SaveLlama, tmp_path: Path, tied: bool
+) -> None:
+    save_llama(tmp_path, tie_word_embeddings=tied)
+    config = read_config(tmp_path / "config.json")
+    for precision, dtype, int8 in (
+        ("float32", torch.float32, False),
+        ("bfloat16", torch.bfloat16, False),
+        ("int8", torch.bfloat16, True),
+    ):
+        weights = open_folder(tmp_path, dtype=dtype, int8=int8).weights
+        needed = weights._replace(embedding=weights.final_norm).tensors()[1:-1]
+        assert weight_bytes(config, precision) == sum(tensor.nbytes for tensor in needed)
+    assert row_bytes(config, "float32") == 2 * row_bytes(config, "int8") == 2 * 3 * 2 * 8 * 4
+
+
+def test_transformers_has_no_int8() -> None:
+    engines = ["compiled", "llama-cpp", "transformers-dynamic"]
+    labels = [entry.label for entry in contestants(engines, ["float32", "int8"])]
+    assert labels == [
+        *(f"{engine} float32" for engine in engines),
+        "compiled int8",
+        "llama-cpp int8",
+    ]
+
+
+def test_the_precision_replaces_what_was_asked_for() -> None:
+    asked = ["dtype=float16", "capacity=64", "+weights=model", "dtype_not=1"]
+    overrides = Contestant("compiled", "int8").overrides(asked)
+    assert overrides == [
+        "capacity=64",
+        "dtype_not=1",
+        "sampler=greedy",
+        "dtype=bfloat16",
+        "weights=int8",
+    ]
+
+
+@pytest.mark.parametrize("asked", ["sampler=default", "sampler.top_k=5", "++sampler.seed=1"])
+def test_all_engines_take_the_likeliest_token_unless_a_sampler_is_named(asked: str) -> None:
+    entry = Contestant("compiled", "float32")
+    assert entry.overrides([]) == ["sampler=greedy", "dtype=float32"]
+    assert entry.overrides([asked]) == [asked, "dtype=float32"]
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for engine, package in who.PEERS.items():
+        reason = why_missing(Contestant(engine, "float32"), [])
+        assert reason is not None
+        assert package in reason
+        assert "positronic-brain[peers]" in reason
+    assert why_missing(Contestant("eager", "float32"), []) is None
+    reason = why_missing(Contestant("eager", "float32"), ["weights_that_are_not=there"])
+    assert reason is not None
+    assert "weights_that_are_not" in reason
+
+
+def test_a_process_that_fails_says_why_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("eager", "float32", folder="", device="cpu", threads=1, capacity=8)
+    interpreter = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    for script, told in {
+        "kill -SEGV $$": "killed by SIGSEGV",
+        "echo 'Traceback' >&2; echo 'RuntimeError: no room' >&2; exit 1": "RuntimeError: no room",
+        "echo 'refused: not a model' >&2; exit 2": "not a model",
+        "exit 3": "it printed no error",
+        "echo hello": "it printed no result",
+    }.items():
+        interpreter.write_text(f"#!/bin/sh\n{script}\n")
+        interpreter.chmod(interpreter.stat().st_mode | stat.S_IXUSR)
+        with pytest.raises(Failed) as failure:
+            result_of(job)
+        assert str(failure.value) == told
+
+
+Bench = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_bench(tmp_path: Path, tiny_folder: Path, command_line: CommandLine) -> Bench:
+    """``run_bench(*arguments)`` in this process, in the run folder ``out`` → status, out, err."""
+    model = ["model=folder", f"model.path={tiny_folder}", f"cache_dir={tmp_path / 'cache'}"]
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return command_line("task=bench", *model, "hydra.run.dir=out", *arguments)
+
+    return run
+
+
+def invented(job: Job) -> dict[str, Any]:
+    """What a process might have measured."""
+    if job.engine == who.MEMORY:
+        return {"read_seconds": [1e-4], "operation": "sum", "bytes": job.bytes}
+    if job.engine == "transformers-static-compiled":
+        raise Failed("RuntimeError: backend='inductor' raised")
+    result = a_run([0.01, 0.02])
+    return result | {"token_seconds": {str(count): [0.01, 0.02] for count in job.counts}}
+
+
+SMALL = ["task.context=16", "task.prefill=20", "task.tokens=3", "task.repeats=2", "capacity=64"]
+
+
+def test_one_run_reports_everybody_and_names_who_is_missing(
+    tmp_path: Path, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Job] = []
+
+    def timed(job: Job) -> dict[str, Any]:
+        asked.append(job)
+        return invented(job)
+
+    monkeypatch.setattr(comparison, "result_of", timed)
+    engines = "[compiled,eager,transformers-static-compiled]"
+    scaling = ["task.capacities=[64,128]", "task.counts=[8,32,100]", "task.rows=32"]
+    status, out, err = run_bench(
+        *SMALL,
+        f"task.engines={engines}",
+        "task.scaling_engines=[eager]",
+        "task.precisions=[float32,bfloat16]",
+        "task.measures=[decode,scaling]",
+        "threads=3",
+        *scaling,
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    timings = [(row["engine"], row["precision"]) for row in report["engines"]]
+    assert timings == [(e, p) for p in ("float32", "bfloat16") for e in ("compiled", "eager")]
+    static = "transformers-static-compiled"
+    assert report["missing"] == {
+        f"{static} {p}": "failed: RuntimeError: backend='inductor' raised"
+        for p in ("float32", "bfloat16")
+    }
+    for name, reason in report["missing"].items():
+        assert f"missing: {name}: {reason}" in out.splitlines()
+    for picture in ("decode.png", "scaling.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000
+
+    decode = [(job.engine, job.precision) for job in asked if job.smallest_bucket is None]
+    entries = [(e, p) for p in ("float32", "bfloat16") for e in ("memory", "compiled", "eager")]
+    assert [entry for entry in decode if entry[0] != static] == 2 * entries  # in alternation
+    assert sum(entry[0] == static for entry in decode) == 2  # not tried again
+    assert {job.threads for job in asked} == {3}
+    assert {(job.capacity, job.prefill) for job in asked if job.prefill} == {(64, 20)}
+    points = [(j.capacity, j.counts, j.smallest_bucket) for j in asked if j.smallest_bucket]
+    assert points == 4 * [(64, [32], 64), (128, [8, 32, 100], 64)]
+    reads = {job.precision: job.bytes for job in asked if job.engine == who.MEMORY}
+    assert reads["float32"] == 2 * reads["bfloat16"]
+
+
+def test_without_task_precisions_the_dtype_decides(
+    tmp_path: Path, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", invented)
+    status, _, err = run_bench(*SMALL, "task.engines=[eager]", "dtype=bfloat16", "task.repeats=1")
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    assert [row["precision"] for row in report["engines"]] == ["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "precisions"),
+    [
+        ([], ["float32", "bfloat16", "int8"]),
+        (["++dtype=bfloat16"], ["bfloat16"]),
+        (["++weights=int8"], ["int8"]),
+        (["weights=int8", "dtype=bfloat16"], ["int8"]),
+        (["weights=model"], ["float32", "bfloat16"]),
+        (["weights=model", "dtype=float16"], ["float16"]),
+        (["++task.precisions=[int8,float32]"], ["int8", "float32"]),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_dtype_and_weights_choose_however_they_are_given(
+    tmp_path: Path,
+    run_bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    precisions: list[str],
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", invented)
+    status, _, err = run_bench(*SMALL, "task.engines=[eager]", "device=cpu", *arguments)
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    assert [row["precision"] for row in report["engines"]] == precisions
+    assert report["missing"] == {}
+
+
+def test_a_target_that_holds_all_rows_is_timed(
+    tmp_path: Path, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", invented)
+    for target in ("cull.target=24", "cull.target=64", "cull=none"):
+        status, _, err = run_bench(*SMALL, "task.engines=[eager]", "dtype=float32", target)
+        assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["engine=compiled"], "engine is ignored"),
+        (["++engine.compiled=true"], "engine is ignored"),
+        (["task.precisions=[float32]", "dtype=bfloat16"], "dtype is ignored"),
+        (["task.precisions=[float32]", "++weights=model"], "weights is ignored"),
+    ],
+)
+def test_what_is_not_looked_at_is_named(
+    asked: list[str], told: str, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", invented)
+    status, _, err = run_bench(*SMALL, "task.engines=[eager]", *asked)
+    assert status == 0, err
+    assert told in err
+
+
+def test_if_nobody_could_be_timed_it_says_so(
+    run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", invented)
+    engines = "task.engines=[transformers-static-compiled]"
+    status, out, err = run_bench(*SMALL, engines, "dtype=float32")
+    assert status == 2
+    assert "inductor" in err.splitlines()[-1]
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["task.precisions=[int3]"], "int3"),
+        (["task.measures=[guess]"], "guess"),
+        (["task.engines=[]"], "task.engines"),
+        (["task.repeats=0"], "task.repeats"),
+        (["threads=0"], "threads must be 1 to 1024, not 0"),
+        (["threads=1025"], "threads must be 1 to 1024, not 1025"),
+        (["dtype=float32", "weights=int8"], "dtype=bfloat16 here, not float32"),
+        (["++dtype=float16", "++weights=int8"], "dtype=bfloat16 here, not float16"),
+        (["lookup=ngram"], "lookup=none"),
+        (["lookup.width=3"], "lookup=none"),
+        (["cull.target=23"], "cull.target=24 or more, not 23"),
+        (
+            [
+                *("task.measures=[scaling]", "task.capacities=[64,128]", "task.rows=32"),
+                *("task.counts=[8,50]", "cull.target=57"),
+            ],
+            "cull.target=58 or more, not 57",
+        ),
+        (
+            [
+                *("task.measures=[scaling]", "task.capacities=[64,128]", "task.rows=32"),
+                *("task.counts=[8,100]", "capacity=128", "cull.target=108"),
+            ],
+            "the smallest of task.capacities, 64",
+        ),
+        (["task.measures=[scaling]", "task.capacities=[64]"], "task.capacities"),
+        (["task.measures=[scaling]", "task.counts=[9000]"], "task.counts"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_refused_before_anything_is_timed(
+    run_bench: Bench, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", lambda job: pytest.fail("something was timed"))
+    status, _, err = run_bench(*SMALL, *arguments)
+    assert status == 2
+    assert told in err.splitlines()[-1]
+
+
+def test_real_processes_time_real_engines(tmp_path: Path, run_bench: Bench) -> None:
+    """All that start at once: ours, and the peers that are installed."""
+    engines = ["eager", "llama-cpp", "transformers-dynamic"]
+    status, out, err = run_bench(
+        *SMALL,
+        f"task.engines=[{','.join(engines)}]",
+        "dtype=float32",
+        "task.repeats=1",
+        "threads=1",
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    timed = [row["engine"] for row in report["engines"]]
+    absent = [name.split()[0] for name in report["missing"]]
+    assert sorted(timed + absent) == sorted(engines)
+    assert "failed" not in out
+    sizes = {row["engine"]: row["bytes_per_token"] for row in report["engines"]}
+    assert abs(sizes["eager"] - sizes["transformers-dynamic"]) <= 48  # RoPE's frequencies
+    (limit,) = report["limits"]
+    assert limit["gb_per_second"] > 0
+    for row in report["engines"]:
+        assert row["tokens_per_second"] > 0
+        assert row["model_mb"] >= 0
+        assert len(report["decode_runs"][f"{row['engine']} float32"][0]["token_seconds"]["16"]) == 3

@@ -1,0 +1,96 @@
+"""Many memories in step are the same memories one by one."""
+
+import pytest
+import torch
+
+from compiled.batched import Memories, advance, allocate_memories, last_logits
+from compiled.choose import Eviction, Forced, follow
+from compiled.patch import patch
+from compiled.read import read
+from compiled.score import Brightness, Culling, Novelty
+from compiled.state import Cursor, State
+from toys import CPU, digest, toy_config, toy_cursor, toy_state, toy_weights
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+]
+
+CONFIG = toy_config()
+WEIGHTS = toy_weights(CONFIG)
+CONDUCT = Eviction(
+    Brightness(seeds=(1.0, 2.0)),
+    Novelty(),
+    Culling(target=6, sinks=1, recent=2),
+    lambda state, reading: state.brightness,
+)
+STREAMS, CAPACITY, TICKS = 3, 6, 15
+ONE = torch.tensor(1)
+
+
+def test_every_stream_is_what_it_would_be_alone() -> None:
+    texts = torch.randint(0, 40, (STREAMS, TICKS), generator=torch.Generator().manual_seed(0))
+    many = allocate_memories(STREAMS, CONFIG, CAPACITY, torch.float32, CPU)
+    many.cursor.token.copy_(texts[:, :1])
+    many.cursor.position.zero_()
+    many.cursor.uncommitted.fill_(1)
+    nats = [
+        advance(CONFIG, WEIGHTS, many, texts[:, tick], CONDUCT, 1, bucket=CAPACITY)
+        for tick in range(1, TICKS)
+    ]
+    for stream in range(STREAMS):
+        state, cursor = toy_state(CONFIG, CAPACITY, {}), toy_cursor(0, int(texts[stream, 0]))
+        cursor.uncommitted.fill_(1)
+        told = []
+        for tick in range(1, TICKS):
+            reading = read(
+                CONFIG, WEIGHTS, state, cursor.token, cursor.position, ONE, bucket=CAPACITY
+            )
+            spoken = Forced(texts[stream, tick : tick + 1], torch.ones(1, dtype=torch.uint8))
+            choice = follow(state, cursor, reading, spoken, CONDUCT)
+            patch(state, cursor, choice.plan(reading))
+            told.append(float(choice.surprise))
+        # The same sums in another order: see test_read.
+        torch.testing.assert_close(
+            torch.stack(nats)[:, stream], torch.tensor(told), rtol=1e-4, atol=5e-5
+        )
+        for name in ("valid", "token_id", "position", "source", "born"):
+            mine, alone = getattr(many.state, name)[stream], getattr(state, name)
+            assert torch.equal(mine[state.valid], alone[state.valid]), name
+        for name in ("keys", "values"):
+            mine, alone = getattr(many.state, name)[stream], getattr(state, name)
+            torch.testing.assert_close(
+                mine[:, :, state.valid], alone[:, :, state.valid], rtol=1e-4, atol=5e-5
+            )
+
+
+def test_asking_is_a_read_of_every_stream_and_writes_nothing() -> None:
+    states = [toy_state(CONFIG, CAPACITY, {0: 0, 2: 5, 3: 1}, seed=seed) for seed in range(STREAMS)]
+    stacked = State(*(torch.stack(columns) for columns in zip(*states, strict=True)))
+    many = Memories(stacked, Cursor(*(t.expand(STREAMS, *t.shape) for t in toy_cursor())))
+    before = digest(*many.state)
+    tokens = torch.tensor([[3, 4, 5], [6, 7, 0], [8, 0, 0]])
+    positions = torch.arange(6, 9).expand(STREAMS, -1)
+    lengths = torch.tensor([3, 2, 1])
+    told = last_logits(CONFIG, WEIGHTS, many.state, tokens, positions, lengths, bucket=CAPACITY)
+    for stream, state in enumerate(states):
+        alone = read(
+            CONFIG,
+            WEIGHTS,
+            state,
+            tokens[stream],
+            positions[stream],
+            lengths[stream],
+            bucket=CAPACITY,
+        )
+        expected = alone.logits[lengths[stream] - 1]
+        torch.testing.assert_close(told[stream], expected, rtol=1e-4, atol=5e-5)
+    assert digest(*many.state) == before
+
+
+def test_a_layer_of_all_streams_lies_in_one_piece() -> None:
+    """Or every read would copy it to multiply it."""
+    many = allocate_memories(STREAMS, CONFIG, CAPACITY, torch.float32, CPU)
+    for cache in (many.state.keys, many.state.values):
+        assert cache.shape[:2] == (STREAMS, CONFIG.num_layers)
+        assert cache[:, 0].is_contiguous()

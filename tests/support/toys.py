@@ -1,0 +1,112 @@
+"""Small tensors of every kind that ``compiled/`` takes, without a model or a brain."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compiled.llama import LlamaConfig, Weights, weight_shapes
+from compiled.plan import Plan
+from compiled.rope import inverse_frequencies
+from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
+
+CPU = torch.device("cpu")
+
+
+def toy_config(heads: int = 4, kv_heads: int = 2, *, layers: int = 2) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=20,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+        max_position_embeddings=1 << 20,
+    )
+
+
+def toy_weights(config: LlamaConfig, seed: int = 0) -> Weights:
+    """Random weights that give lively attention and logits of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: 0.5 * torch.randn(shape, generator=generator)
+        for name, shape in weight_shapes(config).items()
+    }
+    tensors["inverse_frequencies"] = inverse_frequencies(config.head_dim, config.rope_theta)
+    return Weights(**tensors)
+
+
+def toy_state(
+    config: LlamaConfig, capacity: int, rows: Mapping[int, int], *, seed: int = 1
+) -> State:
+    """Random bytes in every slot, of which those in ``rows`` (slot → position) are remembered."""
+    generator = torch.Generator().manual_seed(seed)
+    state = allocate_state(config, capacity, torch.float32, CPU)
+    state.keys.normal_(generator=generator)
+    state.values.normal_(generator=generator)
+    for column in (state.brightness, state.surprise, state.novelty):
+        column.uniform_(0, 9, generator=generator)
+    for column in (state.token_id, state.position, state.born, state.lit, state.source):
+        column.random_(0, config.vocab_size, generator=generator)
+    for slot, position in rows.items():
+        state.valid[slot], state.position[slot] = True, position
+    return state
+
+
+def toy_cursor(position: int = NOWHERE, token: int = 0) -> Cursor:
+    cursor = allocate_cursor(CPU)
+    cursor.position.fill_(position)
+    cursor.token.fill_(token)
+    return cursor
+
+
+def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int = 2) -> Plan:
+    """An edit that appends ``length`` random rows, in a plan of ``width``, and nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, kv_heads, _, head_dim = state.keys.shape
+    shape = (layers, kv_heads, width, head_dim)
+    rows = {
+        "token_id": torch.randint(0, 40, (width,), generator=generator),
+        "position": torch.randint(1000, 1 << 40, (width,), generator=generator),
+        "brightness": torch.rand(width, generator=generator),
+        "surprise": torch.rand(width, generator=generator),
+        "novelty": torch.rand(width, generator=generator),
+        "source": torch.randint(0, 5, (width,), generator=generator, dtype=torch.uint8),
+        "born": torch.randint(0, 99, (width,), generator=generator),
+        "lit": torch.randint(0, 99, (width,), generator=generator),
+        "pinned": torch.randint(0, 2, (width,), generator=generator).bool(),
+    }
+    updated = ("brightness", "lit", "novelty", "pinned")
+    return Plan(
+        keys=torch.randn(shape, generator=generator).to(state.keys.dtype),
+        values=torch.randn(shape, generator=generator).to(state.keys.dtype),
+        rows=rows,
+        length=torch.tensor(length),
+        cull=torch.zeros_like(state.valid),
+        updates={name: getattr(state, name).clone() for name in updated},
+        cursor=Cursor(*(tensor.clone() for tensor in cursor)),
+        erase=torch.full((width,), NOWHERE),
+    )
+
+
+def of_a_tick(plan: Plan) -> Plan:
+    """The plan as a tick has it: it pins and erases nothing."""
+    updates = {name: updated for name, updated in plan.updates.items() if name != "pinned"}
+    return plan._replace(updates=updates, erase=None)
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """Every byte of a tensor."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def digest(*tensors: Tensor) -> str:
+    """One hash of every byte of all of them."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(raw_bytes(tensor))
+    return whole.hexdigest()
