@@ -82,7 +82,15 @@ def _takes_packed(x: Tensor, weight: Int8) -> bool:
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
-    """``x @ weight.T``: [T, in] × [out, in] → [T, out], in x's dtype."""
+    """Computes ``x @ weight.T`` in the form that is fastest for this device and this many rows.
+
+    Args:
+        x: [T, in] in the model's dtype.
+        weight: [out, in] in the same dtype, or in eight bits.
+
+    Returns:
+        [T, out] in the dtype of ``x``.
+    """
     if isinstance(weight, Int8):
         # Eight bits are exact in every floating dtype; the scale comes after the sum.
         if _streams_eight_bits(x):
@@ -104,7 +112,7 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 
 
 def embed(tokens: Tensor, embedding: Matrix) -> Tensor:
-    """Rows of the embedding: ``tokens`` [T] int64 → [T, hidden] float32."""
+    """Looks the tokens' rows of the embedding up: [T] int64 → [T, hidden] float32."""
     if isinstance(embedding, Int8):
         rows = F.embedding(tokens, embedding.values).float()
         return rows * embedding.scale[tokens][:, None]

@@ -136,9 +136,15 @@ def layer_weights(weights: Weights, layer: int) -> LayerWeights:
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation in float32, returned in the dtype of ``gain``.
+    """Normalises by the root mean square, in float32 (Zhang & Sennrich 2019).
 
-    ``x`` [T, hidden] float32, ``gain`` [hidden] → [T, hidden].
+    Args:
+        x: [T, hidden] float32.
+        gain: [hidden] in the model's dtype.
+        eps: Added to the mean square.
+
+    Returns:
+        [T, hidden] in the dtype of ``gain``.
     """
     scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)  # [T, 1]
     return (x * scale).to(gain.dtype) * gain

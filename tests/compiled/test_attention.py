@@ -207,10 +207,10 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
 
 
 @pytest.mark.parametrize("bucket", [0, 6])
-@pytest.mark.parametrize("slab", [1, 4, 11, 50])
-def test_slabs_are_the_whole(bucket: int, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [1, 4, 11, 50])
+def test_tiles_are_the_whole(bucket: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many queries attend at a time, and whether what they cannot see is computed."""
-    generator = torch.Generator().manual_seed(slab)
+    generator = torch.Generator().manual_seed(tile)
     tokens, length = 11, 9
     query = torch.randn(tokens, 4, 8, generator=generator)
     keys, values = torch.randn(2, 2, bucket, 8, generator=generator)
@@ -221,7 +221,7 @@ def test_slabs_are_the_whole(bucket: int, slab: int, monkeypatch: pytest.MonkeyP
     tensors = (query, keys, values, new_keys, new_values, visible)
     monkeypatch.setattr(compiled.attention, "TILE", 1000)
     whole, mass = attend(*tensors)
-    monkeypatch.setattr(compiled.attention, "TILE", slab)
+    monkeypatch.setattr(compiled.attention, "TILE", tile)
     per_query = attend_per_query(*tensors)
     # Padding sees rows behind it or does not; nobody looks at what it makes of them.
     for attended, parts in (attend(*tensors), per_query, attend_causally(*tensors)):
