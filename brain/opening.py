@@ -21,8 +21,8 @@ from brain.files import given_path
 from brain.machine.cpu_operator import begin_native_decoder
 from brain.policies import CustomPolicy, custom_policy
 from brain.saves import read_description
+from compiled.capture import prepared
 from compiled.choose import KeepScore
-from compiled.compiler import prepared
 from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 MOST_THREADS = 1024

@@ -2,9 +2,9 @@
 
 import sys
 
-import torch
 from tqdm import tqdm
 
+from compiled import torch_private
 from compiled.graphs import Graphs
 
 
@@ -26,7 +26,7 @@ def capture_graphs(graphs: Graphs, *, edits: bool = True) -> None:
         return
     total = len(graphs.expected(edits=edits))
     # Collecting garbage after every graph would take a seventh of a second each and find nothing.
-    no_collection = torch._dynamo.config.patch(run_gc_after_compile=False)
+    no_collection = torch_private.without_collection()
     with no_collection, tqdm(total=total, desc="capturing graphs", unit="graph") as bar:
         started = False
         for name in graphs.warm_up(edits=edits):

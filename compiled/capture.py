@@ -1,8 +1,11 @@
-"""One function, captured as one graph: compiled when it is first called, and never again."""
+"""One function, one graph, one compilation."""
 
+import functools
+import importlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from threading import Thread
 from types import FunctionType
 from typing import Any
 
@@ -10,129 +13,138 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from compiled.compiler import prepared
+from compiled import torch_private
 
 
-@dataclass
-class Capture:
-    """One captured graph and its history."""
+class Graph:
+    """A function, compiled when it is first called and never again: ``fullgraph``, no dynamic
+    shapes, and in CUDA-graph mode on CUDA. A second compilation is an error.
 
-    name: str
-    seconds: float = 0.0  # wall time of all its compilations
-    modules: list[GraphModule] = field(default_factory=list)  # one for each compilation
+    Later calls enter the graph without Dynamo's guards, which cost more than a patch: the tensors
+    that a graph is bound to never change, and its name fixes the shape of the others. The graph
+    itself asserts the sizes of all of them. On a CPU they enter it directly: what
+    ``torch.compile`` does around a call (to find the code that belongs to it, to keep modes of
+    dispatch and tracing as they were) takes 0.1 ms of a tick of three graphs, and is of no use
+    where there is one piece of code for ever, and nothing else is ever traced within.
+
+    Attributes:
+        name: Of the graph, unique among those of a brain.
+        is_direct: Whether calls enter the graph directly.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], device: torch.device) -> None:
+        """Names what is to be compiled. Costs nothing: nothing is imported or compiled yet.
+
+        Args:
+            name: See the attribute.
+            function: What is compiled: of tensors, and tuples of them, alone.
+            device: Where the tensors are.
+        """
+        self.name = name
+        self.is_direct = False
+        self._function, self._device = function, device
+        # PyTorch keeps the backend with the code, out of the garbage collector's sight. So the
+        # backend knows this list, not the graph.
+        self._made: list[tuple[GraphModule, float]] = []
+        self._compiled: Callable[..., Any] | None = None  # holds the code that is entered
+        self._enter: Callable[..., Any] = self._first_call
+
+    @property
+    def modules(self) -> list[GraphModule]:
+        """What Dynamo traced: one module for each compilation."""
+        return [module for module, _ in self._made]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all compilations."""
+        return sum(seconds for _, seconds in self._made)
 
     @property
     def compilations(self) -> int:
-        """How often it was compiled: 1 after warm-up, for ever."""
-        return len(self.modules)
+        """How often the function was compiled: 1 after warm-up, for ever."""
+        return len(self._made)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function of these arguments, by its graph."""
+        return self._enter(*arguments)
+
+    def _first_call(self, *arguments: Any) -> Any:
+        """Compiles, and lets later calls enter what was made."""
+        call = _own_code(self.name, self._function)
+        strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
+        compiled: Callable[..., Any] = torch.compile(
+            call,
+            fullgraph=True,
+            dynamic=False,
+            backend=_backend(self._made, self._device),
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+            **strict,
+        )
+        returned = compiled(*arguments)
+        self._compiled = self._enter = compiled
+        if self._device.type == "cpu":
+            made = torch_private.compiled_codes(call.__code__)
+            if len(made) == 1:
+                given = (call.__globals__, call.__name__, call.__defaults__, call.__closure__)
+                self._enter = FunctionType(made[0], *given)
+                self.is_direct = True
+        return returned
 
 
-def captured(
-    function: Callable[..., Any], capture: Capture, device: torch.device
-) -> Callable[..., Any]:
-    """The function, compiled on its first call: ``fullgraph``, no dynamic shapes, and in CUDA-graph
-    mode on CUDA. Every compilation is recorded in ``capture``; a second one is an error.
-
-    Later calls enter the graph at once, without Dynamo's guards, which cost more than a patch: the
-    tensors that a graph is bound to never change, and its name fixes the shape of the others. The
-    graph itself asserts the sizes of all of them.
+def _own_code(name: str, function: Callable[..., Any]) -> FunctionType:
+    """The function, called by code that nobody else has: Dynamo keeps with a function's code what
+    it makes of it, and that is to be one graph.
     """
-    import torch._inductor.test_operators
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    options = list_mode_options("reduce-overhead") if device.type == "cuda" else {}
-    # To see whether its precompiled headers still hold, Inductor preprocesses them at every start.
-    options = {**options, "cpp_cache_precompile_headers": False}
-
-    def inductor(module: GraphModule, inputs: list[Tensor]) -> Any:
-        start = time.perf_counter()
-        if device.type == "cpu":
-            prepared().result()
-        compiled_module = compile_fx(module, inputs, config_patches=options)
-        capture.seconds += time.perf_counter() - start
-        capture.modules.append(module)
-        return compiled_module
 
     def call(*arguments: Any) -> Any:
         return function(*arguments)
 
-    # Code of its own: Dynamo keeps what it makes with the code, and this is to be the only thing.
-    call.__code__ = call.__code__.replace(co_name=f"{call.__name__} {capture.name}")
-    strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
-    compiled: Callable[..., Any] = torch.compile(
-        call,
-        fullgraph=True,
-        dynamic=False,
-        backend=inductor,
-        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-        **strict,
-    )
-    return _Entered(call, compiled) if device.type == "cpu" else compiled
+    assert isinstance(call, FunctionType)
+    call.__code__ = call.__code__.replace(co_name=f"{call.__name__} {name}")
+    return call
 
 
-class _Entered:
-    """A compiled function whose graph is entered directly from its second call on.
+def _backend(
+    made: list[tuple[GraphModule, float]], device: torch.device
+) -> Callable[[GraphModule, list[Tensor]], Any]:
+    """Inductor, noting in ``made`` every module that it compiles and the seconds it took."""
+    inductor = torch_private.inductor(device)
 
-    What ``torch.compile`` does around a call (to find the code that belongs to it, to keep modes of
-    dispatch and tracing as they were) takes 0.1 ms of a tick of three graphs. It is of no use where
-    there is one piece of code for ever, and nothing else is ever traced within.
+    def compile_module(module: GraphModule, inputs: list[Tensor]) -> Any:
+        start = time.perf_counter()
+        if device.type == "cpu":
+            prepared().result()
+        compiled_module = inductor(module, inputs)
+        made.append((module, time.perf_counter() - start))
+        return compiled_module
+
+    return compile_module
+
+
+@functools.cache
+def prepared() -> Future[None]:
+    """Begins to prepare PyTorch's compiler for this processor, beside other work.
+
+    The first call imports the compiler, which takes two seconds, and returns while a thread does
+    what the compiler does once in a process. Nothing is decided here, only when: meanwhile weights
+    are loaded and the first graph is traced.
+    Returns:
+        What to wait for before the compiler is asked to compile.
     """
+    # Imported before the thread begins: two that import could meet half-way in a circle of modules.
+    for name in torch_private.PROBED_WITH:
+        importlib.import_module(name)
+    done: Future[None] = Future()
 
-    def __init__(self, call: Callable[..., Any], compiled: Callable[..., Any]) -> None:
-        assert isinstance(call, FunctionType)
-        self._call = call
-        self._compiled = compiled
-        self._graph: Callable[..., Any] | None = None
+    def probe() -> None:
+        try:
+            torch_private.probe_processor()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
-    @property
-    def is_direct(self) -> bool:
-        """Whether the graph is entered directly."""
-        return self._graph is not None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._graph is not None:
-            return self._graph(*arguments)
-        return self._compile(*arguments)
-
-    def _compile(self, *arguments: Any) -> Any:
-        """The first call."""
-        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-
-        returned = self._compiled(*arguments)
-        made = _debug_get_cache_entry_list(self._call.__code__)
-        if len(made) == 1:
-            call = self._call
-            given = (call.__globals__, call.__name__, call.__defaults__, call.__closure__)
-            self._graph = FunctionType(made[0].code, *given)
-        return returned
-
-
-class Graph:
-    """Stand-in until the merge."""
-
-    def __init__(self, name: str, function: Callable[..., Any], device: torch.device) -> None:
-        self.name, self._function, self._device = name, function, device
-        self._capture = Capture(name)
-        self._enter: Callable[..., Any] | None = None
-
-    @property
-    def compilations(self) -> int:
-        return self._capture.compilations
-
-    @property
-    def seconds(self) -> float:
-        return self._capture.seconds
-
-    @property
-    def modules(self) -> list[GraphModule]:
-        return self._capture.modules
-
-    @property
-    def is_direct(self) -> bool:
-        return bool(getattr(self._enter, "is_direct", False))
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._enter is None:
-            self._enter = captured(self._function, self._capture, self._device)
-        return self._enter(*arguments)
+    # A daemon: whoever is refused meanwhile need not wait for what nobody will ask for.
+    Thread(target=probe, name="compiler", daemon=True).start()
+    importlib.import_module("torch._inductor.compile_fx")
+    return done

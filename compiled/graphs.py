@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiled import torch_private
 from compiled.capture import Graph
 from compiled.choose import Choice, Eviction, Forced, choose
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
 from compiled.patch import make_empty, patch, rebase
 from compiled.plan import Plan, empty_edit
-from compiled.read import AheadReading, Reading, Study, read, read_ahead, study
+from compiled.read import AheadReading, Reading, ScoredPrefill, read, read_ahead, scored_prefill
 from compiled.read_cpu import operator
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.speculate import Accepted, choose_ahead
@@ -154,7 +155,7 @@ class Graphs:
             }
             # Without the mark, replays would copy these into graph memory, cache included.
             for tensor in (*weights.tensors(), *state, *cursor, *sampling):
-                torch._dynamo.mark_static_address(tensor)
+                torch_private.keep_address(tensor)
 
     def _tick_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         lookup = self.spec.lookup
@@ -302,7 +303,7 @@ class Graphs:
         targets: Tensor,
         *,
         high_water: int,
-    ) -> Study:
+    ) -> ScoredPrefill:
         """Reads a text that is to be committed, and scores what follows each of its tokens.
 
         Args:
@@ -318,7 +319,7 @@ class Graphs:
             )
         reading = self.read(tokens, positions, length, high_water=high_water)
         nats = self.surprises(reading.logits, targets)
-        return Study(nats, reading.new_keys, reading.new_values)
+        return ScoredPrefill(nats, reading.new_keys, reading.new_values)
 
     def surprises(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Surprise of the tokens of a captured edit: logits [T, vocab], targets [T] → [T] nats."""
@@ -335,7 +336,7 @@ class Graphs:
                 self.state, self.cursor, self.weights.inverse_frequencies, flag
             )
 
-    def empty_edit(self, width: int, scored: Study | None = None) -> Plan:
+    def empty_edit(self, width: int, scored: ScoredPrefill | None = None) -> Plan:
         """A plan of this brain that changes nothing; see :func:`compiled.plan.empty_edit`."""
         return empty_edit(self.config, self.state, self.cursor, width, scored)
 
@@ -426,7 +427,7 @@ class Graphs:
         yield self.table["surprise", width, 0]
         # Held until the patch is done, as an edit holds it: a CUDA graph remembers what was gone.
         nats = self.surprises(reading.logits, zeros)
-        scored = Study(nats, reading.new_keys, reading.new_values)
+        scored = ScoredPrefill(nats, reading.new_keys, reading.new_values)
         yield self.table["patch edit", width, 0]
         self.patch(self.empty_edit(width, scored))
 
@@ -458,15 +459,15 @@ class Uncaptured:
         targets: Tensor,
         *,
         high_water: int,
-    ) -> Study:
+    ) -> ScoredPrefill:
         """As :meth:`Graphs.scored_prefill`. A few tokens go through the CPU's operator, if any."""
         graphs = self._graphs
         given = (graphs.config, graphs.weights, graphs.state, tokens, positions, length)
         if graphs.decode is None or len(tokens) > graphs.widths[-1]:
-            return study(*given, targets, bucket=high_water)
+            return scored_prefill(*given, targets, bucket=high_water)
         reading = read(*given, bucket=max(1, high_water), decode=graphs.decode)
         nats = surprises(reading.logits, targets)
-        return Study(nats, reading.new_keys, reading.new_values)
+        return ScoredPrefill(nats, reading.new_keys, reading.new_values)
 
     def patch(self, plan: Plan) -> None:
         """Carries a plan out."""

@@ -1,9 +1,9 @@
 """Weights in eight bits: a quarter of float32's bytes, and a token costs what its bytes cost.
 
-Symmetric, one scale for every row of a matrix, which is one output channel: the product of a row is
-made with its integers and scaled once. Where one token is read in a captured graph, or on a CPU in
-bfloat16, no matrix of numbers is ever made of them; elsewhere one is, for the moment. Activations,
-norms and the cache keep their dtype.
+The format is symmetric, with one scale for every row of a matrix, which is one output channel: the
+product of a row is computed with its integers and scaled once. Where one token is read in a
+captured graph, or on a CPU in bfloat16, the integers are never converted as a whole matrix;
+elsewhere they are, for the moment. Activations, norms and the cache keep their dtype.
 """
 
 from typing import NamedTuple
@@ -26,10 +26,15 @@ Matrix = Tensor | Int8
 
 
 def quantize(rows: Tensor) -> Int8:
-    """The nearest eight-bit numbers: ``rows`` [..., out, in] floating → Int8.
+    """Rounds a matrix to the nearest eight-bit numbers.
 
     The largest number of each row becomes ±127, so every number is off by at most half a 127th of
-    that; a row of zeros stays one.
+    that. A row of zeros stays a row of zeros.
+
+    Args:
+        rows: [..., out, in] in any floating dtype.
+    Returns:
+        Values [..., out, in] int8 and scales [..., out] float32.
     """
     exact = rows.float()
     scale = exact.abs().amax(-1) / LARGEST  # [..., out]
@@ -38,14 +43,14 @@ def quantize(rows: Tensor) -> Int8:
 
 
 def dequantize(matrix: Matrix) -> Tensor:
-    """The matrix as numbers: float32 from eight bits, otherwise as it is."""
+    """Returns the matrix in floating point: float32 from eight bits, otherwise as it is."""
     if isinstance(matrix, Int8):
         return matrix.values.float() * matrix.scale[..., None]
     return matrix
 
 
 def part(matrix: Matrix, index: int | slice) -> Matrix:
-    """One of the stacked matrices, or some rows of one: a view."""
+    """Returns a view of one of the stacked matrices, or of some rows of one."""
     if isinstance(matrix, Int8):
         return Int8(matrix.values[index], matrix.scale[index])
     return matrix[index]

@@ -1,12 +1,12 @@
 """Matrix products, expressed the way each device runs them fastest.
 
-Captured reads on a CPU pass this module by: ``native.py`` has an operator for all layers. Where
-that is not to be had, products of one new token are matrix times vector, bound by memory: compiled
-for a CPU, a multiplication followed by a sum becomes one vectorised loop at memory speed, where the
-BLAS call behind ``F.linear`` is tuned for many rows (measured on SmolLM2-135M at 512 tokens in
-context: 2 times faster per token in float32 and bfloat16).
+Captured reads on a CPU do without this module: ``read_cpu.py`` has one operator for all layers.
+Where that is not to be had, a product with one new token is matrix times vector, bound by memory.
+Compiled for a CPU, a multiplication followed by a sum becomes one vectorised loop at memory speed,
+where the BLAS call behind ``F.linear`` is tuned for many rows (measured on SmolLM2-135M at 512
+tokens in context: 2 times faster per token in float32 and bfloat16).
 
-Many rows in float32 go to oneDNN on a CPU, which ``F.linear`` does only in lower precisions: in
+Products with many rows go to oneDNN on a CPU, which ``F.linear`` calls only in lower precisions. In
 float32 it calls MKL, which is half as fast on processors of other makers (measured on an AMD EPYC:
 340 against 160 GFLOP/s). The weights are used as they lie; a reordered copy would be 10% faster and
 a second copy. Everywhere else the plain call is the fast one.
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compiled import torch_private
 from compiled.int8 import Int8, Matrix, dequantize
 
 FEW_ROWS = 16
@@ -44,29 +45,18 @@ def _names_onednn(x: Tensor) -> bool:
         not torch.compiler.is_compiling()  # first: a compiler cannot follow what comes after it
         and x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and (x.dtype == torch.float32 or _is_native_bfloat16(x.dtype))
-        and not torch._C._functorch.is_batchedtensor(x)
+        and (
+            x.dtype == torch.float32
+            or (x.dtype == torch.bfloat16 and torch_private.has_onednn_bfloat16())
+        )
+        and not torch_private.is_batched(x)
     )
-
-
-def _is_native_bfloat16(dtype: torch.dtype) -> bool:
-    """Whether this is bfloat16 and oneDNN has it on this processor."""
-    if dtype != torch.bfloat16:
-        return False
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return supported
 
 
 def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
     """``x @ weight.T + addend`` by a library: [N, in] × [out, in] + [N, out] → [N, out]."""
     if _names_onednn(x):
-        onednn = torch.ops.mkldnn._linear_pointwise
-        product: Tensor
-        if addend is not None:
-            product = onednn.binary(x, addend, weight, None, "add")
-        else:
-            product = onednn(x, weight, None, "none", [], "")
-        return product
+        return torch_private.onednn_linear(x, weight, addend)
     product = F.linear(x, weight)
     return product if addend is None else product + addend
 
@@ -87,41 +77,41 @@ def _takes_packed(x: Tensor, weight: Int8) -> bool:
         and rows % 4 == 0
         and x.is_contiguous()
         and weight.values.is_contiguous()
-        and not torch._C._functorch.is_batchedtensor(x)
+        and not torch_private.is_batched(x)
     )
 
 
-def stored(x: Tensor) -> Tensor:
-    """``x``, written down before it is used. A compiler would rather make it anew for every row of
-    a matrix: a norm with its root, or an exponential, thousands of times. The operation is
-    PyTorch's own (``torch._inductor.test_operators``, which ``capture.py`` imports).
-    """
-    written: Tensor = torch.ops._inductor_test.realize(x)
-    return written
-
-
 def linear(x: Tensor, weight: Matrix) -> Tensor:
-    """``x @ weight.T``: [T, in] × [out, in] → [T, out], in x's dtype."""
+    """Computes ``x @ weight.T`` in the form that is fastest for this device and this many rows.
+
+    Args:
+        x: [T, in] in the model's dtype.
+        weight: [out, in] in the same dtype, or in eight bits.
+    Returns:
+        [T, out] in the dtype of ``x``.
+    """
     if isinstance(weight, Int8):
         # Eight bits are exact in every floating dtype; the scale comes after the sum.
         if _streams_eight_bits(x):
-            row = stored(x.float())
+            row = torch_private.materialise(x.float())
             return ((row * weight.values.float()).sum(-1) * weight.scale).to(x.dtype)[None]
         if x.dtype == torch.float16:  # a sum of unscaled numbers may be more than it can hold
             return _product(x, dequantize(weight).to(x.dtype))
         if _takes_packed(x, weight):
             ones = torch.ones_like(weight.scale, dtype=x.dtype)  # a scale in bfloat16 is too coarse
-            sums = torch._weight_int8pack_mm(x, weight.values, ones)
+            sums = torch_private.int8_linear(x, weight.values, ones)
         else:
             sums = _product(x, weight.values.to(x.dtype))
         return (sums.float() * weight.scale).to(x.dtype)
     if streams_rows(x, x.shape[0]):
-        return (stored(x.float()) * weight.float()).sum(-1).to(weight.dtype)[None]
+        return (
+            (torch_private.materialise(x.float()) * weight.float()).sum(-1).to(weight.dtype)[None]
+        )
     return _product(x, weight)
 
 
-def look_up(tokens: Tensor, embedding: Matrix) -> Tensor:
-    """Rows of the embedding: ``tokens`` [T] int64 → [T, hidden] float32."""
+def embed(tokens: Tensor, embedding: Matrix) -> Tensor:
+    """Looks the tokens' rows of the embedding up: [T] int64 → [T, hidden] float32."""
     if isinstance(embedding, Int8):
         rows = F.embedding(tokens, embedding.values).float()
         return rows * embedding.scale[tokens][:, None]
@@ -129,10 +119,14 @@ def look_up(tokens: Tensor, embedding: Matrix) -> Tensor:
 
 
 def dot_rows(query: Tensor, rows: Tensor, addend: Tensor | None = None) -> Tensor:
-    """Dot product of every query with every row.
+    """Computes the dot product of every query with every row.
 
-    ``query`` [kv_heads, Q, head_dim] × ``rows`` [kv_heads, N, head_dim], plus ``addend`` [Q, N]
-    → [kv_heads, Q, N].
+    Args:
+        query: [kv_heads, Q, head_dim].
+        rows: [kv_heads, N, head_dim].
+        addend: [Q, N], added to the products of every head.
+    Returns:
+        [kv_heads, Q, N].
     """
     if len(query) == 1:
         return _product(query[0], rows[0], addend)[None]
@@ -140,21 +134,30 @@ def dot_rows(query: Tensor, rows: Tensor, addend: Tensor | None = None) -> Tenso
     return products if addend is None else products + addend
 
 
-def mix_rows(shares: Tensor, rows: Tensor) -> Tensor:
-    """Sum of the rows, each weighted by its share, in float32.
+def weighted_rows(probabilities: Tensor, rows: Tensor) -> Tensor:
+    """Sums the rows, each weighted by its probability.
 
-    ``shares`` [kv_heads, Q, N] × ``rows`` [kv_heads, N, head_dim] → [kv_heads, Q, head_dim].
+    Args:
+        probabilities: [kv_heads, Q, N], rounded to the dtype of the rows first.
+        rows: [kv_heads, N, head_dim].
+    Returns:
+        [kv_heads, Q, head_dim] float32.
     """
-    shares = shares.to(rows.dtype)
-    if len(shares) == 1:
-        return _product(shares[0], rows[0].T)[None].float()
-    return torch.bmm(shares, rows).float()
+    probabilities = probabilities.to(rows.dtype)
+    if len(probabilities) == 1:
+        return _product(probabilities[0], rows[0].T)[None].float()
+    return torch.bmm(probabilities, rows).float()
 
 
-def sum_rows(shares: Tensor, weights: Tensor) -> Tensor:
-    """Sum over heads and weighted sum over queries, in float32.
+def summed_probabilities(probabilities: Tensor, weights: Tensor) -> Tensor:
+    """Sums over heads, and over queries by their weights.
 
-    ``shares`` [heads, T, N] float32, ``weights`` [T] float32 → [N].
+    Args:
+        probabilities: [heads, T, N] float32.
+        weights: [T] float32.
+    Returns:
+        [N] float32.
     """
-    # One matrix–vector product: no second copy of the shares.
-    return weights.expand(shares.shape[0], -1).reshape(1, -1).matmul(shares.flatten(0, 1))[0]
+    # One matrix–vector product: no second copy of the probabilities.
+    by_head = weights.expand(probabilities.shape[0], -1).reshape(1, -1)
+    return by_head.matmul(probabilities.flatten(0, 1))[0]

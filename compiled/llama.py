@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled.attention import Visibility, attend
+from compiled.attention import Attention, Visibility, attend
 from compiled.int8 import Int8, Matrix, part
 from compiled.linear import linear
 from compiled.rope import RopeScaling, rotate
@@ -136,9 +136,14 @@ def layer_weights(weights: Weights, layer: int) -> LayerWeights:
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation in float32, returned in the dtype of ``gain``.
+    """Normalises by the root mean square, in float32 (Zhang & Sennrich 2019).
 
-    ``x`` [T, hidden] float32, ``gain`` [hidden] → [T, hidden].
+    Args:
+        x: [T, hidden] float32.
+        gain: [hidden] in the model's dtype.
+        eps: Added to the mean square.
+    Returns:
+        [T, hidden] in the dtype of ``gain``.
     """
     scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)  # [T, 1]
     return (x * scale).to(gain.dtype) * gain
@@ -150,7 +155,7 @@ class LayerReading(NamedTuple):
     hidden: Tensor  # [T, hidden] float32
     new_keys: Tensor  # [kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [kv_heads, T, head_dim]
-    mass: Tensor | None  # float32: received by each slot, then by each new token, see ``attend``
+    mass: Tensor | None  # float32: of each slot, then of each new token; see ``attend``
 
 
 def decoder_layer(
@@ -162,15 +167,23 @@ def decoder_layer(
     sin: Tensor,
     visible: Visibility,
     eps: float,
-    text: bool = False,
-    each: bool = False,
+    attention: Attention = attend,
 ) -> LayerReading:
-    """One pre-norm decoder layer over T new tokens and a read-only cache.
+    """Takes T new tokens through one pre-norm decoder layer, against a read-only cache.
 
-    The residual stream ``hidden`` [T, hidden] stays in float32 whatever the weights' dtype:
-    it costs nothing beside the weights and is what keeps low precision close to float32.
-    ``keys``, ``values`` [kv_heads, bucket, head_dim]; ``cos``, ``sin`` [T, head_dim / 2] float32.
-    All dimensions follow from the shapes. ``text``, ``each``: see ``attend``.
+    All dimensions follow from the shapes.
+
+    Args:
+        hidden: [T, hidden] float32, the residual stream. It stays in float32 whatever the weights'
+            dtype: that costs nothing beside the weights and keeps low precision close to float32.
+        weights: Of this layer.
+        keys: [kv_heads, bucket, head_dim], cached, RoPE applied.
+        values: [kv_heads, bucket, head_dim], cached.
+        cos: [T, head_dim / 2] float32, of the new tokens' angles.
+        sin: Of the same shape.
+        visible: Who sees whom.
+        eps: Of the norms.
+        attention: ``attend``, or a form of it with another mass.
     """
     num_tokens = hidden.shape[0]
     num_kv_heads, _, head_dim = keys.shape
@@ -187,9 +200,7 @@ def decoder_layer(
     new_keys = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
-    attended, mass = attend(
-        query, keys, values, new_keys, new_values, visible, text=text, each=each
-    )
+    attended, mass = attention(query, keys, values, new_keys, new_values, visible)
     hidden = hidden + linear(attended, weights.attention_out).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
     gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compiled.llama import LlamaConfig
-from compiled.read import Study
+from compiled.read import ScoredPrefill
 from compiled.state import COLUMNS, NOWHERE, ROW_COLUMNS, Cursor, State
 
 
@@ -54,7 +54,11 @@ def new_rows(width: int, device: torch.device, **given: Tensor) -> dict[str, Ten
 
 
 def empty_edit(
-    config: LlamaConfig, state: State, cursor: Cursor, width: int, scored: Study | None = None
+    config: LlamaConfig,
+    state: State,
+    cursor: Cursor,
+    width: int,
+    scored: ScoredPrefill | None = None,
 ) -> Plan:
     """An edit that changes nothing, to be filled with ``_replace``.
 

@@ -1,28 +1,37 @@
 """The read: step 1, a forward pass of T new tokens against the memory, writing nothing.
 
     read(weights, state, tokens [T], positions [T], length) → Reading
-    study(weights, state, tokens [T], positions [T], length, targets [T]) → Study
+    scored_prefill(weights, state, tokens [T], positions [T], length, targets [T]) → ScoredPrefill
     read_ahead(weights, state, cursor, proposed [T - 1], length) → AheadReading
 
-All are one pass through the layers; they differ in what they ask of it. A read returns every logit;
-a study, for a text that is already written, how surprising each next token of it is; reading ahead,
-for tokens that may or may not be said, the attention of each of them apart.
+All take the tokens through the same layers and differ in what they return. ``read`` returns the
+logits after every token and the attention mass. ``scored_prefill`` is for a text that is already
+written: it returns the surprise of each next token, and no mass. ``read_ahead`` is for tokens that
+may or may not be accepted: it returns the attention mass of each of them apart.
 
-Decode, prefill, re-reading a token that is already remembered and reading "as of" an old
-position are all this one function: the visibility rule of ``attention.py`` makes them so.
-Positions and length are plain input tensors; T and the bucket are the only static numbers, and
-there is one captured graph for each pair of them. In a captured graph on a CPU the layers are one
-operator (``native.py``), elsewhere the functions of ``llama.py``.
+Decode, prefill, re-reading a token that is already remembered and reading "as of" an old position
+are all one function: the visibility rule of ``attention.py`` makes them so. Positions and length
+are plain input tensors. T and the bucket are the only static numbers, and there is one captured
+graph for each pair of them. In a captured graph on a CPU the layers are one operator
+(``read_cpu.py``), elsewhere the functions of ``llama.py``.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled.attention import Visibility, visibility
-from compiled.linear import linear, look_up
+from compiled.attention import (
+    Attention,
+    Visibility,
+    attend,
+    attend_causally,
+    attend_per_query,
+    visibility,
+)
+from compiled.linear import embed, linear
 from compiled.llama import (
     LayerWeights,
     LlamaConfig,
@@ -51,10 +60,8 @@ class Reading(NamedTuple):
     own_mass: Tensor  # [T] float32
 
 
-class Study(NamedTuple):
-    """What a study returns: one number in place of each row of logits, and no mass: a text that is
-    already written is not thought about, only remembered.
-    """
+class ScoredPrefill(NamedTuple):
+    """What a scored prefill returns: one number in place of each row of logits, and no mass."""
 
     surprises: Tensor  # [T] float32, nats: of ``targets[i]`` after token i
     new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
@@ -71,30 +78,137 @@ class AheadReading(NamedTuple):
     own_mass: Tensor  # [T, T] float32: of query i on new token j
 
 
-class _Pass(NamedTuple):
-    """What the layers make of T tokens; of a text, no mass, and of each token apart where that is
-    wanted: [T, bucket + T].
+def read(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    *,
+    bucket: int,
+    decode: Decode | None = None,
+) -> Reading:
+    """Reads T tokens at T positions against the first ``bucket`` slots.
+
+    Args:
+        config: Of the model.
+        weights: Of the model.
+        state: The memory.
+        tokens: [T] int64.
+        positions: [T] int64.
+        length: [] int64, how many of the tokens are asked for. The rest is padding, whose outputs
+            mean nothing.
+        bucket: Slots that are read: past the highest occupied one, and at most the capacity.
+        decode: The operator that stands for the layers, if any.
     """
+    start = _start(weights, state, tokens, positions, length, bucket)
+    if decode is None:
+        nothing = torch.zeros((bucket + len(tokens),), dtype=torch.float32, device=tokens.device)
+        layers = _through_layers(config, weights, state, start, _layer, nothing)
+        decoded = layers.decoded(weights)
+    else:
+        decoded = decode(config, weights, state, *start, per_query=False)
+    mass = decoded.mass / (config.num_layers * config.num_heads)
+    return Reading(
+        logits=decoded.logits,
+        new_keys=decoded.new_keys,
+        new_values=decoded.new_values,
+        mass=F.pad(mass[:bucket], (0, state.capacity - bucket)),
+        own_mass=mass[bucket:],
+    )
 
-    final: Tensor  # [T, hidden] model dtype, normalised: what the head takes
-    new_keys: Tensor  # [layers, kv_heads, T, head_dim]
-    new_values: Tensor  # [layers, kv_heads, T, head_dim]
-    mass: Tensor | None  # [bucket + T] float32, summed over layers, heads and live new tokens
+
+def read_ahead(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    cursor: Cursor,
+    proposed: Tensor,
+    length: Tensor,
+    *,
+    bucket: int,
+    decode: Decode | None = None,
+) -> AheadReading:
+    """Reads the cursor's token and behind it the proposed ones.
+
+    Each of them is read against what it will be read against if the tokens before it are accepted,
+    as long as nothing is forgotten between them.
+
+    Args:
+        config: This, ``weights``, ``state``, ``bucket`` and ``decode`` as for ``read``.
+        weights: See ``read``.
+        state: See ``read``.
+        cursor: Holds the first of the T tokens, and its position.
+        proposed: [T - 1] int64.
+        length: [] int64, how many of the proposed tokens are asked for.
+        bucket: See ``read``.
+        decode: See ``read``.
+    """
+    tokens = torch.cat([cursor.token, proposed])
+    num_tokens = len(tokens)
+    positions = cursor.position + torch.arange(num_tokens, device=tokens.device)
+    start = _start(weights, state, tokens, positions, length + 1, bucket)
+    if decode is None:
+        shape = (num_tokens, bucket + num_tokens)
+        nothing = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
+        layers = _through_layers(config, weights, state, start, _layer_per_query, nothing)
+        decoded = layers.decoded(weights)
+    else:
+        decoded = decode(config, weights, state, *start, per_query=True)
+    mass = decoded.mass / (config.num_layers * config.num_heads)
+    return AheadReading(
+        logits=decoded.logits,
+        new_keys=decoded.new_keys,
+        new_values=decoded.new_values,
+        mass=F.pad(mass[:, :bucket], (0, state.capacity - bucket)),
+        own_mass=mass[:, bucket:] + 0,
+    )
 
 
-@torch.compiler.nested_compile_region
-def _layer(eps: float, text: bool, each: bool, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-    # One region, compiled once and stamped out for every layer. The compiler recognises the
-    # repetition only where everything that goes in and out is a plain tensor or number.
-    hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
-    visible = Visibility(cached, new, live)
-    layer = LayerWeights.from_tensors(weights)
-    reading = decoder_layer(hidden, layer, keys, values, cos, sin, visible, eps, text, each)
-    return tuple(reading)
+def scored_prefill(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    targets: Tensor,
+    *,
+    bucket: int,
+) -> ScoredPrefill:
+    """Reads T tokens of a text as ``read`` does, and scores the token after each.
+
+    No row of logits ever exists as a whole: T may be as large as makes the products fast.
+
+    Args:
+        config: This and all but ``targets`` as for ``read``.
+        weights: See ``read``.
+        state: See ``read``.
+        tokens: In text order.
+        positions: Of which the first ``length`` ascend.
+        length: See ``read``.
+        targets: [T] int64, the token that follows each.
+        bucket: See ``read``.
+    """
+    start = _start(weights, state, tokens, positions, length, bucket)
+    layers = _through_layers(config, weights, state, start, _causal_layer, None)
+    surprises = head_surprises(layers.final, weights.head, targets)
+    return ScoredPrefill(surprises, layers.new_keys, layers.new_values)
+
+
+def trimmed(reading: Reading, length: int) -> Reading:
+    """The reading without its padding: views of the first ``length`` tokens."""
+    return reading._replace(
+        logits=reading.logits[:length],
+        new_keys=reading.new_keys[:, :, :length],
+        new_values=reading.new_values[:, :, :length],
+        own_mass=reading.own_mass[:length],
+    )
 
 
 class _Start(NamedTuple):
-    """What goes into the first layer, and what every layer is told."""
+    """What goes into the first layer, and what every layer is given."""
 
     hidden: Tensor  # [T, hidden] float32
     cos: Tensor  # [T, head_dim / 2]
@@ -108,33 +222,48 @@ def _start(
     """Tokens embedded, positions as angles, and who sees whom."""
     cos, sin = rotation(positions, weights.inverse_frequencies)
     visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
-    return _Start(look_up(tokens, weights.embedding), cos, sin, visible)
+    return _Start(embed(tokens, weights.embedding), cos, sin, visible)
 
 
-def _pass(
+class _Layers(NamedTuple):
+    """What the layers make of T tokens."""
+
+    final: Tensor  # [T, hidden] model dtype, normalised: what the head takes
+    new_keys: Tensor  # [layers, kv_heads, T, head_dim]
+    new_values: Tensor  # [layers, kv_heads, T, head_dim]
+    mass: Tensor | None  # float32, summed over layers and heads
+
+    def decoded(self, weights: Weights) -> Decoded:
+        """With the logits: what the operator returns."""
+        assert self.mass is not None
+        logits = linear(self.final, weights.head).float()
+        return Decoded(logits, self.new_keys, self.new_values, self.mass)
+
+
+def _through_layers(
     config: LlamaConfig,
     weights: Weights,
     state: State,
-    tokens: Tensor,
-    positions: Tensor,
-    length: Tensor,
-    bucket: int,
-    *,
-    text: bool = False,
-    each: bool = False,
-) -> _Pass:
-    """From token ids to what the head takes."""
-    hidden, cos, sin, visible = _start(weights, state, tokens, positions, length, bucket)
+    start: _Start,
+    layer_of: Callable[..., Any],
+    mass: Tensor | None,
+) -> _Layers:
+    """Takes T tokens through all layers.
+
+    Args:
+        config: This, ``weights`` and ``state`` as for ``read``.
+        weights: See ``read``.
+        state: See ``read``.
+        start: The first layer's input.
+        layer_of: One of the regions below.
+        mass: Zeros of the shape of a layer's attention mass; None where layers have none.
+    """
+    hidden, cos, sin, visible = start
+    bucket = visible.cached.shape[1]
     keys, values = [], []
-    mass = None
-    if not text:
-        shape = (len(tokens),) * each + (bucket + len(tokens),)
-        mass = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     for layer in range(config.num_layers):
-        hidden, key, value, layer_mass = _layer(
+        hidden, key, value, layer_mass = layer_of(
             config.rms_norm_eps,
-            text,
-            each,
             hidden,
             cos,
             sin,
@@ -152,117 +281,25 @@ def _pass(
     new_values = torch.stack(values)
     values.clear()
     final = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
-    return _Pass(final, new_keys, new_values, mass)
+    return _Layers(final, new_keys, new_values, mass)
 
 
-def _decoded(
-    config: LlamaConfig,
-    weights: Weights,
-    state: State,
-    tokens: Tensor,
-    positions: Tensor,
-    length: Tensor,
-    bucket: int,
-    decode: Decode | None,
-    *,
-    each: bool = False,
-) -> Decoded:
-    """From token ids to logits, by the layers or by the operator that does the same; the mass is a
-    mean over layers and heads.
+def _region(attention: Attention) -> Any:
+    """``decoder_layer`` with this attention as one region, compiled once and stamped out for every
+    layer. The compiler recognises the repetition only where all that goes in and out is a plain
+    tensor or number.
     """
-    inputs = (state, tokens, positions, length)
-    if decode is None:
-        final, new_keys, new_values, mass = _pass(config, weights, *inputs, bucket, each=each)
-        assert mass is not None
-        decoded = Decoded(linear(final, weights.head).float(), new_keys, new_values, mass)
-    else:
-        decoded = decode(config, weights, state, *_start(weights, *inputs, bucket), each)
-    return decoded._replace(mass=decoded.mass / (config.num_layers * config.num_heads))
+
+    @torch.compiler.nested_compile_region
+    def layer(eps: float, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
+        visible = Visibility(cached, new, live)
+        of_layer = LayerWeights.from_tensors(weights)
+        return tuple(
+            decoder_layer(hidden, of_layer, keys, values, cos, sin, visible, eps, attention)
+        )
+
+    return layer
 
 
-def read(
-    config: LlamaConfig,
-    weights: Weights,
-    state: State,
-    tokens: Tensor,
-    positions: Tensor,
-    length: Tensor,
-    *,
-    bucket: int,
-    decode: Decode | None = None,
-) -> Reading:
-    """Reads T tokens at T positions against the first ``bucket`` slots.
-
-    ``tokens``, ``positions`` [T] int64; ``length`` [] int64, how many of them are asked for (the
-    rest is padding, whose outputs mean nothing). ``bucket`` must reach past the highest occupied
-    slot and is at most the capacity. ``decode`` is the operator that stands for the layers, if any.
-    """
-    inputs = (state, tokens, positions, length)
-    logits, new_keys, new_values, mass = _decoded(config, weights, *inputs, bucket, decode)
-    return Reading(
-        logits=logits,
-        new_keys=new_keys,
-        new_values=new_values,
-        mass=F.pad(mass[:bucket], (0, state.capacity - bucket)),
-        own_mass=mass[bucket:],
-    )
-
-
-def study(
-    config: LlamaConfig,
-    weights: Weights,
-    state: State,
-    tokens: Tensor,
-    positions: Tensor,
-    length: Tensor,
-    targets: Tensor,
-    *,
-    bucket: int,
-) -> Study:
-    """Reads T tokens that are followed by ``targets`` [T] int64, as ``read`` does but for the mass.
-
-    They come in text order: the positions of the first ``length`` ascend. No row of logits ever
-    exists as a whole: T may be as large as makes the products fast.
-    """
-    inputs = (state, tokens, positions, length)
-    final, new_keys, new_values, _ = _pass(config, weights, *inputs, bucket, text=True)
-    return Study(head_surprises(final, weights.head, targets), new_keys, new_values)
-
-
-def read_ahead(
-    config: LlamaConfig,
-    weights: Weights,
-    state: State,
-    cursor: Cursor,
-    proposed: Tensor,
-    length: Tensor,
-    *,
-    bucket: int,
-    decode: Decode | None = None,
-) -> AheadReading:
-    """Reads the cursor's token and behind it ``proposed`` [T - 1] int64, of which ``length`` []
-    int64 are asked for: what each of them is read against is what it will be read against if the
-    tokens before it are said, as long as nothing is forgotten between them.
-    """
-    tokens = torch.cat([cursor.token, proposed])
-    positions = cursor.position + torch.arange(len(tokens), device=tokens.device)
-    inputs = (state, tokens, positions, length + 1)
-    decoded = _decoded(config, weights, *inputs, bucket, decode, each=True)
-    logits, new_keys, new_values, mass = decoded
-    return AheadReading(
-        logits=logits,
-        new_keys=new_keys,
-        new_values=new_values,
-        mass=F.pad(mass[:, :bucket], (0, state.capacity - bucket)),
-        own_mass=mass[:, bucket:] + 0,
-    )
-
-
-def trimmed(reading: Reading, length: int) -> Reading:
-    """The reading without its padding: views of the first ``length`` tokens."""
-    return reading._replace(
-        logits=reading.logits[:length],
-        new_keys=reading.new_keys[:, :, :length],
-        new_values=reading.new_values[:, :, :length],
-        own_mass=reading.own_mass[:length],
-    )
+_layer, _layer_per_query, _causal_layer = map(_region, (attend, attend_per_query, attend_causally))

@@ -4,7 +4,7 @@
 // lies between two products (norms, rotation, softmax) is done by every thread for itself, because
 // that takes less time than waiting for another to do it. Threads wait for each other five times a
 // layer. The twin in PyTorch, and the meaning of every step, is `decoder_layer` in llama.py;
-// `native.py` calls this, and brain/machine/cpu_operator.py has it built.
+// `read_cpu.py` calls this, and brain/machine/cpu_operator.py has it built.
 //
 // Numbers are float32 wherever they are not stored: a matrix, the cache and what the twin rounds
 // are in the model's dtype. Vectors are the compiler's own (GCC, Clang); only conversions, sums of
@@ -87,7 +87,7 @@ inline float number(BFloat16 x) {
 
 inline void narrow(float x, float* to) { *to = x; }
 
-// To the nearest, ties to even; what is no number stays none.
+// To the nearest, ties to even; NaN stays NaN.
 inline void narrow(float x, BFloat16* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -169,7 +169,7 @@ inline Floats sums(const Floats* vectors) {
 // e^x for x <= 0, to some 2 units in the last place; 0 where float32 has no normal number for it.
 inline float exponential(float x) {
   constexpr float LEAST = -87.0f;
-  const float clamped = x > LEAST ? x : LEAST;  // what is no number, too: it has no integer
+  const float clamped = x > LEAST ? x : LEAST;  // NaN, too: it has no integer
   const float turns = std::nearbyint(clamped * 1.44269504f);
   const float rest = (clamped - turns * 0.693145752f) - turns * 1.42860677e-6f;
   float series = 1.0f / 5040;
@@ -361,7 +361,7 @@ inline void multiply(const Weight* matrix, const Factor* x, int64_t x_stride, in
 
 }  // namespace
 
-// Filled in by native.py: the order and width of the fields are a contract between the two.
+// Filled in by read_cpu.py: the order and width of the fields are a contract between the two.
 struct Matrix {
   const void* values;
   const float* scale;  // of every row, where the values are bytes; otherwise null
@@ -370,7 +370,7 @@ struct Matrix {
 struct Decode {
   int64_t layers, hidden_size, intermediate, heads, kv_heads, head_dim, vocab;
   int64_t tokens, capacity, bucket;
-  int64_t each;  // whether every token's attention mass is wanted apart
+  int64_t per_query;  // whether the attention mass of every token is wanted apart
   double eps;
   const void* attention_norm;  // [layers, hidden]
   const void* mlp_norm;        // [layers, hidden]
@@ -381,14 +381,14 @@ struct Decode {
   float* hidden;       // [T, hidden], written over
   const float* cos;    // [T, head_dim / 2]
   const float* sin;
-  const uint8_t* cached;  // [T, bucket]
-  const uint8_t* fresh;   // [T, T]: who of the new tokens sees whom
+  const uint8_t* visible_cached;  // [T, bucket]
+  const uint8_t* visible_new;     // [T, T]
   const float* live;      // [T]
   float* logits;          // [T, vocab]
   void* new_keys;         // [layers, kv_heads, T, head_dim]
   void* new_values;       // [layers, kv_heads, T, head_dim]
-  float* mass;            // [each ? T : 1, bucket + T], zeros before
-  float* workspace;       // see native.py
+  float* mass;            // [per_query ? T : 1, bucket + T], zeros before
+  float* workspace;       // see read_cpu.py
   int64_t threads;        // at most
 };
 
@@ -416,9 +416,9 @@ struct Shared {
   int64_t blocks;
   float* most;         // [blocks, heads * T]: of the scores
   float* total;        // [blocks, heads * T]: of their exponentials
-  float* mixed;        // [blocks, heads * T, head_dim]
+  float* weighted;     // [blocks, heads * T, head_dim]: values by their weights
   float* scores;       // [heads * T, slots of the first block], then of the next
-  float* mass;         // the same, [each ? T : 1, slots]
+  float* mass;         // the same, [per_query ? T : 1, slots]
 };
 
 constexpr int64_t MOST_BLOCKS = 32, SHORTEST_BLOCK = 64;  // so many threads can attend
@@ -433,9 +433,9 @@ Shared shared_of(const Decode& d, Slices& slices) {
   shared.activated = slices.take(d.tokens * d.intermediate);
   shared.most = slices.take(blocks * queries);
   shared.total = slices.take(blocks * queries);
-  shared.mixed = slices.take(blocks * queries * d.head_dim);
+  shared.weighted = slices.take(blocks * queries * d.head_dim);
   shared.scores = slices.take(queries * d.bucket);
-  shared.mass = slices.take((d.each ? d.tokens : 1) * d.bucket);
+  shared.mass = slices.take((d.per_query ? d.tokens : 1) * d.bucket);
   return shared;
 }
 
@@ -447,7 +447,7 @@ struct Own {
   Input<Real>* query;  // [heads, T, head_dim]
   Input<Real>* key;    // [kv_heads, T, head_dim]
   float* value;        // [kv_heads, T, head_dim]
-  float* own;          // [heads, T, T]: shares of the new tokens
+  float* new_weights;  // [heads, T, T]: of the new tokens
   float* attended;     // [head_dim]
   float *gates, *ups;  // [T, GATES]
 };
@@ -460,7 +460,7 @@ Own<Real> own_of(const Decode& d, Slices& slices) {
   own.query = inputs(d.heads * d.tokens * d.head_dim);
   own.key = inputs(d.kv_heads * d.tokens * d.head_dim);
   own.value = slices.take(d.kv_heads * d.tokens * d.head_dim);
-  own.own = slices.take(d.heads * d.tokens * d.tokens);
+  own.new_weights = slices.take(d.heads * d.tokens * d.tokens);
   own.attended = slices.take(d.head_dim);
   own.gates = slices.take(d.tokens * GATES);
   own.ups = slices.take(d.tokens * GATES);
@@ -479,6 +479,118 @@ int64_t own_size(const Decode& d) {
   own_of<Real>(d, counted);
   return counted.used;
 }
+
+// Who does what: rows of matrices, and blocks of slots below.
+struct Team {
+  int64_t thread, threads;
+  // Rows in pairs, as they are multiplied: however many threads there are, sums are the same.
+  int64_t begin(int64_t rows) const { return (rows + 1) / 2 * thread / threads * 2; }
+  int64_t end(int64_t rows) const {
+    return std::min((rows + 1) / 2 * (thread + 1) / threads * 2, rows);
+  }
+};
+
+inline int64_t queries_of(const Decode& d) { return d.heads * d.tokens; }
+inline int64_t masses_of(const Decode& d) { return d.per_query ? d.tokens : 1; }
+inline int64_t qkv_rows_of(const Decode& d) { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
+inline float score_scale(const Decode& d) { return 1.0f / std::sqrt(float(d.head_dim)); }
+
+// Norm --------------------------------------------------------------------------------------------
+//
+// x = hidden / sqrt(mean(hidden^2) + eps) * gain, for every token. Twin: `rms_norm` in llama.py.
+
+template <class Real>
+void norm(const Decode& d, const void* gains, int64_t layer, Input<Real>* x) {
+  const Real* gain = static_cast<const Real*>(gains) + layer * d.hidden_size;
+  for (int64_t t = 0; t < d.tokens; ++t) {
+    const float* hidden = d.hidden + t * d.hidden_size;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < d.hidden_size; ++i) squares += hidden[i] * hidden[i];
+    const float factor = 1.0f / std::sqrt(squares / d.hidden_size + float(d.eps));
+    Input<Real>* out = x + t * d.hidden_size;
+#pragma omp simd
+    for (int64_t i = 0; i < d.hidden_size; ++i)
+      hold<Real>(rounded<Real>(hidden[i] * factor) * number(gain[i]), out + i);
+  }
+}
+
+// Matrix products ---------------------------------------------------------------------------------
+//
+// out[t, row] = sum_i weight[row, i] * x[t, i], times the row's scale where weights are bytes, as
+// the model's dtype holds it. Each thread makes some rows. Twin: `linear` in linear.py.
+
+template <class Weight>
+inline const Weight* matrix(const Matrix& m, int64_t layer, int64_t rows, int64_t columns) {
+  return static_cast<const Weight*>(m.values) + layer * rows * columns;
+}
+inline const float* scale(const Matrix& m, int64_t layer, int64_t rows) {
+  return m.scale ? m.scale + layer * rows : nullptr;
+}
+
+template <class Real, class Weight, bool ADDS>
+void linear(const Decode& d, const Team& team, const Matrix& m, int64_t layer, int64_t rows,
+            int64_t columns, const Input<Real>* x, float* to) {
+  multiply(matrix<Weight>(m, layer, rows, columns), x, columns, columns, d.tokens, team.begin(rows),
+           team.end(rows), Rows<Real, ADDS>{to, rows, scale(m, layer, rows)});
+}
+
+// The first rows that this thread will read of a matrix, before it waits for the others.
+template <class Weight>
+void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) {
+  const Weight* from = matrix<Weight>(m, layer, rows, columns) + row * columns;
+  const char* start = reinterpret_cast<const char*>(from);
+  for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 0);
+}
+
+// Rotation ----------------------------------------------------------------------------------------
+//
+// (x[i], x[i + half]) = (x[i] cos - x[i + half] sin, x[i + half] cos + x[i] sin), by the angles of
+// the token's position. Twin: `rotate` in rope.py.
+
+template <class Real>
+void rotate(const Decode& d, const float* from, int64_t t, Input<Real>* to) {
+  const int64_t half = d.head_dim / 2;
+  const float *cos = d.cos + t * half, *sin = d.sin + t * half;
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    hold<Real>(from[i] * cos[i] - from[i + half] * sin[i], to + i);
+    hold<Real>(from[i + half] * cos[i] + from[i] * sin[i], to + i + half);
+  }
+}
+
+// The packed projection apart: queries [heads, T, head_dim] and keys [kv_heads, T, head_dim],
+// rotated, and values, as many.
+template <class Real>
+void split(const Decode& d, const float* projected, const Own<Real>& own) {
+  for (int64_t t = 0; t < d.tokens; ++t) {
+    const float* from = projected + t * qkv_rows_of(d);
+    for (int64_t h = 0; h < d.heads; ++h, from += d.head_dim)
+      rotate<Real>(d, from, t, own.query + (h * d.tokens + t) * d.head_dim);
+    for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
+      rotate<Real>(d, from, t, own.key + (h * d.tokens + t) * d.head_dim);
+    for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
+      std::memcpy(own.value + (h * d.tokens + t) * d.head_dim, from, sizeof(float) * d.head_dim);
+  }
+}
+
+// Keys and values of the new tokens, for whoever remembers them.
+template <class Real>
+void return_new_rows(const Decode& d, int64_t layer, const Own<Real>& own) {
+  const int64_t size = d.kv_heads * d.tokens * d.head_dim;
+  Real* keys = static_cast<Real*>(d.new_keys) + layer * size;
+  Real* values = static_cast<Real*>(d.new_values) + layer * size;
+  for (int64_t i = 0; i < size; ++i) {
+    narrow(number(own.key[i]), keys + i);
+    narrow(own.value[i], values + i);
+  }
+}
+
+// Attention over the cache, block by block ---------------------------------------------------------
+//
+// Of every block b of slots and every query: m_b = max_s score_s, with score_s = q · k_s /
+// sqrt(head_dim), w_s = e^(score_s - m_b), total_b = sum_s w_s and sum_s w_s v_s. Twin: the cached
+// half of `_attend_tile` in attention.py.
 
 // Rows of the cache in the order in which a thread reads them, of one key head after another.
 template <class Real>
@@ -501,110 +613,38 @@ struct Scores {
   }
 };
 
-template <class Real, class Weight>
-struct Worker : Own<Real> {
-  using Own<Real>::x, Own<Real>::query, Own<Real>::key, Own<Real>::value, Own<Real>::own,
-      Own<Real>::attended, Own<Real>::gates, Own<Real>::ups;
+// Some of the slots that are seen, and what is kept of them.
+struct Block {
+  const int32_t* slots;
+  int64_t length;
+  float* scores;  // [heads * T, length], then e^(score - most)
+  float* mass;    // [per_query ? T : 1, length], over all layers
+};
+
+inline Block block_of(const Decode& d, const Shared& shared, int64_t index) {
+  const int64_t first = index * shared.span;
+  const int64_t last = std::min(first + shared.span, shared.num_seen);
+  return {shared.seen + first, last - first, shared.scores + queries_of(d) * first,
+          shared.mass + masses_of(d) * first};
+}
+
+// The blocks of one thread.
+template <class Real>
+struct Blocks {
   const Decode& d;
   const Shared& shared;
-  int64_t thread, threads;
-  int64_t first_block, last_block;  // of this thread
-  int64_t first, last;              // of the slots that are seen: those of one block
-  float *scores, *mass;             // theirs
-  int64_t first_seen, num_seen;     // of the slots that are seen: those of all this thread's blocks
+  int64_t begin, end;            // of the blocks
+  int64_t first_seen, num_seen;  // of the slots that are seen: those of all these blocks
   Walk<Real> keys_ahead, values_ahead;
 
-  int64_t queries() const { return d.heads * d.tokens; }
-  int64_t qkv_rows() const { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
-  // Rows in pairs, as they are multiplied: however many threads there are, sums are the same.
-  int64_t begin(int64_t size) const { return (size + 1) / 2 * thread / threads * 2; }
-  int64_t end(int64_t size) const {
-    return std::min((size + 1) / 2 * (thread + 1) / threads * 2, size);
-  }
-
-  Worker(const Decode& d, const Shared& shared, int64_t thread, int64_t threads,
-         const Own<Real>& own)
-      : Own<Real>(own), d(d), shared(shared), thread(thread), threads(threads) {
-    first_block = shared.blocks * thread / threads;
-    last_block = shared.blocks * (thread + 1) / threads;
-    for (int64_t block = first_block; block < last_block; ++block) {
-      enter(block);
-      std::memset(mass, 0, sizeof(float) * masses() * (last - first));
-    }
-    first_seen = std::min(first_block * shared.span, shared.num_seen);
-    num_seen = std::min(last_block * shared.span, shared.num_seen) - first_seen;
-  }
-
-  float score_scale() const { return 1.0f / std::sqrt(float(d.head_dim)); }
-  int64_t masses() const { return d.each ? d.tokens : 1; }
-
-  void enter(int64_t block) {
-    first = block * shared.span;
-    last = std::min(first + shared.span, shared.num_seen);
-    scores = shared.scores + queries() * first;
-    mass = shared.mass + masses() * first;
-  }
-
-  const Weight* matrix(const Matrix& m, int64_t layer, int64_t rows, int64_t columns) const {
-    return static_cast<const Weight*>(m.values) + layer * rows * columns;
-  }
-  const float* scale(const Matrix& m, int64_t layer, int64_t rows) const {
-    return m.scale ? m.scale + layer * rows : nullptr;
-  }
-
-  // Root-mean-square norm of the hidden state into x.
-  void norm(const void* gains, int64_t layer) {
-    const Real* gain = static_cast<const Real*>(gains) + layer * d.hidden_size;
-    for (int64_t t = 0; t < d.tokens; ++t) {
-      const float* hidden = d.hidden + t * d.hidden_size;
-      float squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < d.hidden_size; ++i) squares += hidden[i] * hidden[i];
-      const float factor = 1.0f / std::sqrt(squares / d.hidden_size + float(d.eps));
-      Input<Real>* out = x + t * d.hidden_size;
-#pragma omp simd
-      for (int64_t i = 0; i < d.hidden_size; ++i)
-        hold<Real>(rounded<Real>(hidden[i] * factor) * number(gain[i]), out + i);
-    }
-  }
-
-  void project(int64_t layer) {
-    const int64_t rows = qkv_rows();
-    const Rows<Real, false> into{shared.projected, rows, scale(d.qkv, layer, rows)};
-    multiply(matrix(d.qkv, layer, rows, d.hidden_size), x, d.hidden_size, d.hidden_size, d.tokens,
-             begin(rows), end(rows), into);
-  }
-
-  // One head's vector, rotated by its position's angles.
-  void rotate(const float* from, int64_t t, Input<Real>* to) const {
-    const int64_t half = d.head_dim / 2;
-    const float *cos = d.cos + t * half, *sin = d.sin + t * half;
-#pragma omp simd
-    for (int64_t i = 0; i < half; ++i) {
-      hold<Real>(from[i] * cos[i] - from[i + half] * sin[i], to + i);
-      hold<Real>(from[i + half] * cos[i] + from[i] * sin[i], to + i + half);
-    }
-  }
-
-  // Queries [heads, T, head_dim] and keys [kv_heads, T, head_dim], rotated; values, as many.
-  void split(int64_t layer) {
-    for (int64_t t = 0; t < d.tokens; ++t) {
-      const float* from = shared.projected + t * qkv_rows();
-      for (int64_t h = 0; h < d.heads; ++h, from += d.head_dim)
-        rotate(from, t, query + (h * d.tokens + t) * d.head_dim);
-      for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
-        rotate(from, t, key + (h * d.tokens + t) * d.head_dim);
-      for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
-        std::memcpy(value + (h * d.tokens + t) * d.head_dim, from, sizeof(float) * d.head_dim);
-    }
-    if (thread == 0) {
-      const int64_t size = d.kv_heads * d.tokens * d.head_dim;
-      Real* keys = static_cast<Real*>(d.new_keys) + layer * size;
-      Real* values = static_cast<Real*>(d.new_values) + layer * size;
-      for (int64_t i = 0; i < size; ++i) {
-        narrow(number(key[i]), keys + i);
-        narrow(value[i], values + i);
-      }
+  Blocks(const Decode& d, const Shared& shared, const Team& team) : d(d), shared(shared) {
+    begin = shared.blocks * team.thread / team.threads;
+    end = shared.blocks * (team.thread + 1) / team.threads;
+    first_seen = std::min(begin * shared.span, shared.num_seen);
+    num_seen = std::min(end * shared.span, shared.num_seen) - first_seen;
+    for (int64_t index = begin; index < end; ++index) {
+      const Block block = block_of(d, shared, index);
+      std::memset(block.mass, 0, sizeof(float) * masses_of(d) * block.length);
     }
   }
 
@@ -629,52 +669,50 @@ struct Worker : Own<Real> {
     walk = {walk.plane + d.capacity * d.head_dim, walk.planes - 1, 0};
   }
 
-  // Scores of this thread's slots, and block by block their sum of exponentials and mixed values.
-  void attend(int64_t layer) {
+  void attend(int64_t layer, const Input<Real>* query) {
     const int64_t group = d.heads / d.kv_heads * d.tokens, plane = d.capacity * d.head_dim;
     for (int64_t h = 0; h < d.kv_heads; ++h) {
       const Real* keys = static_cast<const Real*>(d.keys) + (layer * d.kv_heads + h) * plane;
       const Real* values = static_cast<const Real*>(d.values) + (layer * d.kv_heads + h) * plane;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        enter(block);
-        const int64_t length = last - first, found = block * queries() + h * group;
-        float* weights = scores + h * group * length;
-        score(keys, query + h * group * d.head_dim, weights, group);
-        for (int64_t q = 0; q < group; ++q) soften(weights + q * length, found + q);
-        mix(values, weights, shared.mixed + found * d.head_dim, group);
+      for (int64_t index = begin; index < end; ++index) {
+        const Block block = block_of(d, shared, index);
+        const int64_t found = index * queries_of(d) + h * group;
+        float* weights = block.scores + h * group * block.length;
+        score(block, keys, query + h * group * d.head_dim, weights, group);
+        for (int64_t q = 0; q < group; ++q)
+          exponentiate(weights + q * block.length, block.length, found + q);
+        weigh(block, values, weights, shared.weighted + found * d.head_dim, group);
       }
     }
   }
 
-  void score(const Real* keys, const Input<Real>* queries, float* block, int64_t group) {
-    const int64_t length = last - first;
-    const int32_t* slots = shared.seen + first;
+  void score(const Block& block, const Real* keys, const Input<Real>* queries, float* scores,
+             int64_t group) {
     constexpr int ROWS = 4;
     const Real* rows[ROWS];
-    Scores into{block, length, score_scale()};
-    for (; into.slot + ROWS <= length; into.slot += ROWS) {
+    Scores into{scores, block.length, score_scale(d)};
+    for (; into.slot + ROWS <= block.length; into.slot += ROWS) {
       for (int r = 0; r < ROWS; ++r) {
-        rows[r] = keys + slots[into.slot + r] * d.head_dim;
+        rows[r] = keys + block.slots[into.slot + r] * d.head_dim;
         ask_for_row(keys_ahead);
       }
       products<ROWS, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
     }
-    for (; into.slot < length; ++into.slot) {
-      rows[0] = keys + slots[into.slot] * d.head_dim;
+    for (; into.slot < block.length; ++into.slot) {
+      rows[0] = keys + block.slots[into.slot] * d.head_dim;
       ask_for_row(keys_ahead);
       products<1, 4, false>(rows, queries, d.head_dim, d.head_dim, group, into);
     }
     for (int64_t q = 0; q < group; ++q) {
       if (shared.sees_all[q % d.tokens]) continue;
-      const uint8_t* visible = d.cached + q % d.tokens * d.bucket;
-      for (int64_t j = 0; j < length; ++j)
-        if (!visible[slots[j]]) block[q * length + j] = -INFINITY;
+      const uint8_t* visible = d.visible_cached + q % d.tokens * d.bucket;
+      for (int64_t j = 0; j < block.length; ++j)
+        if (!visible[block.slots[j]]) scores[q * block.length + j] = -INFINITY;
     }
   }
 
-  // Scores to exponentials, for the place where their largest and their sum are kept.
-  void soften(float* row, int64_t place) const {
-    const int64_t length = last - first;
+  // Scores to exponentials; their largest and their sum are kept at this place.
+  void exponentiate(float* row, int64_t length, int64_t place) const {
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < length; ++i) most = std::max(most, row[i]);
@@ -689,38 +727,40 @@ struct Worker : Own<Real> {
     shared.total[place] = total;
   }
 
-  // The values of this thread's slots, each by its weight: several queries and vectors at a time,
-  // so that a value that is loaded once serves them all.
-  void mix(const Real* values, const float* weights, float* mixed, int64_t group) {
+  // The values of a block, each by its weight: several queries and vectors at a time, so that a
+  // value that is loaded once serves them all.
+  void weigh(const Block& block, const Real* values, const float* weights, float* weighted,
+             int64_t group) {
     int64_t q = 0;
-    for (; q + 3 <= group; q += 3) mix_some<3>(values, weights, mixed, q);
-    for (; q < group; ++q) mix_some<1>(values, weights, mixed, q);
+    for (; q + 3 <= group; q += 3) weigh_some<3>(block, values, weights, weighted, q);
+    for (; q < group; ++q) weigh_some<1>(block, values, weights, weighted, q);
   }
 
   template <int Q>
-  void mix_some(const Real* values, const float* weights, float* mixed, int64_t q) {
+  void weigh_some(const Block& block, const Real* values, const float* weights, float* weighted,
+                  int64_t q) {
     constexpr int WIDE = 4;
     int64_t column = 0;
     for (; column + WIDE * LANES <= d.head_dim; column += WIDE * LANES)
-      mix_columns<Q, WIDE>(values, weights, mixed, q, column);
+      weigh_columns<Q, WIDE>(block, values, weights, weighted, q, column);
     for (; column + LANES <= d.head_dim; column += LANES)
-      mix_columns<Q, 1>(values, weights, mixed, q, column);
-    const int64_t length = last - first;
+      weigh_columns<Q, 1>(block, values, weights, weighted, q, column);
+    const int64_t length = block.length;
     for (; column < d.head_dim; ++column)
       for (int i = 0; i < Q; ++i) {
         float sum = 0;
         for (int64_t j = 0; j < length; ++j)
           sum += weights[(q + i) * length + j] *
-                 number(values[shared.seen[first + j] * d.head_dim + column]);
-        mixed[(q + i) * d.head_dim + column] = sum;
+                 number(values[block.slots[j] * d.head_dim + column]);
+        weighted[(q + i) * d.head_dim + column] = sum;
       }
   }
 
   template <int Q, int WIDE>
-  void mix_columns(const Real* values, const float* weights, float* mixed, int64_t q,
-                   int64_t column) {
-    const int64_t length = last - first;
-    const int32_t* slots = shared.seen + first;
+  void weigh_columns(const Block& block, const Real* values, const float* weights, float* weighted,
+                     int64_t q, int64_t column) {
+    const int64_t length = block.length;
+    const int32_t* slots = block.slots;
     const bool asks = q == 0 && column == 0;  // once, however often a row is read
     Floats sums[Q][WIDE] = {};
     for (int64_t j = 0; j < length; ++j) {
@@ -735,186 +775,236 @@ struct Worker : Own<Real> {
     }
     for (int i = 0; i < Q; ++i)
       for (int w = 0; w < WIDE; ++w)
-        store(mixed + (q + i) * d.head_dim + column + w * LANES, sums[i][w]);
+        store(weighted + (q + i) * d.head_dim + column + w * LANES, sums[i][w]);
   }
 
-  // What all blocks found, and the new tokens among themselves: one softmax over both. Attended
-  // values into x [T, heads * head_dim]; this thread's slots receive their mass.
-  void combine() {
-    const int64_t group = d.heads / d.kv_heads, width = d.head_dim;
+  // The mass of these blocks' slots, when all layers are done.
+  void return_mass() const {
+    for (int64_t index = begin; index < end; ++index) {
+      const Block block = block_of(d, shared, index);
+      for (int64_t t = 0; t < masses_of(d); ++t)
+        for (int64_t i = 0; i < block.length; ++i)
+          d.mass[t * (d.bucket + d.tokens) + block.slots[i]] = block.mass[t * block.length + i];
+    }
+  }
+};
+
+// Blocks and new tokens combined -------------------------------------------------------------------
+//
+// With m the largest score of all, f_b = e^(m_b - m), w_j = e^(score_j - m) of new token j and
+// z = sum_b f_b total_b + sum_j w_j, a query gets (sum_b f_b weighted_b + sum_j w_j v_j) / z, and
+// gives mass f_b w_s / z to a slot, w_j / z to a new token. Twin: `attend` in attention.py.
+
+inline void add(float* to, const float* from, float factor, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) to[i] += from[i] * factor;
+}
+
+// One softmax over all that a query sees.
+struct Softmax {
+  float factors[MOST_BLOCKS];  // f_b / z
+  float total;                 // z
+};
+
+template <class Real>
+struct Combination : Own<Real> {
+  using Own<Real>::x, Own<Real>::query, Own<Real>::key, Own<Real>::value, Own<Real>::new_weights,
+      Own<Real>::attended;
+  const Decode& d;
+  const Shared& shared;
+
+  Combination(const Decode& d, const Shared& shared, const Own<Real>& own)
+      : Own<Real>(own), d(d), shared(shared) {}
+
+  // Attended values into x [T, heads * head_dim]. The slots of this thread's blocks receive their
+  // mass, and from one thread the new tokens theirs.
+  void combine(const Blocks<Real>& blocks, bool gives_new_mass) {
     for (int64_t h = 0; h < d.heads; ++h)
       for (int64_t t = 0; t < d.tokens; ++t) {
-        const int64_t q = h * d.tokens + t;
-        const Input<Real>* keys = key + h / group * d.tokens * width;
-        const float* values = value + h / group * d.tokens * width;
-        const uint8_t* visible = d.fresh + t * d.tokens;
-        float* share = own + q * d.tokens;
-        float most = -INFINITY;
-        for (int64_t block = 0; block < shared.blocks; ++block)
-          most = std::max(most, shared.most[block * queries() + q]);
-        for (int64_t j = 0; j < d.tokens; ++j) {
-          if (!visible[j]) continue;
-          const Input<Real>* row = keys + j * width;
-          float score[room(1)];
-          products<1, 1, false>(&row, query + q * width, width, width, score);
-          share[j] = score[0] * score_scale();
-          most = std::max(most, share[j]);
-        }
-        float factors[MOST_BLOCKS], total = 0;
-        for (int64_t block = 0; block < shared.blocks; ++block) {
-          factors[block] = exponential(shared.most[block * queries() + q] - most);
-          total += shared.total[block * queries() + q] * factors[block];
-        }
-        for (int64_t j = 0; j < d.tokens; ++j) {
-          share[j] = visible[j] ? exponential(share[j] - most) : 0.0f;
-          total += share[j];
-        }
-        for (int64_t block = 0; block < shared.blocks; ++block) factors[block] /= total;
-        mix_blocks(shared.mixed + q * width, factors);
-        for (int64_t j = 0; j < d.tokens; ++j)
-          if (visible[j]) add(attended, values + j * width, share[j] / total, width);
-        Input<Real>* out = x + (t * d.heads + h) * width;
-        for (int64_t i = 0; i < width; ++i) hold<Real>(attended[i], out + i);
-
-        const float counts = d.each ? 1.0f : d.live[t];
-        for (int64_t block = first_block; block < last_block; ++block) {
-          enter(block);
-          add(mass + (d.each ? t * (last - first) : 0), scores + q * (last - first),
-              counts * factors[block], last - first);
-        }
-        if (thread == 0)
-          add(d.mass + (d.each ? t * (d.bucket + d.tokens) : 0) + d.bucket, share, counts / total,
-              d.tokens);
+        const Softmax softmax = normalise(h, t);
+        weigh(softmax, h, t);
+        give_mass(softmax, h, t, blocks, gives_new_mass);
       }
   }
 
-  // What every block of slots attended to, by its factor, into attended.
-  void mix_blocks(const float* mixed, const float* factors) {
+  // Weights of the new tokens into new_weights: w_j, 0 for one that is not visible.
+  Softmax normalise(int64_t h, int64_t t) {
+    const int64_t q = h * d.tokens + t, width = d.head_dim;
+    const Input<Real>* keys = key + h / (d.heads / d.kv_heads) * d.tokens * width;
+    const uint8_t* visible = d.visible_new + t * d.tokens;
+    float* weights = new_weights + q * d.tokens;
+    float most = -INFINITY;
+    for (int64_t block = 0; block < shared.blocks; ++block)
+      most = std::max(most, shared.most[block * queries_of(d) + q]);
+    for (int64_t j = 0; j < d.tokens; ++j) {
+      if (!visible[j]) continue;
+      const Input<Real>* row = keys + j * width;
+      float score[room(1)];
+      products<1, 1, false>(&row, query + q * width, width, width, score);
+      weights[j] = score[0] * score_scale(d);
+      most = std::max(most, weights[j]);
+    }
+    Softmax softmax;
+    softmax.total = 0;
+    for (int64_t block = 0; block < shared.blocks; ++block) {
+      softmax.factors[block] = exponential(shared.most[block * queries_of(d) + q] - most);
+      softmax.total += shared.total[block * queries_of(d) + q] * softmax.factors[block];
+    }
+    for (int64_t j = 0; j < d.tokens; ++j) {
+      weights[j] = visible[j] ? exponential(weights[j] - most) : 0.0f;
+      softmax.total += weights[j];
+    }
+    for (int64_t block = 0; block < shared.blocks; ++block)
+      softmax.factors[block] /= softmax.total;
+    return softmax;
+  }
+
+  void weigh(const Softmax& softmax, int64_t h, int64_t t) {
+    const int64_t q = h * d.tokens + t, width = d.head_dim;
+    const float* values = value + h / (d.heads / d.kv_heads) * d.tokens * width;
+    const uint8_t* visible = d.visible_new + t * d.tokens;
+    const float* weights = new_weights + q * d.tokens;
+    weigh_blocks(shared.weighted + q * width, softmax.factors);
+    for (int64_t j = 0; j < d.tokens; ++j)
+      if (visible[j]) add(attended, values + j * width, weights[j] / softmax.total, width);
+    Input<Real>* out = x + (t * d.heads + h) * width;
+    for (int64_t i = 0; i < width; ++i) hold<Real>(attended[i], out + i);
+  }
+
+  // The weighted values of every block, by its factor, into attended.
+  void weigh_blocks(const float* weighted, const float* factors) {
     constexpr int WIDE = 4;
-    const int64_t stride = queries() * d.head_dim;
+    const int64_t stride = queries_of(d) * d.head_dim;
     int64_t i = 0;
     for (; i + WIDE * LANES <= d.head_dim; i += WIDE * LANES) {
       Floats sums[WIDE] = {};
       for (int64_t block = 0; block < shared.blocks; ++block)
 #pragma GCC unroll 4
         for (int w = 0; w < WIDE; ++w)
-          sums[w] += load<Floats>(mixed + block * stride + i + w * LANES) * factors[block];
+          sums[w] += load<Floats>(weighted + block * stride + i + w * LANES) * factors[block];
       for (int w = 0; w < WIDE; ++w) store(attended + i + w * LANES, sums[w]);
     }
     for (; i < d.head_dim; ++i) {
       attended[i] = 0;
       for (int64_t block = 0; block < shared.blocks; ++block)
-        attended[i] += mixed[block * stride + i] * factors[block];
+        attended[i] += weighted[block * stride + i] * factors[block];
     }
   }
 
-  static void add(float* to, const float* from, float factor, int64_t size) {
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) to[i] += from[i] * factor;
-  }
-
-  // Rows of the hidden state receive a product.
-  void receive(const Matrix& m, int64_t layer, const Input<Real>* from, int64_t columns) {
-    const int64_t rows = d.hidden_size;
-    multiply(matrix(m, layer, rows, columns), from, columns, columns, d.tokens, begin(rows),
-             end(rows), Rows<Real, true>{d.hidden, rows, scale(m, layer, rows)});
-  }
-
-  // SwiGLU: a gate's row and the row above it, side by side.
-  void activate(int64_t layer) {
-    const int64_t size = d.intermediate, width = d.hidden_size;
-    const Weight* matrices = matrix(d.gate_up, layer, 2 * size, width);
-    const float* scales = scale(d.gate_up, layer, 2 * size);
-    for (int64_t row = begin(size); row < end(size); row += GATES) {
-      const int64_t count = std::min(GATES, end(size) - row);
-      auto some = [&](int64_t from, float* to) {
-        const Rows<Real, false> into{to, GATES, scales ? scales + from : nullptr};
-        multiply(matrices + from * width, x, width, width, d.tokens, 0, count, into);
-      };
-      some(row, gates);
-      some(size + row, ups);
-      for (int64_t t = 0; t < d.tokens; ++t) {
-        const float *gate = gates + t * GATES, *up = ups + t * GATES;
-        Input<Real>* out = activated() + t * size + row;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-          const float e = exponential(-std::abs(gate[i])), turned = gate[i] < 0 ? e : 1.0f;
-          hold<Real>(rounded<Real>(gate[i] * turned / (1.0f + e)) * up[i], out + i);
-        }
-      }
+  void give_mass(const Softmax& softmax, int64_t h, int64_t t, const Blocks<Real>& blocks,
+                 bool gives_new_mass) {
+    const int64_t q = h * d.tokens + t, row = d.per_query ? t : 0;
+    const float counts = d.per_query ? 1.0f : d.live[t];
+    for (int64_t index = blocks.begin; index < blocks.end; ++index) {
+      const Block block = block_of(d, shared, index);
+      add(block.mass + row * block.length, block.scores + q * block.length,
+          counts * softmax.factors[index], block.length);
     }
-  }
-
-  Input<Real>* activated() const { return reinterpret_cast<Input<Real>*>(shared.activated); }
-
-  // The first rows that this thread will read of a matrix, before it waits for the others.
-  void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) const {
-    const Weight* from = matrix(m, layer, rows, columns) + row * columns;
-    const char* start = reinterpret_cast<const char*>(from);
-    for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 0);
-  }
-
-  void work() {
-    for (int64_t layer = 0; layer < d.layers; ++layer) {
-      norm(d.attention_norm, layer);
-      project(layer);
-      ask_for_cache(layer);
-#pragma omp barrier
-      split(layer);
-      attend(layer);
-      ask_early(d.attention_out, layer, d.hidden_size, d.heads * d.head_dim, begin(d.hidden_size));
-#pragma omp barrier
-      combine();
-      receive(d.attention_out, layer, x, d.heads * d.head_dim);
-      ask_early(d.gate_up, layer, 2 * d.intermediate, d.hidden_size, begin(d.intermediate));
-#pragma omp barrier
-      norm(d.mlp_norm, layer);
-      activate(layer);
-      ask_early(d.down, layer, d.hidden_size, d.intermediate, begin(d.hidden_size));
-#pragma omp barrier
-      receive(d.down, layer, activated(), d.intermediate);
-      if (layer + 1 < d.layers)
-        ask_early(d.qkv, layer + 1, qkv_rows(), d.hidden_size, begin(qkv_rows()));
-#pragma omp barrier
-    }
-    norm(d.final_norm, 0);
-    const Rows<Real, false> into{d.logits, d.vocab, scale(d.head, 0, d.vocab)};
-    multiply(matrix(d.head, 0, d.vocab, d.hidden_size), x, d.hidden_size, d.hidden_size, d.tokens,
-             begin(d.vocab), end(d.vocab), into);
-    for (int64_t block = first_block; block < last_block; ++block) {
-      enter(block);
-      for (int64_t t = 0; t < masses(); ++t)
-        for (int64_t i = first; i < last; ++i)
-          d.mass[t * (d.bucket + d.tokens) + shared.seen[i]] =
-              mass[t * (last - first) + i - first];
-    }
+    if (gives_new_mass)
+      add(d.mass + row * (d.bucket + d.tokens) + d.bucket, new_weights + q * d.tokens,
+          counts / softmax.total, d.tokens);
   }
 };
 
+// MLP ---------------------------------------------------------------------------------------------
+//
+// activated = silu(gate) * up, with silu(g) = g / (1 + e^-g): a gate's row and the row above it,
+// side by side. Twin: the end of `decoder_layer` in llama.py.
+
 template <class Real, class Weight>
-void decode(const Decode& d) {
-  Slices common{d.workspace, 0};
-  Shared shared = shared_of(d, common);
+void activate(const Decode& d, const Team& team, int64_t layer, const Own<Real>& own,
+              Input<Real>* activated) {
+  const int64_t size = d.intermediate, width = d.hidden_size;
+  const Weight* matrices = matrix<Weight>(d.gate_up, layer, 2 * size, width);
+  const float* scales = scale(d.gate_up, layer, 2 * size);
+  const int64_t end = team.end(size);
+  for (int64_t row = team.begin(size); row < end; row += GATES) {
+    const int64_t count = std::min(GATES, end - row);
+    auto some = [&](int64_t from, float* to) {
+      const Rows<Real, false> into{to, GATES, scales ? scales + from : nullptr};
+      multiply(matrices + from * width, own.x, width, width, d.tokens, 0, count, into);
+    };
+    some(row, own.gates);
+    some(size + row, own.ups);
+    for (int64_t t = 0; t < d.tokens; ++t) {
+      const float *gate = own.gates + t * GATES, *up = own.ups + t * GATES;
+      Input<Real>* out = activated + t * size + row;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const float e = exponential(-std::abs(gate[i])), turned = gate[i] < 0 ? e : 1.0f;
+        hold<Real>(rounded<Real>(gate[i] * turned / (1.0f + e)) * up[i], out + i);
+      }
+    }
+  }
+}
+
+// All layers ---------------------------------------------------------------------------------------
+
+// What one thread does. Twin: `_through_layers` in read.py, and the head.
+template <class Real, class Weight>
+void work(const Decode& d, const Shared& shared, const Team& team, const Own<Real>& own) {
+  const int64_t hidden = d.hidden_size, inner = d.intermediate, width = d.heads * d.head_dim;
+  const int64_t qkv_rows = qkv_rows_of(d);
+  Input<Real>* activated = reinterpret_cast<Input<Real>*>(shared.activated);
+  Blocks<Real> blocks(d, shared, team);
+  Combination<Real> combination(d, shared, own);
+  for (int64_t layer = 0; layer < d.layers; ++layer) {
+    norm<Real>(d, d.attention_norm, layer, own.x);
+    linear<Real, Weight, false>(d, team, d.qkv, layer, qkv_rows, hidden, own.x, shared.projected);
+    blocks.ask_for_cache(layer);
+#pragma omp barrier
+    split(d, shared.projected, own);
+    if (team.thread == 0) return_new_rows(d, layer, own);
+    blocks.attend(layer, own.query);
+    ask_early<Weight>(d.attention_out, layer, hidden, width, team.begin(hidden));
+#pragma omp barrier
+    combination.combine(blocks, team.thread == 0);
+    linear<Real, Weight, true>(d, team, d.attention_out, layer, hidden, width, own.x, d.hidden);
+    ask_early<Weight>(d.gate_up, layer, 2 * inner, hidden, team.begin(inner));
+#pragma omp barrier
+    norm<Real>(d, d.mlp_norm, layer, own.x);
+    activate<Real, Weight>(d, team, layer, own, activated);
+    ask_early<Weight>(d.down, layer, hidden, inner, team.begin(hidden));
+#pragma omp barrier
+    linear<Real, Weight, true>(d, team, d.down, layer, hidden, inner, activated, d.hidden);
+    if (layer + 1 < d.layers)
+      ask_early<Weight>(d.qkv, layer + 1, qkv_rows, hidden, team.begin(qkv_rows));
+#pragma omp barrier
+  }
+  norm<Real>(d, d.final_norm, 0, own.x);
+  linear<Real, Weight, false>(d, team, d.head, 0, d.vocab, hidden, own.x, d.logits);
+  blocks.return_mass();
+}
+
+// The slots that any token sees, and the blocks that they make up.
+void find_blocks(const Decode& d, Shared& shared) {
   int64_t seen = 0;
   for (int64_t slot = 0; slot < d.bucket; ++slot) {
     int64_t t = 0;
-    while (t < d.tokens && !d.cached[t * d.bucket + slot]) ++t;
+    while (t < d.tokens && !d.visible_cached[t * d.bucket + slot]) ++t;
     if (t < d.tokens) shared.seen[seen++] = int32_t(slot);
   }
   shared.num_seen = seen;
   for (int64_t t = 0; t < d.tokens; ++t) {
     int64_t sees = 0;
-    for (int64_t slot = 0; slot < d.bucket; ++slot) sees += d.cached[t * d.bucket + slot];
+    for (int64_t slot = 0; slot < d.bucket; ++slot) sees += d.visible_cached[t * d.bucket + slot];
     shared.sees_all[t] = sees == seen;
   }
   shared.span = std::max((seen + MOST_BLOCKS - 1) / MOST_BLOCKS, SHORTEST_BLOCK);
   shared.span = (shared.span + 3) / 4 * 4;
   shared.blocks = (seen + shared.span - 1) / shared.span;
+}
+
+template <class Real, class Weight>
+void decode(const Decode& d) {
+  Slices common{d.workspace, 0};
+  Shared shared = shared_of(d, common);
+  find_blocks(d, shared);
 #pragma omp parallel num_threads(d.threads)
   {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Slices slices{d.workspace, common.used + thread * own_size<Real>(d)};
-    Worker<Real, Weight>(d, shared, thread, threads, own_of<Real>(d, slices)).work();
+    const Team team{omp_get_thread_num(), omp_get_num_threads()};
+    Slices slices{d.workspace, common.used + team.thread * own_size<Real>(d)};
+    work<Real, Weight>(d, shared, team, own_of<Real>(d, slices));
   }
 }
 
@@ -922,6 +1012,9 @@ void decode(const Decode& d) {
 
 // For one pair of number formats, named when this is built: there are as many libraries as pairs.
 extern "C" void decode(const Decode* d) { decode<REAL, WEIGHT>(*d); }
+
+// Bytes of the arguments: whoever fills them in compares.
+extern "C" int64_t arguments_size() { return sizeof(Decode); }
 
 // Floats that the workspace must hold for this many threads.
 extern "C" int64_t workspace_size(const Decode* d) {

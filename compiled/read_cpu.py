@@ -1,10 +1,12 @@
 """The operator that takes a few tokens through all layers on a CPU, built from ``read_cpu.cpp``.
 
-Inductor makes one loop after another of the layers in PyTorch and enters each of them from Python;
-the operator is one loop over the model's bytes. It is opaque to the compiler and has no other
-meaning than its twin, the layers of ``read.py``: the same arguments, the same results up to
-rounding, nothing written but what it returns. On a GPU, in other number formats and where it is
-switched off, the twin is what is captured.
+Inductor makes one loop after another of the layers in PyTorch and enters each of them from Python.
+The operator is one loop over the model's bytes. It is opaque to the compiler and means what its
+twin means, the layers of ``read.py``: the same arguments, the same results up to rounding, nothing
+written but what it returns. On a GPU, in other number formats and where it is switched off, the
+twin is what is captured.
+
+This module knows a built library and calls it. Where a library comes from is not its business.
 """
 
 import ctypes
@@ -36,7 +38,7 @@ class Decoded(NamedTuple):
     logits: Tensor  # [T, vocab] float32
     new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [layers, kv_heads, T, head_dim]
-    mass: Tensor  # [bucket + T] float32, summed over layers, heads and live tokens; each: [T, …]
+    mass: Tensor  # [bucket + T] float32, summed over layers and heads; see read.py
 
 
 Decode = Callable[..., Decoded]
@@ -51,8 +53,14 @@ class Formats(NamedTuple):
 
 
 def formats(dtype: torch.dtype, device: torch.device, *, int8: bool) -> Formats | None:
-    """Those of a model; None where the operator does not know its device or number format.
-    ``int8``: its matrices are in eight bits.
+    """Names the formats of a model.
+
+    Args:
+        dtype: Of activations and cache.
+        device: Of the model.
+        int8: Whether its matrices are in eight bits.
+    Returns:
+        None where the operator does not know the device or the number format.
     """
     real = _REALS.get(dtype)
     if device.type != "cpu" or real is None:
@@ -60,13 +68,35 @@ def formats(dtype: torch.dtype, device: torch.device, *, int8: bool) -> Formats 
     return Formats(real, "int8_t" if int8 else real)
 
 
-def operator(library: Path) -> Decode:
-    """The function ``decode(config, weights, state, hidden, cos, sin, visible, each)``.
+def load(library: Path) -> ctypes.CDLL:
+    """Loads ``read_cpu.cpp`` as built for this processor.
+    Raises:
+        OSError: The library cannot be loaded, or takes other arguments than this module passes.
+    """
+    loaded = ctypes.CDLL(str(library))
+    loaded.workspace_size.restype = ctypes.c_int64
+    loaded.arguments_size.restype = ctypes.c_int64
+    taken, passed = loaded.arguments_size(), ctypes.sizeof(_Decode)
+    if taken != passed:
+        raise OSError(
+            f"{library.name} takes {taken} bytes of arguments, but read_cpu.py passes {passed}: "
+            "read_cpu.cpp and read_cpu.py must be of one version"
+        )
+    return loaded
 
-    ``library`` is ``read_cpu.cpp`` as built for this processor and the model's ``formats``.
-    ``hidden`` [T, hidden] float32, the embedded tokens; ``cos``, ``sin`` [T, head_dim / 2] float32;
-    ``visible`` over T tokens and a bucket; ``each``: every token's attention mass apart. May be
-    traced by a compiler. Raises OSError for a library that cannot be loaded.
+
+def operator(library: Path) -> Decode:
+    """Binds the operator to a library.
+
+    Args:
+        library: ``read_cpu.cpp`` as built for this processor and the model's ``formats``.
+    Returns:
+        ``decode(config, weights, state, hidden, cos, sin, visible, *, per_query)``, which a
+        compiler may trace. ``hidden`` [T, hidden] float32 are the embedded tokens; ``cos`` and
+        ``sin`` [T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a bucket;
+        ``per_query`` asks for the attention mass [T, bucket + T] of every token apart.
+    Raises:
+        OSError: See :func:`load`.
     """
     call = _registered(library)
 
@@ -78,7 +108,8 @@ def operator(library: Path) -> Decode:
         cos: Tensor,
         sin: Tensor,
         visible: Visibility,
-        each: bool,
+        *,
+        per_query: bool,
     ) -> Decoded:
         matrices = [weights.qkv, weights.attention_out, weights.gate_up, weights.down, weights.head]
         return Decoded(
@@ -90,7 +121,7 @@ def operator(library: Path) -> Decode:
                 [hidden, cos, sin],
                 list(visible),
                 config.rms_norm_eps,
-                each,
+                per_query,
             )
         )
 
@@ -106,8 +137,7 @@ def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Te
     """The operator as PyTorch knows it. Its name holds the library's, which says what was built
     and how, so that no compiler's cache takes one for another; of two copies of it, one will do.
     """
-    loaded = ctypes.CDLL(str(library))
-    loaded.workspace_size.restype = ctypes.c_int64
+    loaded = load(library)
     name = library.stem.replace("-", "_")
     with _DEFINING:
         if not hasattr(getattr(torch.ops, _NAMESPACE), name):
@@ -119,7 +149,7 @@ def _define(name: str, loaded: ctypes.CDLL) -> None:
     torch.library.define(
         f"{_NAMESPACE}::{name}",
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
-        "Tensor[] visible, float eps, bool each) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor[] visible, float eps, bool per_query) -> (Tensor, Tensor, Tensor, Tensor)",
     )
     torch.library.register_fake(f"{_NAMESPACE}::{name}", _allocated)
     torch.library.impl(f"{_NAMESPACE}::{name}", "cpu", functools.partial(_run, loaded))
@@ -141,7 +171,7 @@ class _Given(NamedTuple):
     inputs: Sequence[Tensor]  # hidden, cos, sin
     visible: Sequence[Tensor]  # cached, new, live
     eps: float
-    each: bool
+    per_query: bool
 
 
 def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -156,7 +186,7 @@ def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given.inputs[0].new_empty((num_tokens, vocab)),
         given.cache[0].new_empty(new_rows),
         given.cache[0].new_empty(new_rows),
-        given.inputs[0].new_zeros((num_tokens, width) if given.each else (width,)),
+        given.inputs[0].new_zeros((num_tokens, width) if given.per_query else (width,)),
     )
 
 
@@ -170,12 +200,12 @@ class _Decode(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("layers", "hidden_size", "intermediate")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "vocab")),
-        *((name, ctypes.c_int64) for name in ("tokens", "capacity", "bucket", "each")),
+        *((name, ctypes.c_int64) for name in ("tokens", "capacity", "bucket", "per_query")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "final_norm")),
         *((name, _Matrix) for name in ("qkv", "attention_out", "gate_up", "down", "head")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "hidden", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("cached", "fresh", "live")),
+        *((name, ctypes.c_void_p) for name in ("visible_cached", "visible_new", "live")),
         *((name, ctypes.c_void_p) for name in ("logits", "new_keys", "new_values", "mass")),
         ("workspace", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
@@ -184,16 +214,16 @@ class _Decode(ctypes.Structure):
 
 def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _allocated(*arguments)
-    norms, matrices, scales, cache, inputs, visible, eps, each = _Given(*arguments)
+    norms, matrices, scales, cache, inputs, visible, eps, per_query = _Given(*arguments)
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
-    passed = [hidden, *map(Tensor.contiguous, (*inputs[1:], *visible))]
+    given = [hidden, *map(Tensor.contiguous, (*inputs[1:], *visible))]
     if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache))):
         raise ValueError("weights and cache must lie in one piece")
     num_tokens, bucket = visible[0].shape
     layers, kv_heads, capacity, head_dim = cache[0].shape
     scaled: list[int | None] = [*map(Tensor.data_ptr, scales)] or [None] * len(matrices)
-    told = _Decode(
+    passed = _Decode(
         layers,
         norms[0].shape[1],
         matrices[3].shape[2],
@@ -204,16 +234,16 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         num_tokens,
         capacity,
         bucket,
-        each,
+        per_query,
         eps,
         *map(Tensor.data_ptr, norms),
         *(_Matrix(m.data_ptr(), scale) for m, scale in zip(matrices, scaled, strict=True)),
-        *map(Tensor.data_ptr, (*cache, *passed, *results)),
+        *map(Tensor.data_ptr, (*cache, *given, *results)),
         None,
         torch.get_num_threads(),
     )
-    reference = ctypes.byref(told)
+    reference = ctypes.byref(passed)
     workspace = hidden.new_empty(library.workspace_size(reference))
-    told.workspace = workspace.data_ptr()
+    passed.workspace = workspace.data_ptr()
     library.decode(reference)
     return results

@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the trained frequencies are stretched. ``kind`` is ``linear`` or ``llama3``.
+    """How the trained frequencies are stretched, in Hugging Face ``config.json`` terms.
 
-    The last three fields matter to ``llama3`` only.
+    ``kind`` is ``linear`` or ``llama3``; the last three fields matter to ``llama3`` only.
     """
 
     kind: str
@@ -26,12 +26,21 @@ class RopeScaling:
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Angular frequency of each rotated pair, in radians per position: float64 [head_dim / 2].
+    """Computes the angular frequency of each rotated pair.
 
     ``linear`` divides every frequency by the factor (position interpolation, Chen et al. 2023).
     ``llama3`` leaves wavelengths shorter than ``original / high_freq_factor`` alone, divides those
     longer than ``original / low_freq_factor`` and interpolates between (transformers,
-    ``modeling_rope_utils.py``). Raises ValueError for any other kind.
+    ``modeling_rope_utils.py``).
+
+    Args:
+        head_dim: Numbers of a head's vector.
+        theta: The base of the frequencies.
+        scaling: None for the frequencies as they were trained.
+    Returns:
+        [head_dim / 2] float64, radians per position.
+    Raises:
+        ValueError: The kind of scaling is unknown.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     frequency = theta**-exponent
@@ -49,10 +58,13 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles.
+    """Computes cosine and sine of every position's angles.
 
-    ``positions`` [T] int64, ``frequencies`` [head_dim / 2] float64
-    → two float32 tensors [T, head_dim / 2].
+    Args:
+        positions: [T] int64.
+        frequencies: [head_dim / 2] float64, radians per position.
+    Returns:
+        Two tensors [T, head_dim / 2] float32.
     """
     angles = positions.to(torch.float64)[:, None] * frequencies  # [T, head_dim / 2]
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
@@ -61,14 +73,25 @@ def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs ``(x[i], x[i + head_dim / 2])`` by their angles, in float32.
 
-    ``x`` [T, heads, head_dim]; ``cos``, ``sin`` [T, head_dim / 2]; the result has x's dtype.
+    Args:
+        x: [T, heads, head_dim] in any floating dtype.
+        cos: [T, head_dim / 2] float32.
+        sin: [T, head_dim / 2] float32.
+    Returns:
+        A tensor like ``x``.
     """
     return rotate_rows(x, cos[:, None], sin[:, None])
 
 
 def rotate_rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same in any layout: ``x`` [..., head_dim], ``cos`` and ``sin`` [..., head_dim / 2]
-    of a shape that broadcasts against it.
+    """Rotates as :func:`rotate`, in any layout.
+
+    Args:
+        x: [..., head_dim] in any floating dtype.
+        cos: [..., head_dim / 2] float32, of a shape that broadcasts against ``x``.
+        sin: Of the same shape.
+    Returns:
+        A tensor like ``x``.
     """
     first, second = x.float().chunk(2, dim=-1)
     turned_first = torch.addcmul(first * cos, second, sin, value=-1)

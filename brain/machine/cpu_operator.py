@@ -1,7 +1,6 @@
 """The CPU's decode operator, built for this machine once and kept in the cache folder."""
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
@@ -15,7 +14,7 @@ from platformdirs import user_cache_path
 
 from brain.errors import Refused, one_line
 from brain.machine.built_folder import ensure_built
-from compiled.read_cpu import SOURCE, Formats
+from compiled.read_cpu import SOURCE, Formats, load
 
 FLAGS = (
     "-std=c++17",
@@ -37,7 +36,7 @@ def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
     defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
     try:
         library = built_library(SOURCE, compiler, defined, cache_dir)
-        ctypes.CDLL(str(library))  # a folder may be mounted without the right to execute
+        load(library)  # a folder may be mounted without the right to execute
     except (Refused, OSError) as error:
         raise Refused(f"{one_line(error)}; or use engine.native=false") from None
     return library

@@ -20,9 +20,10 @@ from brain.errors import Refused
 from brain.machine.environment import environment
 from brain.measure.profiling.picture import draw_timeline
 from brain.measure.profiling.ranges import legible, summary, table
-from brain.measure.profiling.trace import kernels_named, profiler_ranges, record
+from brain.measure.profiling.trace import profiler_ranges, record
 from brain.opening import open_brain
 from brain.terminal import capture_graphs, note
+from compiled import torch_private
 from conf.schema import Conf, ProfileTask, WeightFormat
 
 UNWATCHED_TICKS = 5
@@ -37,7 +38,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     _check(task, conf)
     note(f"loading {conf.model.name} …")
     brain = open_brain(conf)
-    with contextlib.nullcontext() if conf.nvtx else kernels_named():
+    with contextlib.nullcontext() if conf.nvtx else torch_private.with_kernel_profile():
         capture_graphs(brain.graphs)
         with brain.graphs.ranges("prime"):
             brain.prime(conf.prompt, conf.source)

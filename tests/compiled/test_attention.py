@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compiled.attention
-from compiled.attention import Visibility, attend, visibility
+from compiled.attention import (
+    Visibility,
+    attend,
+    attend_causally,
+    attend_per_query,
+    definition,
+    visibility,
+)
 from plain import sees_new, sees_slot
 from toys import raw_bytes
 
@@ -86,7 +93,6 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``attend``, its mass parted into that of slots and that of new tokens."""
     attended, mass = attend(query, keys, values, new_keys, new_values, visible)
-    assert mass is not None
     assert mass.shape == (keys.shape[1] + query.shape[0],)
     return attended, mass[: keys.shape[1]], mass[keys.shape[1] :]
 
@@ -201,10 +207,10 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
 
 
 @pytest.mark.parametrize("bucket", [0, 6])
-@pytest.mark.parametrize("slab", [1, 4, 11, 50])
-def test_slabs_are_the_whole(bucket: int, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [1, 4, 11, 50])
+def test_tiles_are_the_whole(bucket: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many queries attend at a time, and whether what they cannot see is computed."""
-    generator = torch.Generator().manual_seed(slab)
+    generator = torch.Generator().manual_seed(tile)
     tokens, length = 11, 9
     query = torch.randn(tokens, 4, 8, generator=generator)
     keys, values = torch.randn(2, 2, bucket, 8, generator=generator)
@@ -213,17 +219,31 @@ def test_slabs_are_the_whole(bucket: int, slab: int, monkeypatch: pytest.MonkeyP
     rows = torch.arange(bucket)
     visible = visibility(rows >= 0, rows, torch.tensor(positions), torch.tensor(length))
     tensors = (query, keys, values, new_keys, new_values, visible)
-    monkeypatch.setattr(compiled.attention, "SLAB", 1000)
+    monkeypatch.setattr(compiled.attention, "TILE", 1000)
     whole, mass = attend(*tensors)
-    monkeypatch.setattr(compiled.attention, "SLAB", slab)
-    for text in (False, True):
-        attended, parts = attend(*tensors, text=text)
-        # Padding sees rows behind it or does not; nobody looks at what it makes of them.
+    monkeypatch.setattr(compiled.attention, "TILE", tile)
+    per_query = attend_per_query(*tensors)
+    # Padding sees rows behind it or does not; nobody looks at what it makes of them.
+    for attended, parts in (attend(*tensors), per_query, attend_causally(*tensors)):
         # The same sums of a few numbers of size 1 in another order: 2^-24 each.
         torch.testing.assert_close(attended[:length], whole[:length], rtol=1e-5, atol=1e-6)
-        if text:
-            assert parts is None
-        else:
-            assert parts is not None
+        if parts is not None:
+            parts = visible.live @ parts if parts.dim() == 2 else parts
             torch.testing.assert_close(parts, mass, rtol=1e-5, atol=1e-5)
             assert parts.sum().item() == pytest.approx(4 * length, rel=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_every_form_is_the_definition(heads: int, kv_heads: int, num_tokens: int) -> None:
+    arguments = toy_attention(heads, kv_heads, num_tokens)
+    visible = arguments[-1]
+    attended, mass = definition(*arguments)
+    # Some dozen roundings of 2^-24, as above.
+    for form in (attend, attend_per_query):
+        ours, parts = form(*arguments)
+        torch.testing.assert_close(ours, attended, rtol=1e-5, atol=3e-6)
+        summed = visible.live @ parts if parts.dim() == 2 else parts
+        torch.testing.assert_close(summed, mass, rtol=1e-5, atol=3e-6)
+    plain = torch.cat(plain_attend(*arguments)[1:])
+    torch.testing.assert_close(mass.double(), plain, rtol=1e-5, atol=3e-6)

@@ -7,6 +7,7 @@ import torch
 
 from brain import Brain
 from captured_graphs import SYNCING, Watched, allocations
+from compiled.capture import Graph
 from compiled.read import Reading
 from fixture_types import OpenTiny
 from histories import IDS
@@ -174,3 +175,31 @@ def test_a_pass_asks_for_its_number_and_nothing_else(open_parrot: OpenTiny) -> N
         ticks = eager.speak()
     assert len(ticks) > 1
     assert watched.names & set(SYNCING) == {"_local_scalar_dense"}
+
+
+def test_a_graph_is_compiled_by_its_first_call_and_entered_by_the_rest() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    graph = Graph("double", double, torch.device("cpu"))
+    assert (graph.name, graph.compilations, graph.modules) == ("double", 0, [])
+    assert (graph.seconds, graph.is_direct) == (0.0, False)
+    x = torch.arange(3.0)
+    assert graph(x).tolist() == [0.0, 2.0, 4.0]
+    assert (graph.compilations, len(graph.modules), graph.is_direct) == (1, 1, True)
+    assert graph.seconds > 0
+    assert graph(x + 1).tolist() == [2.0, 4.0, 6.0]
+    with pytest.raises(AssertionError, match="expected size"):
+        graph(torch.arange(4.0))
+    assert graph.compilations == 1
+
+
+def test_graphs_of_one_function_are_compiled_apart() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    graphs = [Graph(f"double {size}", double, torch.device("cpu")) for size in (2, 3)]
+    for size, graph in zip((2, 3), graphs, strict=True):
+        assert graph(torch.ones(size)).tolist() == [2.0] * size
+    assert [graph.compilations for graph in graphs] == [1, 1]
+    assert all(graph.is_direct for graph in graphs)

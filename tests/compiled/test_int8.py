@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compiled.int8 import Int8, dequantize, num_rows, part, quantize
-from compiled.linear import linear, look_up
+from compiled.linear import embed, linear
 from compiled.llama import LayerWeights, Weights, layer_weights
-from compiled.read import read, study
+from compiled.read import read, scored_prefill
 from toys import toy_config, toy_state, toy_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +81,7 @@ def test_a_product_is_that_of_the_numbers_told(
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=tolerance)
     tokens = torch.tensor([3, 0, shape[0] - 1])
-    assert torch.equal(look_up(tokens, matrix), dequantize(matrix)[tokens])
+    assert torch.equal(embed(tokens, matrix), dequantize(matrix)[tokens])
 
 
 def test_sums_that_float16_cannot_hold_are_scaled_first() -> None:
@@ -117,6 +117,6 @@ def test_a_read_in_eight_bits_is_a_read_of_the_rounded_model() -> None:
         # The scale after the sum instead of before it: roundings of 2^-24 in sums of 24 terms.
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     targets = torch.tensor([8, 1, 4])
-    told = study(config, weights, *arguments, targets, bucket=12)
-    expected = study(config, told_again(weights), *arguments, targets, bucket=12)
+    told = scored_prefill(config, weights, *arguments, targets, bucket=12)
+    expected = scored_prefill(config, told_again(weights), *arguments, targets, bucket=12)
     torch.testing.assert_close(told.surprises, expected.surprises, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from brain.machine.cpu_operator import native_decoder
 from compiled.int8 import dequantize
 from compiled.llama import LlamaConfig, Weights
-from compiled.read import Reading, read, study, trimmed
+from compiled.read import Reading, read, scored_prefill, trimmed
 from compiled.read_cpu import Formats, operator
 from compiled.sample import surprises
 from compiled.state import State
@@ -220,18 +220,18 @@ def test_rounding_of_the_reference_is_not_what_is_compared(run: Run) -> None:
         assert_agrees(run(wrong_eps, weights, state, [3, 4], [10, 11], 2), expected, 2)
 
 
-def test_a_study_is_a_read_that_tells_surprises_instead_of_logits() -> None:
+def test_a_scored_prefill_is_a_read_with_surprises_instead_of_logits() -> None:
     config = toy_config()
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
     tokens, positions = torch.tensor([3, 8, 1, 0]), torch.tensor([10, 11, 12, 0])
     length, targets = torch.tensor(3), torch.tensor([8, 1, 39, 0])
     arguments = (config, weights, state, tokens, positions, length)
     reading = read(*arguments, bucket=CAPACITY)
-    studied = study(*arguments, targets, bucket=CAPACITY)
+    scored = scored_prefill(*arguments, targets, bucket=CAPACITY)
     # One mask on top of all columns or of those that need it: the same numbers in other orders.
     for name in ("new_keys", "new_values"):
-        rows, expected_rows = getattr(studied, name)[:, :, :3], getattr(reading, name)[:, :, :3]
+        rows, expected_rows = getattr(scored, name)[:, :, :3], getattr(reading, name)[:, :, :3]
         torch.testing.assert_close(rows, expected_rows, rtol=1e-5, atol=1e-6)
     # Logits of order 1 from products of 24 terms, summed in another order.
     expected = surprises(reading.logits, targets)
-    torch.testing.assert_close(studied.surprises[:3], expected[:3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored.surprises[:3], expected[:3], rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@
 where whole vectors are read, in every number format.
 """
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import compiled.read_cpu
+from brain.errors import Refused
 from brain.machine.cpu_operator import native_decoder
 from compiled.int8 import Int8, quantize
 from compiled.llama import LlamaConfig, Weights
 from compiled.read import read, read_ahead
-from compiled.read_cpu import SOURCE, Decode, Formats, _Decode, formats, operator
+from compiled.read_cpu import SOURCE, Decode, Formats, _Decode, formats, load, operator
 from compiled.state import State, allocate_state
 from toys import CPU, digest, toy_config, toy_cursor, toy_weights
 
@@ -233,7 +236,16 @@ def test_an_operator_that_pytorch_may_compile() -> None:
     decode = operator(library)
     hidden = torch.randn(2, 48)
     visible = (torch.rand(2, CAPACITY) < 0.5, torch.ones(2, 2).tril().bool(), torch.ones(2))
-    decode(config, weights, state, hidden, torch.ones(2, 4), torch.zeros(2, 4), visible, False)
+    decode(
+        config,
+        weights,
+        state,
+        hidden,
+        torch.ones(2, 4),
+        torch.zeros(2, 4),
+        visible,
+        per_query=False,
+    )
     qualified = getattr(torch.ops.positronic_brain, library.stem.replace("-", "_")).default
     matrices = [getattr(weights, field) for field in MATRICES[1:]]
     called = (
@@ -257,6 +269,19 @@ def test_only_where_it_can_run() -> None:
     half = weights._replace(final_norm=weights.final_norm.half())
     assert formats_of(half) is None
     assert formats_of(weights._replace(final_norm=weights.final_norm.to("meta"))) is None
+
+
+def test_arguments_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(ctypes.Structure):
+        _fields_ = (*_Decode._fields_, ("one_more", ctypes.c_int64))
+
+    library = native_decoder(Formats("float", "float"))
+    assert load(library).arguments_size() == ctypes.sizeof(_Decode)
+    monkeypatch.setattr(compiled.read_cpu, "_Decode", Longer)
+    with pytest.raises(OSError, match=r"takes \d+ bytes of arguments, but read_cpu.py passes \d+"):
+        load(library)
+    with pytest.raises(Refused, match=r"must be of one version; or use engine.native=false"):
+        native_decoder(Formats("float", "float"))
 
 
 def test_both_sides_name_the_fields_alike() -> None:

@@ -118,7 +118,7 @@ def test_I9_a_second_compilation_is_an_error(open_tiny: OpenTiny) -> None:
     b.graphs.surprises(logits, targets)
     b.graphs.surprises(logits + 1, targets)
     if b.device.type == "cpu":
-        assert b.graphs._callables["surprise T=4"].is_direct  # type: ignore[attr-defined]
+        assert b.graphs.captured["surprise T=4"].is_direct
     with pytest.raises(AssertionError, match="expected size"):
         b.graphs.surprises(torch.zeros(4, 299), targets)
     capture = b.graphs.captured["surprise T=4"]

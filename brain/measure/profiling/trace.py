@@ -6,8 +6,7 @@ inside.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from brain.loop import TICK
 from brain.measure.profiling.ranges import Kernel, Range, with_kernels
+from compiled import torch_private
 from compiled.graphs import Ranges
 
 Event = dict[str, Any]
@@ -24,13 +24,6 @@ def profiler_ranges() -> Ranges:
     """Ranges that PyTorch's profiler records."""
     naming: Ranges = torch.profiler.record_function
     return naming
-
-
-@contextmanager
-def kernels_named() -> Iterator[None]:
-    """What is compiled inside tells PyTorch's profiler, on a CPU, of every compiled loop nest."""
-    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
-        yield
 
 
 def record(run: Callable[[], None], device: torch.device, path: Path) -> list[Range]:
@@ -97,9 +90,4 @@ def _computes(name: str) -> bool:
         return True
     if "::" not in name or name.startswith(("aten::empty", "aten::item", "aten::_local_scalar")):
         return False
-    returned = [
-        alias.alias_info
-        for schema in torch._C._jit_get_schemas_for_operator(name)
-        for alias in schema.returns
-    ]
-    return bool(returned) and all(alias is None or alias.is_write for alias in returned)
+    return torch_private.computes(name)
