@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from brain.checkpoints.gguf_writer import converted_gguf
 from brain.checkpoints.hf_config import read_config
 from brain.config.settings import device_of
 from brain.errors import Refused
@@ -30,6 +29,7 @@ from brain.measure.bench.contestants import (
     weight_bytes,
     why_missing,
 )
+from brain.measure.bench.gguf_writer import converted_gguf
 from brain.measure.bench.job import Failed, Job, result_of
 from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
 from brain.measure.bench.tables import decode_table, flatness, scaling_table

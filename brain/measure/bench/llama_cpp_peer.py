@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from brain.checkpoints.gguf_writer import tensor_bytes
 from brain.checkpoints.hf_config import read_config
 from brain.checkpoints.llama_names import EMBEDDING
 from brain.measure.bench.contestants import PRECISIONS, row_bytes
+from brain.measure.bench.gguf_writer import tensor_bytes
 from brain.measure.bench.job import Job
 
 Logits = np.ndarray[tuple[int], np.dtype[np.float32]]

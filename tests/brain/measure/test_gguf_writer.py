@@ -15,9 +15,9 @@ from torch import Tensor
 import brain
 from brain.checkpoints import open_folder
 from brain.checkpoints.gguf_file import convert_gguf, gguf_name
-from brain.checkpoints.gguf_writer import converted_gguf, tensor_bytes, write_gguf
 from brain.checkpoints.hf_config import read_config
 from brain.errors import Refused
+from brain.measure.bench.gguf_writer import converted_gguf, tensor_bytes, write_gguf
 from brain.measure.bench.job import Job
 from brain.measure.bench.llama_cpp_peer import LlamaCpp
 
