@@ -6,6 +6,7 @@ compared; the interrupted call is made again, and the loop goes on with the toke
 said.
 """
 
+import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -214,6 +215,11 @@ class Fault(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+def writers(b: Brain) -> list[tuple[object, str]]:
+    """Every way of a brain to write."""
+    return [(b.graphs, "patch"), (b.graphs, "rebase"), (b.graphs.uncaptured, "patch")]
+
+
 class Case(NamedTuple):
     """Something that writes, in a brain that is ready for it."""
 
@@ -333,8 +339,8 @@ def test_I4_a_fault_at_any_operation_changes_all_or_nothing(
     b, before = case.b, Held.of(case.b)
     undisturbed = Fault(-1)
     with undisturbed, monkeypatch.context() as patched:
-        for name in ("patch", "rebase"):
-            patched.setattr(b.graphs, name, undisturbed.writing(getattr(b.graphs, name)))
+        for owner, name in writers(b):
+            patched.setattr(owner, name, undisturbed.writing(getattr(owner, name)))
         case.act()
     after = Held.of(b)
     token = next_token(b)
@@ -427,22 +433,22 @@ def test_I4_a_patch_and_its_account_are_one(
 ) -> None:
     """Eager or captured: a signal on either side of the call is heard after the account."""
     b = ready(either_brain)
-    patch = b.graphs.patch
     for act in (b.tick, lambda: b.patch(batch()), lambda: b.prime(SEVENS[3:12])):
         before = Held.of(b)
         act()
         after, token = Held.of(b), b.tick().token
         before.put_back(b)
 
-        def signalled(plan: Any, **how: Any) -> None:
+        def signalled(patch: Callable[..., None], plan: Any) -> None:
             if not late:
                 signal.raise_signal(number)
-            patch(plan, **how)
+            patch(plan)
             if late:
                 signal.raise_signal(number)
 
         with monkeypatch.context() as patched:
-            patched.setattr(b.graphs, "patch", signalled)
+            for owner in (b.graphs, b.graphs.uncaptured):
+                patched.setattr(owner, "patch", functools.partial(signalled, owner.patch))
             with pytest.raises(raised):
                 act()
         assert Held.of(b).bytes(free_slots=True) == after.bytes(free_slots=True)
