@@ -1,7 +1,7 @@
-"""The Brain: a model, its memory and the loop, as whoever uses them sees it.
+"""The Brain: a model, its memory and the loop, as their user sees them.
 
-Every method checks what it is given, and hands over to who does it: ``loop.py`` makes ticks,
-``edits.py`` puts rows into the memory, ``compiled/`` computes. Nothing is computed here.
+Every method checks what it is given and calls what does it: ``loop.py`` makes ticks, ``edits.py``
+puts rows into the memory, ``compiled/`` computes. Nothing is computed here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -239,7 +239,7 @@ class Brain:
     def tick(self, token: int | None = None) -> Tick:
         """One tick: reads, speaks one token, forgets, remembers.
 
-        With ``token`` it speaks that one, as if it had drawn it: to follow what has been said.
+        With ``token`` it speaks that one, as if it had drawn it: to replay a record.
         """
         if token is None:
             return self.loop.tick(self._unforced)
@@ -266,9 +266,7 @@ class Brain:
         return ticks
 
     def replay(self, ids: Sequence[int]) -> tuple[Tick, ...]:
-        """A pass of several tokens once more: to follow what ``speak`` has said, as ``tick`` does
-        with a token.
-        """
+        """One pass of several given tokens, as ``speak`` made it once: to replay a record."""
         self.loop.require_primed()
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "replay")
         proposal = self.lookahead.replayed(checked)
@@ -501,13 +499,13 @@ class Brain:
         self.loop.require_primed()
         mirror, account, state = self.mirror, self.memory.account, self.state
         candidates = may_go(state, self.cursor, self.settings.culling)
-        nobody = Look(  # a policy is asked between two ticks: nobody has looked
+        no_look = Look(  # a policy is asked between two ticks: no token looks
             mass=torch.zeros_like(state.brightness),
             newest=self.cursor.position[0],
             queries=self.memory.int64(0),
             tick=self.cursor.tick,
         )
-        scores = self.settings.graphs.eviction.keep_score(state, nobody)
+        scores = self.settings.graphs.eviction.keep_score(state, no_look)
         pair = dimmest_pair(
             scores.cpu().numpy()[mirror.slot], candidates.cpu().numpy()[mirror.slot]
         )

@@ -380,16 +380,16 @@ def _echoes(
     old place).
     """
     decay, share = eviction.novelty.decay, eviction.novelty.own_share
-    heard = [0.0] * len(rows)
+    echoes = [0.0] * len(rows)
     after, at = 0.0, 0  # echo at position ``at`` of everything new from there on
     for index in reversed(range(len(rows))):
         if not new[index]:
             continue
         if after:
-            heard[index] = after * decay ** (at - rows[index].position)
-        after = heard[index] + share * arrivals[index].surprise
+            echoes[index] = after * decay ** (at - rows[index].position)
+        after = echoes[index] + share * arrivals[index].surprise
         at = rows[index].position
-    return heard, after
+    return echoes, after
 
 
 def _columns(
@@ -409,7 +409,7 @@ def _columns(
 
     source = column((row.source for row in rows), torch.uint8)
     ticks = torch.full((width,), born, dtype=torch.int64, device=memory.device)
-    heard = zip(arrivals, echoes, strict=True)
+    pairs = zip(arrivals, echoes, strict=True)
     return new_rows(
         width,
         memory.device,
@@ -417,7 +417,7 @@ def _columns(
         position=column((row.position for row in rows), torch.int64),
         brightness=seed_brightness(source, eviction.brightness),
         surprise=column((arrival.surprise for arrival in arrivals), torch.float32),
-        novelty=column((arrival.novelty + echo for arrival, echo in heard), torch.float32),
+        novelty=column((arrival.novelty + echo for arrival, echo in pairs), torch.float32),
         source=source,
         born=ticks,
         lit=ticks.add(0),

@@ -97,7 +97,7 @@ class Loop:
         """As many ticks in one pass as come true. Waits for their number.
 
         Args:
-            proposal: What may be said beside the next token; none of these ticks would forget.
+            proposal: Tokens that may follow the next one; none of these ticks forgets.
             forced: [T] tokens to speak instead of sampled ones, or UNFORCED.
         """
         memory, graphs = self.memory, self.memory.graphs

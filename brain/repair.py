@@ -3,7 +3,7 @@
     before … [p1 p2] right …     →     before … [token at p1] right …
 
 Everything is found out by reading. A read of the row before the pair, as of its own position, tells
-how well the token to the right is foretold with nothing in between, and which tokens the model
+how well the token to the right is predicted with nothing in between, and which tokens the model
 itself would put there. Each candidate (these, and the two old tokens) is then read as of p1, where
 it sees only what precedes it: that tells how well it foretells the token to the right.
 
@@ -75,9 +75,9 @@ def best_repair(
     """The repair of the pair at index ``first`` of the mirror, if one gains enough."""
     tokens, positions = mirror.token_id.tolist(), mirror.position.tolist()
     before, right = first - 1, tokens[first + 2]
-    foretold = following(tokens[before], positions[before])
-    nothing = float(foretold[right])
-    own = torch.topk(foretold, min(settings.candidates, len(foretold))).indices.tolist()
+    predicted = following(tokens[before], positions[before])
+    nothing = float(predicted[right])
+    own = torch.topk(predicted, min(settings.candidates, len(predicted))).indices.tolist()
     gains = {
         candidate: float(following(candidate, positions[first])[right]) - nothing
         for candidate in dict.fromkeys([*tokens[first : first + 2], *own])

@@ -26,7 +26,7 @@ from compiled.state import Cursor, State
 
 @dataclass
 class LookupCounts:
-    """How it went: ``passes`` of the loop, ``tokens`` said in them, tokens ``proposed``, and how
+    """Counts of ``passes`` of the loop, ``tokens`` spoken in them, tokens ``proposed``, and how
     many of those were ``accepted``.
     """
 
@@ -51,10 +51,10 @@ class Neighbours:
     """
 
     def __init__(self, state: State, cursor: Cursor) -> None:
-        told = state.valid & (state.position < cursor.position)
-        order = torch.argsort(state.position[told])
-        tokens = [*state.token_id[told][order].tolist(), int(cursor.token)]
-        positions = [*state.position[told][order].tolist(), int(cursor.position)]
+        earlier = state.valid & (state.position < cursor.position)
+        order = torch.argsort(state.position[earlier])
+        tokens = [*state.token_id[earlier][order].tolist(), int(cursor.token)]
+        positions = [*state.position[earlier][order].tolist(), int(cursor.position)]
         self._pairs: set[tuple[int, int]] = set()
         self._last: tuple[int, int] | None = None
         self._token = tokens[0]
@@ -62,7 +62,7 @@ class Neighbours:
             self._follow(token, position == before + 1)
 
     def follow(self, tokens: Iterable[int]) -> None:
-        """These were said behind the cursor's token, one after another."""
+        """Adds tokens that were spoken behind the cursor's token, one after another."""
         for token in tokens:
             self._follow(token, True)
 
@@ -143,7 +143,7 @@ class Lookahead:
         return self._search
 
     def proposal(self, most: int | None) -> Proposal | None:
-        """What may be said beside the next token, ``most`` tokens in all; None for nothing."""
+        """Tokens that may follow the next one, ``most - 1`` at most; None where there are none."""
         if self._lookup is None:
             return None
         account = self._memory.account
@@ -169,10 +169,10 @@ class Lookahead:
 
     def replayed(self, ids: Sequence[int]) -> Proposal:
         """As if all but the last of these tokens had been proposed. Raises Refused if they cannot
-        have been said in one pass.
+        have been spoken in one pass.
         """
         if not self._is_possible() or len(ids) > self.width:
-            raise Refused(f"{len(ids)} tokens cannot have been said in one pass here")
+            raise Refused(f"{len(ids)} tokens cannot have been spoken in one pass here")
         padding = [0] * (self.width - len(ids))
         return Proposal(self._memory.int64([*ids[:-1], *padding]), self._memory.int64(len(ids) - 1))
 

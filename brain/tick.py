@@ -40,7 +40,7 @@ class HostCopy:
 
 
 def host_copies(*tensors: Tensor) -> tuple[HostCopy, ...]:
-    """Small tensors of one device, sent to the host together: nobody waits here."""
+    """Small tensors of one device, sent to the host together, without waiting."""
     device = tensors[0].device
     if device.type != "cuda":
         return tuple(map(HostCopy, tensors))

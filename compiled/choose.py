@@ -26,7 +26,7 @@ from compiled.state import Cursor, State
 
 
 class Look(NamedTuple):
-    """What a policy is told beside the state: how the newest tokens looked at the memory.
+    """What a policy is given beside the state: how the newest tokens looked at the memory.
 
     In a tick one token looks. Where several look at once, in one read, masses are added up and the
     other numbers are those of the last of them; ``queries`` says how many they are. None of them

@@ -1,4 +1,4 @@
-"""Looking up what may come next: text that repeats foretells itself.
+"""Prompt lookup: what may come next, where text repeats.
 
     propose(state, cursor, lookup, ends) → Proposal
 
@@ -107,14 +107,14 @@ def _in_order(state: State, cursor: Cursor) -> tuple[Tensor, Tensor, Tensor]:
 
     ``[capacity + 1]`` int64 each, filled up with NOWHERE; the index is [] int64.
     """
-    told = state.valid & (state.position < cursor.position)
-    order = torch.argsort(torch.where(told, state.position, _LAST_POSITION))
-    count = told.sum()
-    index = torch.arange(told.shape[0] + 1, device=told.device)
+    earlier = state.valid & (state.position < cursor.position)
+    order = torch.argsort(torch.where(earlier, state.position, _LAST_POSITION))
+    count = earlier.sum()
+    index = torch.arange(earlier.shape[0] + 1, device=earlier.device)
     nowhere = torch.full_like(cursor.token, NOWHERE)
 
     def column(rows: Tensor, last: Tensor) -> Tensor:
-        held = torch.cat([torch.where(told, rows, NOWHERE)[order], nowhere])
+        held = torch.cat([torch.where(earlier, rows, NOWHERE)[order], nowhere])
         return torch.where(index == count, last, held)
 
     return column(state.token_id, cursor.token), column(state.position, cursor.position), count
@@ -160,8 +160,8 @@ def _before(text: Tensor, position: Tensor, longest: int) -> Tensor:
     rows = [short]
     for back in range(1, min(longest, size)):
         unbroken = position[back:] == position[: size - back] + back
-        told = torch.where(unbroken, short[: size - back], NOWHERE)
-        rows.append(F.pad(told, (back, 0), value=NOWHERE))
+        known = torch.where(unbroken, short[: size - back], NOWHERE)
+        rows.append(F.pad(known, (back, 0), value=NOWHERE))
     rows += [torch.full_like(short, NOWHERE)] * (longest - len(rows))
     return torch.stack(rows)
 

@@ -4,7 +4,7 @@
     rebase(state, cursor, inverse_frequencies, wanted) → None
 
 The patch culls, erases, appends and replaces. Keys, values and mirror columns of a slot are written
-by the same graph: two blades of one knife. Culling clears ``valid``, O(1) per row; appending takes
+by the same graph. Culling clears ``valid``, O(1) per row; appending takes
 the lowest free slots and moves O(rows written) bytes. Nothing here is proportional to the size of
 the cache: the only O(capacity) work is scanning and writing single mirror columns.
 
@@ -16,8 +16,8 @@ The plan is fixed in shape and validated before the graph runs. Then all of it h
 * Then the tensors are copied into place, ``valid`` last. That allocates nothing and asks nothing.
   Should anything be raised in the midst of it all the same, what was there is put back first.
 
-What nobody owns is not put back: the keys and values of slots that held no row and got none. (A
-long text goes straight into such slots; a second copy of it is never kept.)
+Keys and values of slots that held no row are not put back: nothing reads them. (A long text goes
+straight into such slots; a second copy of it is never kept.)
 
 A captured patch is one call, in which nothing is raised: it can fail before it, or its caller after
 it. Only a signal could come between two of its kernels, or between the patch and its caller's
@@ -62,7 +62,7 @@ class _Write(NamedTuple):
     held: Tensor  # of the state or the cursor
     new: Tensor
     slots: Tensor | None = None  # [W] int64; None: the whole
-    old: Tensor | None = None  # what the slots hold; None: what nobody owns
+    old: Tensor | None = None  # what the slots hold; None: it need not be put back
 
 
 class _Erasure(NamedTuple):
@@ -150,7 +150,7 @@ def _writes(
     slots = lowest_free_slots(valid, width)  # [W]
     live = torch.arange(width, device=slots.device) < plan.length if plan.padded else None  # [W]
     gone = None if erasure is None or erased else erasure.gone.index_select(0, slots)  # [W]
-    if plan.only_appends:  # what free slots hold is nobody's: it need not be put back
+    if plan.only_appends:  # what free slots hold need not be put back
         writes = [_Write(state.keys, plan.keys, slots), _Write(state.values, plan.values, slots)]
     else:
         writes = [

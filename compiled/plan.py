@@ -1,7 +1,7 @@
 """What one patch is to change: the plan, and the plan that changes nothing.
 
-Plans are made by whoever decides (``choose.py``, ``speculate.py``, edits) and carried out by the
-one writer, ``patch.py``. Nothing here writes.
+``choose.py``, ``speculate.py`` and edits make plans. The one writer, ``patch.py``, carries them
+out. Nothing here writes.
 """
 
 from typing import NamedTuple

@@ -150,8 +150,8 @@ def head_surprises(final: Tensor, head: Matrix, targets: Tensor) -> Tensor:
         logits = linear(final, part(head, slice(first, first + HEAD_BLOCK)))  # [T, block]
         # One fused pass; a logit less its log-probability is the log-sum-exp of its row, and most
         # exactly so where both are largest.
-        told = torch.log_softmax(logits, -1, dtype=torch.float32)
-        normalisers.append(logits.amax(-1).float() - told.amax(-1))
+        scores = torch.log_softmax(logits, -1, dtype=torch.float32)
+        normalisers.append(logits.amax(-1).float() - scores.amax(-1))
         within = targets - first
         inside = (within >= 0) & (within < logits.shape[1])
         at = within.clamp(0, logits.shape[1] - 1)[:, None]

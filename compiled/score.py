@@ -117,8 +117,8 @@ def echo(state: State, at: Tensor, strength: Tensor, constants: Novelty) -> Tens
     """
     distance = (at - state.position).to(torch.float32)  # [capacity]
     share = torch.exp(distance.clamp(min=0.0) * math.log(constants.decay))
-    heard = state.valid & (distance > 0)
-    return state.novelty + torch.where(heard, share * strength, 0.0)
+    gains = state.valid & (distance > 0)
+    return state.novelty + torch.where(gains, share * strength, 0.0)
 
 
 def seed_brightness(source: Tensor, constants: Brightness) -> Tensor:

@@ -1,16 +1,16 @@
-"""What follows a read of several tokens that may or may not be said: as many ticks' choices as come
-true, in one graph. It only returns; the patch writes.
+"""What follows a read of several proposed tokens: the choices of as many ticks as come true, in one
+graph. It only returns; the patch writes.
 
     choose_ahead(state, cursor, proposal, reading, sampling, forced) → Accepted
 
 Choice i is that of the tick i ticks from now: the same draw (a draw depends on the seed and the
 number of the tick alone), from the logits behind the i-th token, on a memory to which the i tokens
-before it have been added. It holds if the tokens before it were said as they were proposed. The
-first that was not proposed ends the passage and is said too. So nothing is ever taken back: what
-was not said has not been written.
+before it have been added. It holds if those tokens were chosen as they were proposed. The first
+token that was not proposed is accepted, too, and ends the pass. Nothing is ever taken back, because
+nothing that was not accepted has been written.
 
-Whoever calls sees to it that none of these ticks forgets a row: what is forgotten would have been
-seen by the tokens behind it.
+The caller makes sure that none of these ticks forgets a row: the tokens behind it would have seen
+what is forgotten.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Held = TypeVar("Held", State, Cursor)
 
 
 class Accepted(NamedTuple):
-    """The choices that came true. Of T tokens the first ``number`` were said."""
+    """The choices that came true. Of T tokens the first ``number`` are accepted."""
 
     tokens: Tensor  # [T] int64
     surprise: Tensor  # [T] float32, nats, under the raw logits
@@ -100,7 +100,7 @@ def choose_ahead(
             alive = alive & (i < proposal.length) & (proposal.tokens[i] == tokens[i])
     updated = choices[0].updates
     rows = {
-        # A row that was there when a later token was said has been looked at and heard since.
+        # A row that was there when a later token was chosen has been updated since.
         name: getattr(state, name)[slots]
         if name in updated
         else torch.cat([choice.rows[name] for choice in choices])
@@ -130,14 +130,14 @@ def _draw(
     sampling: Sampling,
     method: SamplingMethod,
 ) -> Tensor:
-    """What each of the ticks would draw, had the tokens before it been said: [T] int64."""
+    """What each of the ticks draws if the tokens before it are accepted: [T] int64."""
     width, vocab_size = reading.logits.shape
-    said = seen_tokens(vocab_size, state.token_id, state.valid, cursor.token)
-    every_token = torch.arange(vocab_size, device=said.device)
-    seen = [said]
+    remembered = seen_tokens(vocab_size, state.token_id, state.valid, cursor.token)
+    every_token = torch.arange(vocab_size, device=remembered.device)
+    seen = [remembered]
     for i in range(width - 1):
         seen.append(seen[-1] | (every_token == proposal.tokens[i]))
-    ticks = cursor.tick + torch.arange(width, device=said.device)[:, None]  # [T, 1]
+    ticks = cursor.tick + torch.arange(width, device=remembered.device)[:, None]  # [T, 1]
     return sample(reading.logits, torch.stack(seen), ticks, method, sampling)[:, 0]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from compiled.llama import LlamaConfig
 
 NOWHERE = -1
-"""Position and token id of a slot that has never held a row: visible to nobody."""
+"""Position and token id of a slot that has never held a row: no token sees it."""
 
 
 class Column(NamedTuple):
@@ -30,7 +30,7 @@ class State(NamedTuple):
     """Cache and mirror. Keys are stored with RoPE applied.
 
     This is the table of the mirror's columns: allocation, bytes, redaction, plans, saves and the
-    host's mirror follow it. A further column is a further line here, and whoever computes it.
+    host's mirror follow it. A new column is a line here and the function that computes it.
     """
 
     keys: Tensor  # [layers, kv_heads, capacity, head_dim] model dtype
@@ -121,8 +121,8 @@ def state_bytes(config: LlamaConfig, capacity: int, dtype: torch.dtype) -> int:
 def lowest_free_slots(valid: Tensor, width: int) -> Tensor:
     """The ``width`` lowest slots in the order: free ones first, then occupied ones.
 
-    Occupied slots come up only when fewer than ``width`` are free; whoever writes to them must
-    write what they already hold.
+    Occupied slots come up only when fewer than ``width`` are free; a caller that writes to them
+    must write what they already hold.
 
     Args:
         valid: [capacity] bool.

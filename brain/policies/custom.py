@@ -1,7 +1,7 @@
-"""Policies that somebody else wrote: imported by name, or handed over as a function.
+"""A user's own policy: imported by name, or given as a function.
 
-A policy is code, so it is named by whoever runs it, never by a file: saves and records keep its
-name and the hash of its source, and are refused to another one.
+A policy is code, so the user names it, never a file: saves and records keep its name and the hash
+of its source, and are refused to another one.
 """
 
 import hashlib

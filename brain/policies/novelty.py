@@ -1,8 +1,8 @@
 """Novel passages stay, whatever they look like; of all other rows the dimmest go first.
 
-Attention tells what the language needs now: brightness keeps it fluent. It cannot tell what will be
-asked for later. What could not be foreseen when it was said cannot be guessed when it is asked for,
-so it must be kept; and a fact is a passage, not a word: the answer at its end is often easy to
+Attention shows what the language needs now: brightness keeps it fluent. It does not show what will
+be asked for later. What could not be predicted when it was said cannot be guessed when it is asked
+for, so it must be kept; and a fact is a passage, not a word: the answer at its end is often easy to
 foresee by then ("is made of …"). So the running mean of surprise decides, not a token's own.
 """
 
