@@ -1,31 +1,37 @@
-# make run    installs what is needed and lets the brain speak (ARGS="prompt=... ticks=100")
-# make test   runs the whole test suite (ARGS="tests/compiled -k patch")
-# make lint   ruff and mypy
-# make bench  times this machine beside transformers, and llama.cpp where it is installed
-
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 
-.PHONY: run test lint bench clean
+.PHONY: help run test invariants lint format bench fuzz clean
 
-run: $(VENV)/.installed
+help:  ## print this list
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+run: $(VENV)/.installed  ## install what is needed and speak (ARGS='prompt="Once upon a time" ticks=100')
 	@$(BIN)/brain $(ARGS)
 
-test: $(VENV)/.installed-test
+# Tests start many short multi-threaded jobs; threads that spin while they wait would fight over few
+# cores.
+test: $(VENV)/.installed-test  ## run the tests (ARGS="tests/compiled -k patch")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed-test
+invariants: $(VENV)/.installed-test  ## run the tests of the invariants alone
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m invariant $(ARGS)
+
+lint: $(VENV)/.installed-test  ## check with ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-test
+format: $(VENV)/.installed-test  ## format the code with ruff
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test  ## time this machine beside transformers, and llama.cpp where installed
 	@$(BIN)/brain task=bench $(ARGS)
 
-# Tests start many short multi-threaded jobs; threads that spin while they wait would fight over few
-# cores.
+fuzz: $(VENV)/.installed-test  ## damage files and see what is made of them (ARGS="--cases 1000")
+	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
 # Without a GPU the CPU build of torch is asked for first: where pip knows of one, it saves
 # gigabytes. Its exact version also keeps pip from replacing it later.
@@ -50,5 +56,5 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --editable ".[test]"
 	@touch $@
 
-clean:
+clean:  ## remove the environment
 	rm -rf $(VENV) build *.egg-info
