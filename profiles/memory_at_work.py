@@ -25,11 +25,11 @@ from brain.measure.evaluation.plots import pyplot
 from compiled.choose import Look
 
 HERE = Path(__file__).parent
-ROWS, EVERY, BRIGHT = 128, 4, 60.0
+ROWS, EVERY, BRIGHT = 256, 4, 60.0
 """Capacity; ticks between two looks; a brightness that is shown in full, an average row's being 50.
 """
-PRIMED, LENGTH = 120, 1024
-"""Tokens before the note, and tokens fed after it: 8 times the capacity."""
+PRIMED, LENGTH = 256, 1024
+"""Tokens before the note, which fill the memory, and tokens after it: four times as many."""
 NOTE = next(kind for kind in KINDS if kind.name == "note")
 NAME, ANSWER = "Rosalind", "harbour"
 POLICIES = {"sink_recent": "a window of the newest rows", "novelty": "the default policy"}
@@ -58,9 +58,7 @@ class Life:
 
 def life(policy: str, passage: str) -> Life:
     """Feeds the passage with its note under one policy."""
-    b = brain.open(
-        "smollm2", capacity=ROWS, dtype="bfloat16", engine="compiled", cull=policy, seed=0
-    )
+    b = brain.open("smollm2", capacity=ROWS, dtype="bfloat16", engine="compiled", cull=policy)
     text = b.encode(passage)
     note = b.encode(NOTE.statement.format(name=NAME, answer=ANSWER))
     b.prime(text[:PRIMED])
