@@ -16,13 +16,11 @@ from typing import Any, BinaryIO
 
 from brain.errors import Refused
 
-SETTINGS_BYTES = 1 << 22
-"""The most that a small JSON file may have, like config.json."""
+SETTINGS_BYTES = 1 << 22  # the most that a small JSON file may have, like config.json
 TOKENIZER_BYTES = 1 << 26
 """The most that a vocabulary may have; Gemma's, the largest known, takes half of that."""
 PIECE = 1 << 20
-RECORD_BYTES = 1 << 28
-"""The most that a file may have that a run has written about itself."""
+RECORD_BYTES = 1 << 28  # the most that a file may have that a run has written about itself
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -116,12 +116,7 @@ def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
 
 
 def open_checkpoint(
-    model: ModelConf,
-    cache_dir: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    int8: bool,
+    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device, *, int8: bool
 ) -> Checkpoint:
     """Finds, checks and loads a model.
 

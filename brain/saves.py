@@ -31,15 +31,12 @@ from conf.schema import Conf
 
 FORMAT = 3
 TENSORS, DESCRIPTION = "state.safetensors", "brain.json"
-MOST_TICKS = 1 << 52
-"""No run gets this far, and numbers below it are exact in every type used here."""
+MOST_TICKS = 1 << 52  # no run gets this far, and numbers below it are exact in every type used here
 UNREADABLE = (OSError, MemoryError, RuntimeError, SafetensorError)
 """Errors of reading a file that is not safetensors or cannot be mapped."""
-LONGEST_CHARACTER = 4
-"""Bytes of UTF-8."""
+LONGEST_CHARACTER = 4  # bytes of UTF-8
 MOST_SLOTS = 1 << 40
-MOST_OVERHEAD = 1 << 20
-"""Bytes of the tensor file that are not rows: header and cursor."""
+MOST_OVERHEAD = 1 << 20  # bytes of the tensor file that are not rows: header and cursor
 _ROW_AXIS = {"keys": 2, "values": 2, **dict.fromkeys(ROW_COLUMNS, 0)}
 """What a save holds of a row, and the axis of slots in it."""
 

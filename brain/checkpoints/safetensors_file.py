@@ -22,8 +22,7 @@ from brain.files import open_plain, parse_json
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PAGE = mmap.PAGESIZE
 DATA_ALIGNMENT = 4096
-MOST_HEADER = 1 << 24
-"""Bytes; a model of 4,096 layers has a third of that."""
+MOST_HEADER = 1 << 24  # bytes; a model of 4,096 layers has a third of that
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from compiled.state import state_bytes
 from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf, WeightFormat
 
 MOST_ROWS = 1 << 62
-FEWEST_ROWS_TO_CULL = 8
-"""Below this target, sinks, recent rows and victims do not all fit."""
+FEWEST_ROWS_TO_CULL = 8  # below this target, sinks, recent rows and victims do not all fit
 SMALLEST, LARGEST = 1e-15, 1e15
 """Of numbers by which logits are divided, one after the other, and of brightness seeds: float32
 holds what comes of them."""

@@ -16,8 +16,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-POLL = 0.05
-"""Seconds between two attempts."""
+POLL = 0.05  # seconds between two attempts
 
 
 @contextmanager

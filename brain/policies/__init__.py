@@ -8,16 +8,7 @@ first; protection is not its business.
 import math
 
 from brain.errors import Refused
-from brain.policies import (
-    brightness,
-    h2o,
-    keydiff,
-    novelty,
-    random,
-    sink_recent,
-    surprise,
-    tova,
-)
+from brain.policies import brightness, h2o, keydiff, novelty, random, sink_recent, surprise, tova
 from brain.policies.custom import CustomPolicy, custom_policy
 from compiled.choose import KeepScore
 from compiled.score import Culling

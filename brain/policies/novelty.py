@@ -15,8 +15,7 @@ from torch import Tensor
 from compiled.choose import Look
 from compiled.state import State
 
-_KEPT = 1e6
-"""Above any brightness."""
+_KEPT = 1e6  # above any brightness
 
 
 @dataclass(frozen=True)

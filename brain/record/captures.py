@@ -30,8 +30,7 @@ from brain.record.heatmap import remembered
 from brain.tick import Step
 from compiled.sample import candidates, penalize_some
 
-TOP_IN_JSON = 20
-"""The fewest rows of the tables in the JSON."""
+TOP_IN_JSON = 20  # the fewest rows of the tables in the JSON
 
 
 class CaptureWriter:

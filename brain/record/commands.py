@@ -28,10 +28,8 @@ from brain.errors import Refused, Unwritten, one_line, shown
 from brain.files import open_plain, parse_json
 
 INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
-LONGEST_LINE = 1 << 20
-"""Characters of one batch."""
-MOST_AT_ONCE = 8 * LONGEST_LINE
-"""Bytes that are read at a time."""
+LONGEST_LINE = 1 << 20  # characters of one batch
+MOST_AT_ONCE = 8 * LONGEST_LINE  # bytes that are read at a time
 
 Encode = Callable[[str], Sequence[int]]
 

@@ -19,10 +19,8 @@ from brain.mirror import SOURCES
 
 BARS = "▁▂▃▄▅▆▇█"
 GAP = " … "
-FILE = "memory.json"
-"""What a run leaves in its folder."""
-MOST_LIKELY = 1 << 63
-"""The largest number that a row may have."""
+FILE = "memory.json"  # what a run leaves in its folder
+MOST_LIKELY = 1 << 63  # the largest number that a row may have
 
 
 @dataclass(frozen=True)

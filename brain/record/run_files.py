@@ -15,12 +15,10 @@ from brain.machine.integrity import to_disk
 from brain.record.commands import ANSWERS
 
 TRANSCRIPT, TOKENS, REPAIRS = "transcript.txt", "tokens.txt", "repairs.jsonl"
-OPEN = (TRANSCRIPT, TOKENS, REPAIRS)
-"""Those that are kept open for the whole run."""
+OPEN = (TRANSCRIPT, TOKENS, REPAIRS)  # those that are kept open for the whole run
 ALL = (*OPEN, ANSWERS)
 DRAFT = ".rewritten"
-MOST_TOKEN_BYTES = 1 << 32
-"""Of ``tokens.txt``: some hundred million tokens."""
+MOST_TOKEN_BYTES = 1 << 32  # of ``tokens.txt``: some hundred million tokens
 
 
 class RunFiles:

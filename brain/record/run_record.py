@@ -43,16 +43,14 @@ from conf.schema import Conf
 
 FORMAT = 1
 SAVES, SETTINGS = "saves", "run.json"
-KEPT = 2
-"""Saves that are kept."""
+KEPT = 2  # saves that are kept
 FREE = (
     *("task", "ticks", "stop_at_eos", "threads", "nvtx", "cache_dir"),
     *("capture", "capture_top", "save_every"),
 )
 """Settings that may change when a run goes on: none of them changes what it says."""
 FAILED = "failed.txt"
-REPORTS = ("run.json", FILE, FAILED)
-"""What a run writes about itself when it ends."""
+REPORTS = ("run.json", FILE, FAILED)  # what a run writes about itself when it ends
 
 
 class Notes(NamedTuple):

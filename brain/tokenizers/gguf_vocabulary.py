@@ -19,8 +19,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe")
 """GGUF's names of the ways of cutting text into words that are known here."""
 
-LARGEST_SCORE = 1e30
-"""Of a SentencePiece piece, in either direction; real ones are above -1e6."""
+LARGEST_SCORE = 1e30  # of a SentencePiece piece, in either direction; real ones are above -1e6
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

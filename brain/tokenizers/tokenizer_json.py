@@ -21,8 +21,7 @@ from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 SPACE = "▁"
 MOST_GROWTH = 64
 """Of a text before it is split; SmolLM's doubles at most, Llama's is four times as long."""
-DEEPEST = 8
-"""Sequences within sequences of steps."""
+DEEPEST = 8  # sequences within sequences of steps
 
 
 def read_tokenizer_json(content: str, where: str) -> Vocabulary:

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MOST_TOKENS = 1 << 22
-"""Higher ids are mistakes: a table of them would take gigabytes."""
+MOST_TOKENS = 1 << 22  # higher ids are mistakes: a table of them would take gigabytes
 
 
 @dataclass(frozen=True, eq=False)
