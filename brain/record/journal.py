@@ -45,11 +45,9 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[list[Any], int]:
-    """Reads a journal.
-    Returns:
-        What each line holds, and the bytes that these lines take. Any bytes after them are torn.
-    Raises:
-        Refused: it cannot be read, or a line before the last is damaged.
+    """What each line of a journal holds, and the bytes that these lines take: any more are torn.
+
+    Raises Refused if it cannot be read, or a line before the last is damaged.
     """
     records: list[Any] = []
     size = 0
@@ -59,9 +57,9 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
             # Line by line, and no more of a line than is ever written: a hole may be terabytes.
             while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
                 record = _record(line[:-1])
-                if record is None and size + len(line) < whole:
-                    raise Refused(f"{path} is damaged at line {len(records) + 1}")
                 if record is None:
+                    if size + len(line) < whole:
+                        raise Refused(f"{path} is damaged at line {len(records) + 1}")
                     break
                 records.append(record)
                 size += len(line)

@@ -22,10 +22,7 @@ MOST_TOKEN_BYTES = 1 << 32  # of ``tokens.txt``: some hundred million tokens
 
 
 class RunFiles:
-    """The growing files in one run folder.
-
-    Attributes: ``streams``, those that are open, by name.
-    """
+    """The growing files in one run folder; ``streams`` are those that are open, by name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
