@@ -80,9 +80,9 @@ def _application(composed: DictConfig) -> None:
     except OSError as error:
         _leave(f"refused: {_os_message(error)}", REFUSED)
     except RuntimeError as error:
-        from brain.machine.memory import is_out_of_memory
+        import torch  # a second, which --help need not take
 
-        if not is_out_of_memory(error):
+        if not isinstance(error, torch.OutOfMemoryError):
             raise
         reason = one_line(error).split(". ")[0]
         _leave(f"refused: {reason}; use a smaller capacity, model or dtype", REFUSED)

@@ -68,9 +68,8 @@ def read_json(path: Path, most: int = SETTINGS_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parses JSON in which no object has a key twice: readers disagree about such objects.
-
-    Raises ValueError for anything else, however deeply it is nested.
+    """Parses JSON in which no object has a key twice: readers disagree about such objects. Raises
+    ValueError for anything else, however deeply it is nested.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -89,7 +88,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def require_own(paths: Iterable[Path]) -> None:
     """Raises Refused for the first of these that exists and is neither a plain file nor a folder.
-
     Through a link, a file elsewhere would be written or cut off; a pipe would wait for ever.
     """
     for path in paths:

@@ -25,17 +25,13 @@ LOCK = ".lock"
 
 @contextmanager
 def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
-    """Has the compiler keep its files in a folder of ours, within a ``with`` statement.
+    """Has the compiler keep its files in a folder of ours, within a ``with`` statement. Gives a
+    function that records what is there now, which is also done at the end.
 
-    All that it finds there is whole. If a recorded file is damaged or lost, all are removed, with a
-    warning. Files that a killed process left unrecorded are removed without one. Where there can be
-    no such folder, the compiler keeps its files where it always does.
-
-    Args:
-        cache_dir: the folder that holds ours, unless ``TORCHINDUCTOR_CACHE_DIR`` names another;
-            None: the user's cache folder.
-    Returns:
-        A function that records what is there now. That is also done at the end.
+    All that the compiler finds there is whole. If a recorded file is damaged or lost, all are
+    removed, with a warning. Files that a killed process left unrecorded are removed without one.
+    Where there can be no such folder, the compiler keeps its files where it always does.
+    ``cache_dir`` holds ours, unless ``TORCHINDUCTOR_CACHE_DIR`` names another; None: the user's.
     """
     named = os.environ.get(VARIABLE)
     root = Path(named) if named else cache_dir or user_cache_path("positronic-brain")

@@ -15,10 +15,8 @@ HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasatt
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives a function that returns whether the program was asked to stop.
-
-    A second request is a KeyboardInterrupt at once. Only the main thread gets signals; in any other
-    the function returns False.
+    """Gives a function that returns whether the program was asked to stop. A second request is a
+    KeyboardInterrupt at once. Only the main thread gets signals; elsewhere it returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
