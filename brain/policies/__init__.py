@@ -29,15 +29,10 @@ __all__ = ["POLICIES", "CustomPolicy", "custom_policy", "policy"]
 
 
 def policy(name: str, culling: Culling, share: float, lifetime: float | None = None) -> KeepScore:
-    """The keep-score function of a policy.
+    """The keep-score function of one of POLICIES or ``package.module:function``. Raises Refused.
 
-    Args:
-        name: One of POLICIES, or ``package.module:function``.
-        culling: How many rows there are to be, and which are protected.
-        share: Of the target, what ``novelty`` keeps for novel rows.
-        lifetime: In targets, how long a row stays novel; None: for ever.
-    Raises:
-        Refused: There is no such policy.
+    ``share`` of the target is what ``novelty`` keeps for novel rows; ``lifetime``, in targets, is
+    how long a row stays novel; None: for ever.
     """
     if name == "novelty":
         ticks = math.inf if lifetime is None else lifetime * culling.target
