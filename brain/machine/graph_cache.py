@@ -15,7 +15,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from brain.errors import warn
-from brain.machine.integrity import MANIFEST, Entry, is_as_recorded, read_manifest, write_manifest
+from brain.machine.integrity import MANIFEST, is_as_recorded, read_manifest, write_manifest
 from brain.machine.lock import shared
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -77,13 +77,11 @@ def _require_private(folder: Path) -> None:
 
 def _remove_unrecorded(folder: Path) -> None:
     """Removes what is not as it was recorded. Nobody else may be using the folder."""
-    recorded: dict[str, Entry] = {}
-    damaged = False
     try:
         recorded = read_manifest(folder)
         damaged = not all(is_as_recorded(folder / name, recorded[name]) for name in recorded)
     except (OSError, ValueError):
-        damaged = (folder / MANIFEST).exists()
+        recorded, damaged = {}, (folder / MANIFEST).exists()
     if damaged:
         (folder / MANIFEST).unlink()
     kept = set() if damaged else set(recorded)

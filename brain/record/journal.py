@@ -31,7 +31,8 @@ class Journal:
 
     def add(self, record: Any) -> None:
         """Writes one line. Raises Unwritten if it cannot be written whole."""
-        line = _line(record)
+        text = json.dumps(record, separators=(",", ":")).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
         try:
             written = self._file.write(line)
         except OSError as error:
@@ -68,11 +69,6 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
     if len(line) == LONGEST_LINE:
         raise Refused(f"{path} is damaged at line {len(records) + 1}")
     return records, size
-
-
-def _line(record: Any) -> bytes:
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def _record(line: bytes) -> Any:
