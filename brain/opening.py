@@ -118,10 +118,8 @@ def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
 def open_checkpoint(
     model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device, *, int8: bool
 ) -> Checkpoint:
-    """Finds, checks and loads a model. Raises Refused.
-
-    ``cache_dir`` keeps what is fetched and converted; None: the user's cache folder. ``int8``
-    rounds its matrices to eight bits.
+    """Finds, checks and loads a model. Raises Refused. ``cache_dir`` keeps what is fetched and
+    converted; None: the user's cache folder. ``int8`` rounds its matrices to eight bits.
     """
     how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
     cache, wheel = _given(cache_dir), _given(model.wheel)

@@ -74,7 +74,6 @@ def occupied_rows(state: State) -> dict[str, Tensor]:
 
 def write(folder: str | Path, snapshot: Snapshot, notes: Any = None) -> None:
     """Writes a save, replacing one that is already there: atomically, and forced to the disk.
-
     ``notes``: JSON that is kept with it for the caller. Raises Refused if the folder holds anything
     else, or cannot be written.
     """

@@ -27,10 +27,9 @@ def open_folder(
     name: str | None = None,
 ) -> Checkpoint:
     """Loads a folder of config.json, safetensors files and a tokenizer. Raises Refused, before
-    memory is allocated for weights, where one is missing, malformed or not supported.
-
-    ``dtype`` is float32, bfloat16 or float16, whatever the files hold. ``int8`` rounds matrices to
-    eight bits. ``name`` is for people; None: the folder's.
+    memory is allocated for weights, where one is missing, malformed or not supported. ``dtype`` is
+    float32, bfloat16 or float16, whatever the files hold. ``int8`` rounds matrices to eight bits.
+    ``name`` is for people; None: the folder's.
     """
     path = Path(path)
     if not path.is_dir():

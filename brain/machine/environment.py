@@ -11,10 +11,9 @@ PEERS = ("transformers", "llama-cpp-python")
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """Facts for a report, as JSON can hold them; every report picks those that it needs.
-
-    A version is None where the package is not installed; ``cpu`` is the widest vector instructions
-    that PyTorch uses, ``threads`` counts those of PyTorch.
+    """Facts for a report, as JSON can hold them; every report picks those that it needs. A version
+    is None where the package is not installed; ``cpu`` is the widest vector instructions that
+    PyTorch uses, ``threads`` counts those of PyTorch.
     """
     return {
         "torch": torch.__version__,

@@ -30,7 +30,6 @@ __all__ = ["POLICIES", "CustomPolicy", "custom_policy", "policy"]
 
 def policy(name: str, culling: Culling, share: float, lifetime: float | None = None) -> KeepScore:
     """The keep-score function of one of POLICIES or ``package.module:function``. Raises Refused.
-
     ``share`` of the target is what ``novelty`` keeps for novel rows; ``lifetime``, in targets, is
     how long a row stays novel; None: for ever.
     """

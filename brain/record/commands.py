@@ -35,9 +35,8 @@ Encode = Callable[[str], Sequence[int]]
 
 
 def parse_batch(line: str, encode: Encode) -> list[Action]:
-    """The actions of one line of ``commands.jsonl``: JSON, a list of them or a single one.
-
-    Raises Refused, naming the action that is wrong. ``encode`` turns text into ids.
+    """The actions of one line of ``commands.jsonl``: JSON, a list of them or a single one. Raises
+    Refused, naming the action that is wrong. ``encode`` turns text into ids.
     """
     if len(line) > LONGEST_LINE:
         raise Refused(f"command of {len(line)} characters: at most {LONGEST_LINE} in one line")

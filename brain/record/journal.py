@@ -47,7 +47,6 @@ class Journal:
 
 def read_journal(path: Path) -> tuple[list[Any], int]:
     """What each line of a journal holds, and the bytes that these lines take: any more are torn.
-
     Raises Refused if it cannot be read, or a line before the last is damaged.
     """
     records: list[Any] = []
