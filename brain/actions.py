@@ -34,7 +34,7 @@ class Replace:
     """Puts tokens in place of neighbouring rows.
 
     ``positions`` are consecutive in text order; the new tokens, at most as many, take the first of
-    them. They are read "as of" those positions: each sees only what precedes it.
+    them. Each sees only what precedes its position.
     """
 
     positions: Sequence[int]
@@ -104,7 +104,7 @@ class Limits:
 
 
 def listed(values: Iterable[Any], what: str) -> list[Any]:
-    """What several are wanted of, as a list. Raises Refused for anything that has no members."""
+    """The values as a list. Raises Refused, naming ``what`` they are, if they are not iterable."""
     try:
         return list(values)
     except TypeError:
@@ -112,7 +112,7 @@ def listed(values: Iterable[Any], what: str) -> list[Any]:
 
 
 def integer(value: object) -> int | None:
-    """A value as an integer, if it is one; what is true or false is none."""
+    """A value as an integer, or None if it is anything else. True and False are not integers."""
     try:
         return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -120,9 +120,7 @@ def integer(value: object) -> int | None:
 
 
 def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
-    """Checks literal token ids. Raises Refused for none at all, for anything that is not an
-    integer, and for ids outside the vocabulary.
-    """
+    """The ids as a list. Raises Refused if there are none, or any is not in the vocabulary."""
     checked = []
     for index, token in enumerate(listed(ids, f"{what}: ids")):
         number = integer(token)
@@ -210,17 +208,15 @@ def _replace(action: Replace, edit: Edit, mirror: Mirror, limits: Limits) -> Non
     first = mirror.index_of(positions[0])
     if mirror.position[first : first + len(positions)].tolist() != positions:
         raise Refused(f"Replace: positions {positions} are not neighbours in what is remembered")
-    edit.replacing += [
-        (token, position, number) for token, position in zip(ids, positions, strict=False)
-    ]
+    edit.replacing += [(token, at, number) for token, at in zip(ids, positions, strict=False)]
 
 
 def _check_whole(edit: Edit, mirror: Mirror, limits: Limits) -> None:
     for position in (*edit.pin, *edit.boost):
         if position in edit.cull:
             raise Refused(f"position {position} is both removed and changed in one batch")
-    waiting = 1 if limits.pending and edit.appending else 0
-    rows = len(mirror) - len(edit.cull) + len(edit.replacing) + len(edit.appending) + waiting
+    new = len(edit.replacing) + len(edit.appending) + bool(limits.pending and edit.appending)
+    rows = len(mirror) - len(edit.cull) + new
     if rows > limits.capacity:
         raise Refused(
             f"memory is full: {rows} rows do not fit in {limits.capacity} slots; cull "
@@ -236,7 +232,6 @@ def _check_whole(edit: Edit, mirror: Mirror, limits: Limits) -> None:
         )
     if len(edit.erase) > limits.chunk:
         raise Refused(f"{len(edit.erase)} rows to redact: at most {limits.chunk} in one batch")
-    new = len(edit.replacing) + len(edit.appending) + waiting
     if new > limits.chunk and edit.cull:
         raise Refused(
             f"{new} new tokens in one batch with rows to remove: at most {limits.chunk}; "

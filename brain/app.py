@@ -12,6 +12,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,9 @@ def main() -> None:
     register()
     _write_utf8()
     try:
-        sys.argv[1:] = literal_arguments(sys.argv[1:])
-        with sigterm_is_ctrl_c():
+        with _in_one_line(), sigterm_is_ctrl_c():
+            sys.argv[1:] = literal_arguments(sys.argv[1:])
             _application()
-    except Refused as refusal:
-        _leave(f"refused: {refusal}", REFUSED)
-    except OSError as error:  # Hydra could not make the run folder
-        _leave(f"refused: {_os_message(error)}", REFUSED)
-    except (HydraException, OmegaConfBaseException) as error:
-        _leave(f"refused: {configuration_error(error)}", REFUSED)
-    except KeyboardInterrupt:
-        _leave("interrupted", INTERRUPTED)
     except Exception as error:
         if _has_begun(error):
             raise
@@ -64,28 +58,38 @@ def _has_begun(error: Exception) -> bool:
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="config")
 def _application(composed: DictConfig) -> None:
+    # Here as well as in main: Hydra would print what passes through it.
+    with _in_one_line():
+        try:
+            conf = typed(composed)
+            run_dir = Path(HydraConfig.get().runtime.output_dir)
+            importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+        except BrokenPipeError:
+            # The reader of our output has closed it. Nothing more can be printed there.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except RuntimeError as error:
+            import torch  # takes a second, which --help need not wait for
+
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = one_line(error).split(". ")[0]
+            _leave(f"refused: {reason}; use a smaller capacity, model or dtype", REFUSED)
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Ends the program with one line for an error that is not the program's own."""
     try:
-        conf = typed(composed)
-        run_dir = Path(HydraConfig.get().runtime.output_dir)
-        importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+        yield
     except Refused as refusal:
         _leave(f"refused: {refusal}", REFUSED)
-    except OmegaConfBaseException as error:
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _leave(f"refused: {where}{error.strerror or one_line(error)}", REFUSED)
+    except (HydraException, OmegaConfBaseException) as error:
         _leave(f"refused: {configuration_error(error)}", REFUSED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has closed it. Nothing more can be printed there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        _leave(f"refused: {_os_message(error)}", REFUSED)
-    except RuntimeError as error:
-        from brain.machine.memory import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        reason = one_line(error).split(". ")[0]
-        _leave(f"refused: {reason}; use a smaller capacity, model or dtype", REFUSED)
 
 
 def _write_utf8() -> None:
@@ -93,11 +97,6 @@ def _write_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
-def _os_message(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or one_line(error)}"
 
 
 def _leave(message: str, status: int) -> None:

@@ -19,8 +19,7 @@ class MemoryFull(Refused):
     """A memory with cull=none has no room for another row."""
 
 
-LONGEST = 4000
-"""Characters of a refusal."""
+LONGEST = 4000  # characters of a refusal
 
 
 class Unwritten(Refused):

@@ -16,13 +16,11 @@ from typing import Any, BinaryIO
 
 from brain.errors import Refused
 
-SETTINGS_BYTES = 1 << 22
-"""The most that a small JSON file may have, like config.json."""
+SETTINGS_BYTES = 1 << 22  # the most that a small JSON file may have, like config.json
 TOKENIZER_BYTES = 1 << 26
 """The most that a vocabulary may have; Gemma's, the largest known, takes half of that."""
 PIECE = 1 << 20
-RECORD_BYTES = 1 << 28
-"""The most that a file may have that a run has written about itself."""
+RECORD_BYTES = 1 << 28  # the most that a file may have that a run has written about itself
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -70,9 +68,8 @@ def read_json(path: Path, most: int = SETTINGS_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parses JSON in which no object has a key twice: readers disagree about such objects.
-
-    Raises ValueError for anything else, however deeply it is nested.
+    """Parses JSON in which no object has a key twice: readers disagree about such objects. Raises
+    ValueError for anything else, however deeply it is nested.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -91,7 +88,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def require_own(paths: Iterable[Path]) -> None:
     """Raises Refused for the first of these that exists and is neither a plain file nor a folder.
-
     Through a link, a file elsewhere would be written or cut off; a pipe would wait for ever.
     """
     for path in paths:

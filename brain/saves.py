@@ -31,15 +31,12 @@ from conf.schema import Conf
 
 FORMAT = 3
 TENSORS, DESCRIPTION = "state.safetensors", "brain.json"
-MOST_TICKS = 1 << 52
-"""No run gets this far, and numbers below it are exact in every type used here."""
+MOST_TICKS = 1 << 52  # no run gets this far, and numbers below it are exact in every type used here
 UNREADABLE = (OSError, MemoryError, RuntimeError, SafetensorError)
 """Errors of reading a file that is not safetensors or cannot be mapped."""
-LONGEST_CHARACTER = 4
-"""Bytes of UTF-8."""
+LONGEST_CHARACTER = 4  # bytes of UTF-8
 MOST_SLOTS = 1 << 40
-MOST_OVERHEAD = 1 << 20
-"""Bytes of the tensor file that are not rows: header and cursor."""
+MOST_OVERHEAD = 1 << 20  # bytes of the tensor file that are not rows: header and cursor
 _ROW_AXIS = {"keys": 2, "values": 2, **dict.fromkeys(ROW_COLUMNS, 0)}
 """What a save holds of a row, and the axis of slots in it."""
 
@@ -53,17 +50,15 @@ class Snapshot:
     """Everything that a brain is at one moment, on the host.
 
     ``rows`` are the columns of the state less ``valid``, of the n occupied slots in slot order, and
-    ``slot`` [n] int64, ascending. ``high_water`` is one more than the highest slot ever occupied.
-    ``unfinished`` are the bytes of a character that the text has begun. ``conf`` is the
-    configuration as plain data.
+    ``slot`` [n] int64, ascending.
     """
 
     model_sha256: str
     rows: dict[str, Tensor]
     cursor: Cursor
-    high_water: int
-    unfinished: bytes
-    conf: dict[str, Any]
+    high_water: int  # one more than the highest slot ever occupied
+    unfinished: bytes  # of a character that the text has begun
+    conf: dict[str, Any]  # the configuration as plain data
     policy_sha256: str | None = None  # of the source of a policy that is not one of ours
 
 
@@ -78,14 +73,9 @@ def occupied_rows(state: State) -> dict[str, Tensor]:
 
 
 def write(folder: str | Path, snapshot: Snapshot, notes: Any = None) -> None:
-    """Writes a save, replacing one that is already there.
-
-    Args:
-        folder: where to put it; missing parents are made.
-        snapshot: what to write.
-        notes: plain JSON that is kept with it for the caller.
-    Raises:
-        Refused: the folder holds anything else, or cannot be written.
+    """Writes a save, replacing one that is already there: atomically, and forced to the disk.
+    ``notes``: JSON that is kept with it for the caller. Raises Refused if the folder holds anything
+    else, or cannot be written.
     """
     folder = given_path(folder)
     if folder.exists() and not (folder / DESCRIPTION).is_file():
@@ -137,18 +127,18 @@ def read(
     """Reads a save, checked against the model and the memory that it is read for.
 
     Args:
-        folder: where the save is.
-        checkpoint: the model that will go on with it.
-        state: the memory that the rows will be put into. Only its shapes and dtypes are looked at.
+        folder: Where the save is.
+        checkpoint: The model that will go on with it.
+        state: The memory that the rows will be put into. Only its shapes and dtypes are looked at.
             Rows of a larger memory get other slots where they need them.
-        cursor: the same for the cursor.
-        most_pinned: how many rows that memory may have pinned.
-        policy_sha256: of the policy that will go on with it, if it is not one of ours.
+        cursor: The same for the cursor.
+        most_pinned: How many rows that memory may have pinned.
+        policy_sha256: Of the policy that will go on with it, if it is not one of ours.
     Returns:
         The snapshot, and the notes that were written with it.
     Raises:
-        OtherWeights: it was saved with another model.
-        Refused: it is damaged, or does not fit into the memory.
+        OtherWeights: It was saved with another model.
+        Refused: It is damaged, or does not fit into the memory.
     """
     folder = given_path(folder)
     description = read_description(folder)
@@ -157,8 +147,7 @@ def read(
     if description.get("policy_sha256") != policy_sha256:
         raise Refused(f"{folder} was saved with a policy of another source: give the same one")
     path = folder / TENSORS
-    _check_size(path, checkpoint, state)
-    _check_sum(path, description.get("sha256"))
+    _check_file(path, description.get("sha256"), checkpoint, state)
     rows, saved_cursor = _tensors(path, checkpoint.config.vocab_size, state, cursor)
     slot, high_water = rows["slot"], description.get("high_water")
     occupied = int(slot[-1]) + 1 if len(slot) else 0
@@ -227,36 +216,30 @@ def plain(conf: Conf) -> dict[str, Any]:
             return [named(item) for item in value]
         return value.name if isinstance(value, Enum) else value
 
-    described: dict[str, Any] = named(asdict(conf))
-    return described
+    return named(asdict(conf))  # type: ignore[no-any-return]
 
 
-def _check_size(path: Path, checkpoint: Checkpoint, state: State) -> None:
-    """Refuses a file that holds more than the memory can, before it is read."""
+def _check_file(path: Path, sha256: Any, checkpoint: Checkpoint, state: State) -> None:
+    """Refuses, before it is read into memory, a file that holds more than the memory can or is not
+    the one that was written.
+    """
     try:
         with open_plain(path), safe_open(path, "pt") as file:
             shape = file.get_slice("slot").get_shape()
+        if len(shape) != 1:
+            raise Refused(f"{path}: tensor slot is missing or malformed")
+        (count,) = shape
+        if count > state.capacity:
+            raise Refused(f"{path.parent} holds {count} rows but capacity is {state.capacity}")
+        most = state_bytes(checkpoint.config, count, state.keys.dtype) + 8 * count + MOST_OVERHEAD
+        if path.stat().st_size > most:
+            raise Refused(f"{path} is larger than {count} rows can be")
+        if file_sha256(path) != sha256:
+            raise Refused(f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
     except OSError as error:
         raise Refused(f"{path} cannot be read ({one_line(error)})") from None
     except UNREADABLE as error:
         raise Refused(f"{path} is damaged ({one_line(error)})") from None
-    if len(shape) != 1:
-        raise Refused(f"{path}: tensor slot is missing or malformed")
-    (count,) = shape
-    if count > state.capacity:
-        raise Refused(f"{path.parent} holds {count} rows but capacity is {state.capacity}")
-    most = state_bytes(checkpoint.config, count, state.keys.dtype) + 8 * count + MOST_OVERHEAD
-    if path.stat().st_size > most:
-        raise Refused(f"{path} is larger than {count} rows can be")
-
-
-def _check_sum(path: Path, expected: Any) -> None:
-    try:
-        found = file_sha256(path)
-    except OSError as error:
-        raise Refused(f"{path} cannot be read ({one_line(error)})") from None
-    if found != expected:
-        raise Refused(f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
 
 
 def _tensors(
@@ -273,6 +256,16 @@ def _tensors(
         raise Refused(f"{path}: tensor slot is missing or malformed")
     if len(slot) and (slot.min() < 0 or slot.max() >= MOST_SLOTS or (slot.diff() <= 0).any()):
         raise Refused(f"{path}: slots are not ascending")
+
+    def take(name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+        tensor: Tensor | None = saved.pop(name, None)
+        if tensor is None:
+            raise Refused(f"{path}: {name} is missing")
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise Refused(f"{path}: {name} is {found}, expected {dtype} {shape}")
+        return tensor
+
     rows = {"slot": slot}
     for name, axis in _ROW_AXIS.items():
         column = getattr(state, name)
@@ -281,18 +274,9 @@ def _tensors(
         older = COLUMNS[name].older if name in COLUMNS else None
         if older is not None:  # the save may be from before the column
             saved.setdefault(name, torch.full(shape, older, dtype=column.dtype))
-        rows[name] = _checked(saved.pop(name, None), shape, column.dtype, f"{path}: {name}")
-    found = Cursor(
-        *(
-            _checked(
-                saved.pop(f"cursor.{name}", None),
-                list(column.shape),
-                column.dtype,
-                f"{path}: cursor.{name}",
-            )
-            for name, column in cursor._asdict().items()
-        )
-    )
+        rows[name] = take(name, shape, column.dtype)
+    columns = cursor._asdict().items()
+    found = Cursor(*(take(f"cursor.{name}", list(c.shape), c.dtype) for name, c in columns))
     if saved:
         raise Refused(f"{path}: unexpected tensor {sorted(saved)[0]}")
     for name, ids in (("token_id", rows["token_id"]), ("cursor.token", found.token)):
@@ -331,11 +315,3 @@ def _check_values(rows: dict[str, Tensor], cursor: Cursor, path: Path) -> None:
     for name, numbers in floats.items():
         if numbers.isnan().any():
             raise Refused(f"{path}: {name} holds NaN")
-
-
-def _checked(tensor: Tensor | None, shape: list[int], dtype: torch.dtype, what: str) -> Tensor:
-    if tensor is None:
-        raise Refused(f"{what} is missing")
-    if list(tensor.shape) != shape or tensor.dtype != dtype:
-        raise Refused(f"{what} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {shape}")
-    return tensor

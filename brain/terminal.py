@@ -14,13 +14,8 @@ def note(message: str) -> None:
 
 
 def capture_graphs(graphs: Graphs, *, edits: bool = True) -> None:
-    """Captures every graph of a brain, showing which one is being compiled.
-
-    Does nothing in eager mode.
-
-    Args:
-        graphs: the brain's.
-        edits: whether to capture the graphs of edits, too, and not those of ticks alone.
+    """Captures every graph of a brain, or those of ticks alone without ``edits``, showing which one
+    is being compiled. Does nothing in eager mode.
     """
     if not graphs.compiled:
         return
@@ -28,9 +23,7 @@ def capture_graphs(graphs: Graphs, *, edits: bool = True) -> None:
     # Collecting garbage after every graph would take a seventh of a second each and find nothing.
     no_collection = torch_private.without_collection()
     with no_collection, tqdm(total=total, desc="capturing graphs", unit="graph") as bar:
-        started = False
-        for name in graphs.warm_up(edits=edits):
-            bar.update(int(started))
+        for done, name in enumerate(graphs.warm_up(edits=edits)):
+            bar.n = done
             bar.set_postfix_str(name)
-            started = True
-        bar.update(int(started))
+        bar.update(total - bar.n)

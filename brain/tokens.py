@@ -19,16 +19,12 @@ from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A vocabulary together with its special tokens.
-
-    ``bos_id``: the token that begins a text, if the vocabulary has one. ``eos_ids``: the tokens
-    after which a text has ended. ``wants_bos``: whether the model was trained to see BOS first.
-    """
+    """A vocabulary together with its special tokens."""
 
     vocabulary: Vocabulary
-    bos_id: int | None
-    eos_ids: frozenset[int]
-    wants_bos: bool
+    bos_id: int | None  # begins a text, if the vocabulary has such a token
+    eos_ids: frozenset[int]  # each ends a text
+    wants_bos: bool  # the model was trained to see BOS first
 
     @property
     def vocab_size(self) -> int:
@@ -36,11 +32,9 @@ class Tokenizer:
         return len(self.vocabulary.spelling)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """The ids of a text: nothing added, no BOS, EOS or padding, and nothing cut off.
-
-        With ``special``, special tokens written out in the text ("<|im_start|>") become their id;
-        without, they are characters like any others. Raises Refused where the text is not valid
-        Unicode or has characters that a byte-level vocabulary cannot spell.
+        """The ids of a text: nothing added, no BOS, EOS or padding, and nothing cut off. With
+        ``special``, special tokens written out in the text ("<|im_start|>") become their id. Raises
+        Refused where the text is not valid Unicode or the vocabulary cannot spell it.
         """
         try:
             raw = text.encode()
@@ -77,9 +71,8 @@ class Tokenizer:
         return self.with_bos(self.encode(text))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one id stands for: UTF-8 or a fragment of it; control tokens are their own text.
-
-        An id that the tokenizer does not know is shown as ``<id 49200>``.
+        """What one id stands for: UTF-8 or a fragment of it; control tokens are their own text. An
+        id that the tokenizer does not know is shown as ``<id 49200>``.
         """
         token_id = int(token_id)
         if 0 <= token_id < len(self.vocabulary.spelling):
@@ -89,10 +82,8 @@ class Tokenizer:
         return f"<id {token_id}>".encode()
 
     def decode(self, ids: Iterable[int], *, at_start: bool = True) -> str:
-        """The text of these ids, control tokens included; invalid UTF-8 becomes U+FFFD.
-
-        ``at_start``: the ids begin a text, so that the one space which SentencePiece puts before
-        a text (or after its BOS) is taken away again.
+        """The text of these ids, control tokens included; invalid UTF-8 becomes U+FFFD. Where they
+        begin a text, the one space that SentencePiece puts before it (or after BOS) is removed.
         """
         stream = StreamDecoder(self, at_start=at_start)
         raw = b"".join(stream.spell(token_id) for token_id in ids)
@@ -143,9 +134,7 @@ class StreamDecoder:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder: ``tokenizer.model`` first, else ``tokenizer.json``.
-
-    ``config.json``, ``generation_config.json`` and ``tokenizer_config.json`` say which tokens
-    begin and end a text. Raises Refused where there is no tokenizer or it cannot be used.
+    The folder's settings say which tokens begin and end a text. Raises Refused.
     """
     tokenizer_config = _read_settings(folder / "tokenizer_config.json")
     sentencepiece, library = folder / "tokenizer.model", folder / "tokenizer.json"
@@ -210,29 +199,24 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, str]:
     """Tokens that a folder adds to its SentencePiece model, or marks special, by id."""
-    added: dict[int, str] = {}
-    for text, index in _read_settings(folder / "added_tokens.json").items():
-        added |= _added_token(index, text, folder / "added_tokens.json")
+    stated = _read_settings(folder / "added_tokens.json").items()
+    found: list[tuple[str, Any, Any]] = [("added_tokens.json", i, text) for text, i in stated]
     declared = tokenizer_config.get("added_tokens_decoder")
     if isinstance(declared, dict):
-        for index, token in declared.items():
-            added |= _added_token(index, _token_text(token), folder / "tokenizer_config.json")
+        found += [("tokenizer_config.json", i, _token_text(t)) for i, t in declared.items()]
+    added = {}
+    for file, index, text in found:
+        digits = str(index) if isinstance(index, str | int) else ""
+        number = int(digits) if digits.isdecimal() and len(digits) < 8 else MOST_TOKENS
+        # Half a surrogate pair, which JSON can hold, is not text.
+        is_text = isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
+        if number >= MOST_TOKENS or not text or not is_text:
+            raise Refused(
+                f"{folder / file}: added token {shown(text)} has id {shown(index)}; use a text and "
+                f"a number below {MOST_TOKENS}"
+            )
+        added[number] = text
     return added
-
-
-def _added_token(index: object, text: object, where: Path) -> dict[int, str]:
-    digits = str(index) if isinstance(index, str | int) else ""
-    number = int(digits) if digits.isdecimal() and len(digits) < 8 else MOST_TOKENS
-    # Half a surrogate pair, which JSON can hold, is not text.
-    whole = isinstance(text, str) and text.encode("utf-8", "ignore") == text.encode(
-        "utf-8", "surrogatepass"
-    )
-    if number >= MOST_TOKENS or not isinstance(text, str) or not text or not whole:
-        raise Refused(
-            f"{where}: added token {shown(text)} has id {shown(index)}; use a text and a number "
-            f"below {MOST_TOKENS}"
-        )
-    return {number: text}
 
 
 def _token_text(token: object) -> str | None:

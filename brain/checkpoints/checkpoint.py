@@ -10,23 +10,17 @@ from compiled.llama import LlamaConfig, Weights
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Everything that defines a model.
+    """Everything that defines a model."""
 
-    ``name`` is for people: a folder's name or a hub repository. ``hash_weights`` computes
-    :attr:`sha256` when it is first asked for.
-    """
-
-    name: str
+    name: str  # for people: a folder's name or a hub repository
     config: LlamaConfig
     weights: Weights
     tokenizer: Tokenizer
-    hash_weights: Callable[[], str]
+    hash_weights: Callable[[], str]  # computes ``sha256`` when it is first asked for
 
     @cached_property
     def sha256(self) -> str:
-        """Identifies the stored weights, whatever dtype they were loaded in; 64 hex digits.
-
-        Of one weight file its SHA-256, of several that of their digests, sorted. May take seconds
-        per gigabyte on first use.
+        """Identifies the stored weights, whatever dtype they were loaded in: of one file its
+        SHA-256, of several that of their sorted digests. Takes seconds per gigabyte on first use.
         """
         return self.hash_weights()

@@ -26,17 +26,10 @@ def open_folder(
     int8: bool = False,
     name: str | None = None,
 ) -> Checkpoint:
-    """Loads a model folder.
-
-    Args:
-        path: holds config.json, safetensors files and a tokenizer.
-        dtype: float32, bfloat16 or float16, whatever the files hold.
-        device: where the weights go.
-        int8: rounds matrices to eight bits.
-        name: for people; None: the folder's.
-    Raises:
-        Refused: something is missing, malformed or not supported. No memory has been allocated for
-            weights.
+    """Loads a folder of config.json, safetensors files and a tokenizer. Raises Refused, before
+    memory is allocated for weights, where one is missing, malformed or not supported. ``dtype`` is
+    float32, bfloat16 or float16, whatever the files hold. ``int8`` rounds matrices to eight bits.
+    ``name`` is for people; None: the folder's.
     """
     path = Path(path)
     if not path.is_dir():
@@ -57,9 +50,8 @@ def open_folder(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, from its index where it has one.
-
-    Raises Refused where there are none, or the index names anything but files of the folder.
+    """The safetensors files of a folder, from its index where it has one. Raises Refused where
+    there are none, or the index names anything but files of the folder.
     """
     index = folder / INDEX
     if not index.exists():

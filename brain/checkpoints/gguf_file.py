@@ -4,7 +4,8 @@ Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,9 @@ READABLE = frozenset(
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Writes a GGUF model into an existing folder as a standard Hugging Face model.
-
-    config.json, generation_config.json, tokenizer files and model.safetensors (float32), whose
-    tensors lie in the order of ``packed_parts``: loading them needs no copy. A progress bar goes
-    to standard error. Raises Refused where the file is not a Llama model that can be converted,
-    OSError where the folder cannot be written.
+    """Writes a GGUF model into an existing folder as a standard Hugging Face model, float32, whose
+    tensors lie in the order of ``packed_parts``: loading them needs no copy. Raises Refused where
+    the file is not a Llama model that can be converted, OSError where the folder cannot be written.
     """
     file = GgufFile(path)
     settings = _hf_settings(file.fields, file.tensors, str(path))
@@ -72,19 +70,13 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
     with tqdm(total=len(parts), desc=f"converting {path.stem}", unit="tensor") as bar:
 
-        def maker(name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-            def make() -> Tensor:
-                tensor = _read(file, name, shape, config)
-                bar.update()
-                return tensor
+        def make(name: str, shape: tuple[int, ...]) -> Tensor:
+            tensor = _read(file, name, shape, config)
+            bar.update()
+            return tensor
 
-            return make
-
-        write_safetensors(
-            folder / "model.safetensors",
-            [(name, shape, maker(name, shape)) for name, shape in parts],
-            torch.float32,
-        )
+        tensors = [(name, shape, partial(make, name, shape)) for name, shape in parts]
+        write_safetensors(folder / "model.safetensors", tensors, torch.float32)
 
 
 def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
@@ -93,18 +85,13 @@ def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
     if unexpected:
         raise Refused(f"{path}: unexpected tensor {min(unexpected)}: it cannot be converted")
     for name, shape in parts:
-        stored = file.tensors.get(gguf_name(name))
+        stored, what = file.tensors.get(gguf_name(name)), f"{path}: tensor {gguf_name(name)}"
         if stored is None:
-            raise Refused(f"{path}: tensor {gguf_name(name)} is missing; expected {list(shape)}")
+            raise Refused(f"{what} is missing; expected {list(shape)}")
         if stored.shape != shape:
-            raise Refused(
-                f"{path}: tensor {gguf_name(name)} has shape {list(stored.shape)}, expected "
-                f"{list(shape)}"
-            )
+            raise Refused(f"{what} has shape {list(stored.shape)}, expected {list(shape)}")
         if stored.kind not in READABLE:
-            raise Refused(
-                f"{path}: tensor {gguf_name(name)} has unsupported type {stored.kind.name}"
-            )
+            raise Refused(f"{what} has unsupported type {stored.kind.name}")
 
 
 def _hf_settings(
@@ -138,13 +125,12 @@ def _hf_settings(
     head_dim = fields.get("llama.attention.key_length") or hidden // heads
     rotated = fields.get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
-        raise Refused(
-            f"{where}: {shown(rotated)} of {shown(head_dim)} head dimensions rotated; "
-            "use all of them"
-        )
+        of = f"{shown(rotated)} of {shown(head_dim)}"
+        raise Refused(f"{where}: {of} head dimensions rotated; use all of them")
     tokens = fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise Refused(f"{where}: GGUF metadata tokenizer.ggml.tokens is missing or is not a list")
+    theta = required("rope.freq_base") if "llama.rope.freq_base" in fields else 10000.0
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -158,9 +144,7 @@ def _hf_settings(
         "hidden_act": "silu",
         "max_position_embeddings": required("context_length"),
         "rms_norm_eps": _shortest(required("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(
-            required("rope.freq_base") if "llama.rope.freq_base" in fields else 10000.0
-        ),
+        "rope_theta": _shortest(theta),
         "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,
@@ -190,8 +174,8 @@ def gguf_name(name: str) -> str:
 
 def _read(file: GgufFile, name: str, shape: tuple[int, ...], config: LlamaConfig) -> Tensor:
     """One tensor, float32, in Hugging Face's layout."""
-    tensor_of = file.tensors[gguf_name(name)]
-    values = dequantize(file.stored(tensor_of), tensor_of.kind)
+    stored = file.tensors[gguf_name(name)]
+    values = dequantize(file.stored(stored), stored.kind)
     tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
     for projection, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
         if f".{projection}." in name:
@@ -200,9 +184,8 @@ def _read(file: GgufFile, name: str, shape: tuple[int, ...], config: LlamaConfig
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Undoes llama.cpp's reordering of query and key rows, [heads * head_dim, hidden].
-
-    It pairs RoPE's dimensions as neighbours (2i, 2i+1); Hugging Face pairs i and i + head_dim/2.
+    """Undoes llama.cpp's reordering of query and key rows, [heads * head_dim, hidden]: it pairs
+    RoPE's dimensions as neighbours (2i, 2i+1), Hugging Face pairs i and i + head_dim/2.
     """
     rows, columns = weight.shape
     pairs = weight.view(heads, rows // heads // 2, 2, columns)

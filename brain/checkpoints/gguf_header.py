@@ -25,8 +25,7 @@ ALIGNMENT, MOST_ALIGNMENT = 32, 1 << 16
 MOST_FIELDS, MOST_TENSORS, MOST_DIMENSIONS = 1 << 16, 1 << 16, 4
 MOST_ELEMENTS = 1 << 22
 """Of an array; the largest are the merges of a vocabulary, a few hundred thousand."""
-MOST_HEADER = 1 << 28
-"""Bytes."""
+MOST_HEADER = 1 << 28  # bytes
 
 # Kinds of values
 STRING, ARRAY = 8, 9

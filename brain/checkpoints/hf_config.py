@@ -125,10 +125,8 @@ def _refuse_unsupported(read: _Settings, mistral: bool) -> None:
 
 
 def _rope(read: _Settings, context: int) -> tuple[float, RopeScaling | None]:
-    """RoPE base and scaling, from ``rope_parameters`` or the older two keys.
-
-    ``rope_parameters`` (transformers 5) holds base and scaling together; before, ``rope_theta``
-    stood by itself and ``rope_scaling`` named its kind ``rope_type`` or ``type``.
+    """RoPE base and scaling. ``rope_parameters`` (transformers 5) holds both; earlier,
+    ``rope_theta`` stood by itself and ``rope_scaling`` named its kind ``rope_type`` or ``type``.
     """
     key = "rope_parameters" if read.values.get("rope_parameters") else "rope_scaling"
     values = read.values.get(key)

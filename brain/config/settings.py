@@ -1,7 +1,7 @@
 """The configuration of one brain: checked once, and in the terms of ``compiled/``.
 
-Every rule that a value must keep is told here or, where it follows from what the value does, by the
-dataclass of ``compiled/`` that takes it.
+Every rule that a value must keep is stated here or, where it follows from what the value does, in
+the dataclass of ``compiled/`` that takes it.
 """
 
 import dataclasses
@@ -29,8 +29,7 @@ from compiled.state import state_bytes
 from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf, WeightFormat
 
 MOST_ROWS = 1 << 62
-FEWEST_ROWS_TO_CULL = 8
-"""Below this target, sinks, recent rows and victims do not all fit."""
+FEWEST_ROWS_TO_CULL = 8  # below this target, sinks, recent rows and victims do not all fit
 SMALLEST, LARGEST = 1e-15, 1e15
 """Of numbers by which logits are divided, one after the other, and of brightness seeds: float32
 holds what comes of them."""
@@ -87,13 +86,8 @@ class Settings:
 
 
 def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
-    """Checks the configuration.
-
-    Args:
-        conf: What was asked for.
-        given: The policy that ``cull.policy`` names, where it need not be imported.
-    Raises:
-        Refused: A value cannot be used; the message names its key.
+    """Checks the configuration. Raises Refused, naming the key. ``given`` is the policy that
+    ``cull.policy`` names, where it need not be imported.
     """
     if not 1 <= conf.capacity <= MOST_ROWS:
         raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")
@@ -110,9 +104,7 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
         graphs = GraphSpec(
             compiled=conf.engine.compiled,
             method=SamplingMethod(
-                greedy=conf.sampler.greedy,
-                top_k=conf.sampler.top_k,
-                nucleus=conf.sampler.top_p < 1.0,
+                conf.sampler.greedy, conf.sampler.top_k, nucleus=conf.sampler.top_p < 1.0
             ),
             eviction=eviction,
             widths=tuple(conf.engine.widths),
@@ -132,7 +124,7 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
 
 @contextmanager
 def _naming(group: str) -> Iterator[None]:
-    """What ``compiled/`` finds wrong with a value is refused by the key that it was given as."""
+    """Refuses, by its key in the configuration, a value that ``compiled/`` finds wrong."""
     try:
         yield
     except ValueError as error:
@@ -155,9 +147,7 @@ def device_of(name: str) -> torch.device:
 
 
 def _check_linkable(libraries: Path) -> None:
-    """Graphs for a CPU are built by a C++ compiler, which PyTorch tells where to find its libraries
-    without quoting the path.
-    """
+    """Refuses a path of PyTorch that its C++ compiler cannot be given, because it is not quoted."""
     if any(character.isspace() or character in "'\"" for character in str(libraries)):
         raise Refused(
             f"engine=compiled cannot use a PyTorch whose path has a space or quote ({libraries}): "
@@ -169,11 +159,9 @@ def _check_sampler(sampler: SamplerConf) -> None:
     def refuse(key: str, rule: str) -> None:
         raise Refused(f"sampler.{key} must be {rule}, not {getattr(sampler, key)}")
 
+    divisors = f"{SMALLEST:g} to {LARGEST:g}"
     if not SMALLEST <= sampler.temperature <= LARGEST:
-        refuse(
-            "temperature",
-            f"{SMALLEST:g} to {LARGEST:g} (for the likeliest token use sampler=greedy)",
-        )
+        refuse("temperature", f"{divisors} (for the likeliest token use sampler=greedy)")
     if sampler.top_k < 0:
         refuse("top_k", "0 (off) or more")
     if not 0 < sampler.top_p <= 1:
@@ -181,7 +169,7 @@ def _check_sampler(sampler: SamplerConf) -> None:
     if not 0 <= sampler.min_p <= 1:
         refuse("min_p", "between 0 (off) and 1")
     if not SMALLEST <= sampler.repetition_penalty <= LARGEST:
-        refuse("repetition_penalty", f"{SMALLEST:g} to {LARGEST:g} (1 is off)")
+        refuse("repetition_penalty", f"{divisors} (1 is off)")
 
 
 def eviction_of(cull: CullConf, capacity: int, given: CustomPolicy | None = None) -> Eviction:
@@ -190,11 +178,9 @@ def eviction_of(cull: CullConf, capacity: int, given: CustomPolicy | None = None
     unknown = set(brightness.seeds) - set(SOURCES)
     if unknown:
         raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
-    for name in ("gain", "maximum"):
-        if not getattr(brightness, name) >= 0:
-            raise Refused(
-                f"cull.brightness.{name} must be 0 or more, not {getattr(brightness, name)}"
-            )
+    for name, value in (("gain", brightness.gain), ("maximum", brightness.maximum)):
+        if not value >= 0:
+            raise Refused(f"cull.brightness.{name} must be 0 or more, not {value}")
     if not 0 <= brightness.decay <= 1:
         raise Refused(f"cull.brightness.decay must be between 0 and 1, not {brightness.decay}")
     for name, seed in brightness.seeds.items():

@@ -14,17 +14,9 @@ SMALL = 16 << 20
 
 
 def ensure_built(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Builds a folder where it is absent or damaged.
-
-    Two processes at once build it once. Whatever interrupts the building, no part of it stays.
-
-    Args:
-        folder: where it belongs.
-        build: fills an empty folder beside that, which is then renamed.
-    Returns:
-        ``folder``, which is whole.
-    Raises:
-        Refused: it cannot be written.
+    """Builds a folder where it is absent or damaged, and returns it. Raises Refused. ``build``
+    fills an empty folder beside it, which is then renamed. Two processes at once build it once.
+    Whatever interrupts the building, no part of it stays.
     """
     if is_intact(folder):
         return folder
@@ -42,10 +34,7 @@ def ensure_built(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether the folder has every file of its manifest: sizes, and digests of small files.
-
-    Takes milliseconds: large files are not read.
-    """
+    """Whether the folder has every file of its manifest: sizes, and digests of small files."""
     try:
         recorded = read_manifest(folder)
         return all(is_as_recorded(folder / name, recorded[name], SMALL) for name in recorded)

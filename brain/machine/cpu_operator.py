@@ -17,14 +17,8 @@ from brain.machine.built_folder import ensure_built
 from compiled.read_cpu import SOURCE, Formats, load
 
 FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-shared", "-fPIC"),
 )
 
 
@@ -45,10 +39,8 @@ def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
 def built_library(
     source: Path, compiler: str, defined: tuple[str, ...] = (), cache_dir: Path | None = None
 ) -> Path:
-    """The shared library of a C++ file, compiled first where it is absent or damaged.
-
-    It is named for all that it depends on: source, flags, compiler and processor. ``cache_dir``
-    defaults to the user's cache folder. Raises Refused where the compiler or the disk refuses.
+    """The shared library of a C++ file, compiled first where it is absent or damaged. It is named
+    for all that it depends on. ``cache_dir`` defaults to the user's cache folder. Raises Refused.
     """
     flags = (*FLAGS, *defined)
     name = f"{source.stem}-{_identity(source, compiler, flags)}"

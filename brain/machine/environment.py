@@ -11,14 +11,9 @@ PEERS = ("transformers", "llama-cpp-python")
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """Facts for a report, as JSON can hold them; every report picks those that it needs.
-
-    Args:
-        device: where tensors are.
-    Returns:
-        Versions by package (None where one is not installed) and ``python``; ``platform``,
-        ``processor``, ``cpu`` (its widest vector instructions that PyTorch uses), ``cores``,
-        ``threads`` (those of PyTorch) and ``device``.
+    """Facts for a report, as JSON can hold them; every report picks those that it needs. A version
+    is None where the package is not installed; ``cpu`` is the widest vector instructions that
+    PyTorch uses, ``threads`` counts those of PyTorch.
     """
     return {
         "torch": torch.__version__,

@@ -15,7 +15,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from brain.errors import warn
-from brain.machine.integrity import MANIFEST, Entry, is_as_recorded, read_manifest, write_manifest
+from brain.machine.integrity import MANIFEST, is_as_recorded, read_manifest, write_manifest
 from brain.machine.lock import shared
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -25,17 +25,13 @@ LOCK = ".lock"
 
 @contextmanager
 def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
-    """Has the compiler keep its files in a folder of ours, within a ``with`` statement.
+    """Has the compiler keep its files in a folder of ours, within a ``with`` statement. Gives a
+    function that records what is there now, which is also done at the end.
 
-    All that it finds there is whole. If a recorded file is damaged or lost, all are removed, with a
-    warning. Files that a killed process left unrecorded are removed without one. Where there can be
-    no such folder, the compiler keeps its files where it always does.
-
-    Args:
-        cache_dir: the folder that holds ours, unless ``TORCHINDUCTOR_CACHE_DIR`` names another;
-            None: the user's cache folder.
-    Returns:
-        A function that records what is there now. That is also done at the end.
+    All that the compiler finds there is whole. If a recorded file is damaged or lost, all are
+    removed, with a warning. Files that a killed process left unrecorded are removed without one.
+    Where there can be no such folder, the compiler keeps its files where it always does.
+    ``cache_dir`` holds ours, unless ``TORCHINDUCTOR_CACHE_DIR`` names another; None: the user's.
     """
     named = os.environ.get(VARIABLE)
     root = Path(named) if named else cache_dir or user_cache_path("positronic-brain")
@@ -81,13 +77,11 @@ def _require_private(folder: Path) -> None:
 
 def _remove_unrecorded(folder: Path) -> None:
     """Removes what is not as it was recorded. Nobody else may be using the folder."""
-    recorded: dict[str, Entry] = {}
-    damaged = False
     try:
         recorded = read_manifest(folder)
         damaged = not all(is_as_recorded(folder / name, recorded[name]) for name in recorded)
     except (OSError, ValueError):
-        damaged = (folder / MANIFEST).exists()
+        recorded, damaged = {}, (folder / MANIFEST).exists()
     if damaged:
         (folder / MANIFEST).unlink()
     kept = set() if damaged else set(recorded)

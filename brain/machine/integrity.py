@@ -51,8 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 
 def is_as_recorded(path: Path, entry: Entry, digest_below: float = float("inf")) -> bool:
     """Whether a file is as recorded. The content of files above ``digest_below`` bytes is not read.
-
-    Raises OSError if it cannot be read.
+    Raises OSError.
     """
     if path.stat().st_size != entry.size:
         return False
@@ -60,21 +59,10 @@ def is_as_recorded(path: Path, entry: Entry, digest_below: float = float("inf"))
 
 
 def file_sha256(path: Path, *, progress: bool = False) -> str:
-    """The SHA-256 of a file's content, 64 hex digits. Raises OSError.
-
-    Args:
-        path: a plain file.
-        progress: shows a bar on standard error.
-    """
+    """The SHA-256 of a file's content, 64 hex digits. Raises OSError."""
     digest = hashlib.sha256()
-    bar = tqdm(
-        total=path.stat().st_size,
-        unit="B",
-        unit_scale=True,
-        desc=f"hashing {path.name}",
-        leave=False,
-        disable=not progress,
-    )
+    size, what = path.stat().st_size, f"hashing {path.name}"
+    bar = tqdm(desc=what, total=size, unit="B", unit_scale=True, leave=False, disable=not progress)
     with open_plain(path) as file, bar:
         while block := file.read(CHUNK):
             digest.update(block)

@@ -16,20 +16,15 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-POLL = 0.05
-"""Seconds between two attempts."""
+POLL = 0.05  # seconds between two attempts
 
 
 @contextmanager
 def exclusive(path: Path, patience: float = math.inf) -> Iterator[None]:
     """Holds the lock alone, within a ``with`` statement.
 
-    Args:
-        path: a file that is there for the lock; it is made where it is absent, and stays.
-        patience: how many seconds to wait while somebody else has the lock.
-    Raises:
-        TimeoutError: somebody else still has it.
-        OSError: the file cannot be opened or locked.
+    The file is there for the lock alone; it is made where it is absent, and stays. Raises OSError,
+    and TimeoutError if another process still has the lock after ``patience`` seconds.
     """
     with path.open("ab") as file:
         deadline = time.monotonic() + patience
@@ -47,14 +42,9 @@ def exclusive(path: Path, patience: float = math.inf) -> Iterator[None]:
 def shared(path: Path) -> Iterator[Callable[[], AbstractContextManager[bool]]]:
     """Holds the lock together with any number of others, within a ``with`` statement.
 
-    Args:
-        path: as for :func:`exclusive`.
-    Returns:
-        A function that makes a context manager. Entering that tells whether nobody else holds the
-        lock now; if so, nobody can until it is left. On Windows, which cannot share locks, it
-        always says no.
-    Raises:
-        OSError: the file cannot be opened or locked.
+    Gives a function that makes a context manager, whose value is whether nobody else holds the lock
+    now; if so, nobody can until it is left. On Windows, which cannot share locks, it is always
+    False. Raises OSError.
     """
     if sys.platform == "win32":
         yield lambda: nullcontext(False)

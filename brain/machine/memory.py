@@ -10,10 +10,9 @@ import torch
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Turns garbage collection off within a ``with`` statement.
-
-    Loading a vocabulary, importing a compiler and tracing with it make a million objects that stay.
-    Each collection among them takes tenths of a second and finds nothing.
+    """Turns garbage collection off within a ``with`` statement. Loading a vocabulary, importing a
+    compiler and tracing with it make a million objects that stay. Each collection among them takes
+    tenths of a second and finds nothing.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -46,8 +45,3 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         pass
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device has run out of memory."""
-    return isinstance(error, torch.OutOfMemoryError)

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name)))
@@ -15,10 +15,8 @@ HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasatt
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives a function that returns whether the program was asked to stop.
-
-    A second request is a KeyboardInterrupt at once. Only the main thread gets signals; in any other
-    the function returns False.
+    """Gives a function that returns whether the program was asked to stop. A second request is a
+    KeyboardInterrupt at once. Only the main thread gets signals; elsewhere it returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -78,12 +76,7 @@ class Uninterrupted:
             self._hear_again()
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._hear_again()
         for number, frame in self._came:
             self._handlers[number](number, frame)

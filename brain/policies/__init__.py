@@ -8,16 +8,7 @@ first; protection is not its business.
 import math
 
 from brain.errors import Refused
-from brain.policies import (
-    brightness,
-    h2o,
-    keydiff,
-    novelty,
-    random,
-    sink_recent,
-    surprise,
-    tova,
-)
+from brain.policies import brightness, h2o, keydiff, novelty, random, sink_recent, surprise, tova
 from brain.policies.custom import CustomPolicy, custom_policy
 from compiled.choose import KeepScore
 from compiled.score import Culling
@@ -38,15 +29,9 @@ __all__ = ["POLICIES", "CustomPolicy", "custom_policy", "policy"]
 
 
 def policy(name: str, culling: Culling, share: float, lifetime: float | None = None) -> KeepScore:
-    """The keep-score function of a policy.
-
-    Args:
-        name: One of POLICIES, or ``package.module:function``.
-        culling: How many rows there are to be, and which are protected.
-        share: Of the target, what ``novelty`` keeps for novel rows.
-        lifetime: In targets, how long a row stays novel; None: for ever.
-    Raises:
-        Refused: There is no such policy.
+    """The keep-score function of one of POLICIES or ``package.module:function``. Raises Refused.
+    ``share`` of the target is what ``novelty`` keeps for novel rows; ``lifetime``, in targets, is
+    how long a row stays novel; None: for ever.
     """
     if name == "novelty":
         ticks = math.inf if lifetime is None else lifetime * culling.target

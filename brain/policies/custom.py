@@ -49,14 +49,8 @@ class CustomPolicy:
         return scores  # type: ignore[no-any-return]
 
     def try_out(self, state: State, cursor: Cursor, *, compiled: bool) -> None:
-        """Asks the policy once, before anything depends on it.
-
-        Args:
-            state: The memory it will look at.
-            cursor: Its cursor.
-            compiled: Whether it must be possible to capture it in a graph.
-        Raises:
-            Refused: It raises, writes, returns another shape, or cannot be captured.
+        """Asks the policy once, before anything depends on it. Raises Refused if it raises, writes,
+        returns another shape or, where it will be ``compiled``, cannot be captured in a graph.
         """
         tick = cursor.tick + 1
         one = torch.ones_like(tick)
@@ -89,11 +83,8 @@ class CustomPolicy:
 
 
 def custom_policy(given: str | KeepScore) -> CustomPolicy:
-    """The policy of a name ``package.module:function``, or of a function.
-
-    Modules are looked for in the current folder, too.
-    Raises:
-        Refused: It cannot be imported, is not callable, or has no source to be known by.
+    """The policy of a name ``package.module:function``, looked for in the current folder, too, or
+    of a function. Raises Refused.
     """
     if isinstance(given, str):
         return _described(given, _imported(given))
@@ -136,5 +127,5 @@ def _described(name: str, function: Any) -> CustomPolicy:
 
 
 def _definition(function: Any) -> Any:
-    """What the source of a policy is that of: a function's own, an instance's class."""
+    """Whose source is the policy's: a function's own, or that of an instance's class."""
     return function if inspect.isroutine(function) else type(function)

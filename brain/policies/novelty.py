@@ -15,8 +15,7 @@ from torch import Tensor
 from compiled.choose import Look
 from compiled.state import State
 
-_KEPT = 1e6
-"""Above any brightness."""
+_KEPT = 1e6  # above any brightness
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,9 @@ class Novelty:
     lifetime: float = math.inf
 
     def __call__(self, state: State, look: Look) -> Tensor:
-        """Brightness, raised above all others for the most novel rows: [capacity] float32.
-
-        Newer rows are protected and take nobody's place yet: the positions that ``decide_cull``
-        protects, the token being read standing one behind the newest row.
+        """Brightness, raised above all others for the most novel rows: [capacity] float32. Newer
+        rows, at the positions that ``decide_cull`` protects, take no place yet; the token being
+        read stands one behind the newest row.
         """
         most = min(self.most, state.capacity)
         if most == 0:

@@ -29,21 +29,16 @@ from brain.mirror import SOURCES
 from brain.record.heatmap import remembered
 from brain.tick import Step
 from compiled.sample import candidates, penalize_some
+from compiled.state import COLUMNS
 
-TOP_IN_JSON = 20
-"""The fewest rows of the tables in the JSON."""
+TOP_IN_JSON = 20  # the fewest rows of the tables in the JSON
 
 
 class CaptureWriter:
-    """An observer that writes each tick into a folder.
+    """An observer that writes each tick of a brain into a folder. Raises Refused for a link.
 
-    Args:
-        folder: where to; it is made if it is absent.
-        brain: the one that is observed.
-        top: how many of the highest logits are written, 0 for all. The tables of the JSON have as
-            many rows, and TOP_IN_JSON at least.
-    Raises:
-        Refused: the folder is a link.
+    ``top``: how many of the highest logits are written, 0 for all. The tables of the JSON have as
+    many rows, and TOP_IN_JSON at least.
     """
 
     def __init__(self, folder: Path, brain: Brain, top: int) -> None:
@@ -57,8 +52,7 @@ class CaptureWriter:
         """Writes one tick."""
         tensors, described = self._tensors(step), self._description(step)
         path = self._folder / f"tick_{step.tick.number:06d}"
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, path.with_suffix(".safetensors"))
+        save_file(tensors, path.with_suffix(".safetensors"))
         text = json.dumps(described, indent=2, ensure_ascii=False)
         path.with_suffix(".json").write_text(text + "\n", "utf-8")
 
@@ -69,13 +63,6 @@ class CaptureWriter:
         tensors = {
             "read.in.token": step.cursor.token,
             "read.in.position": step.cursor.position,
-            "read.in.mirror.position": state.position,
-            "read.in.mirror.token_id": state.token_id,
-            "read.in.mirror.valid": state.valid,
-            **{
-                f"read.in.mirror.{name}": getattr(state, name)
-                for name in ("brightness", "surprise", "novelty", "source", "born", "lit", "pinned")
-            },
             "read.out.new_keys": step.reading.new_keys,
             "read.out.new_values": step.reading.new_values,
             "read.out.mass": step.reading.mass,
@@ -86,13 +73,12 @@ class CaptureWriter:
             "choose.out.surprise": step.choice.surprise,
             "patch.in.cull": step.plan.cull,
             "patch.in.culled_positions": step.choice.culled,
-            "patch.in.brightness": step.plan.updates["brightness"],
-            "patch.in.lit": step.plan.updates["lit"],
-            "patch.in.novelty": step.plan.updates["novelty"],
+            "patch.in.row.length": step.plan.length,
         }
+        tensors |= {f"read.in.mirror.{name}": getattr(state, name) for name in COLUMNS}
         tensors |= {f"choose.in.{k}": v for k, v in brain.graphs.sampling._asdict().items()}
+        tensors |= {f"patch.in.{k}": v for k, v in step.plan.updates.items()}
         tensors |= {f"patch.in.row.{k}": v for k, v in step.plan.rows.items()}
-        tensors["patch.in.row.length"] = step.plan.length
         tensors |= {f"patch.in.cursor.{k}": v for k, v in step.plan.cursor._asdict().items()}
         logits = step.reading.logits[0]
         if self._top:
@@ -102,7 +88,7 @@ class CaptureWriter:
         else:
             tensors["read.out.logits"] = logits
         # Copies, because safetensors refuses tensors that share memory.
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return {name: t.detach().clone().cpu().contiguous() for name, t in tensors.items()}
 
     def _candidates(self, step: Step) -> tuple[Tensor, Tensor]:
         """Scores and ids of the tokens that could be drawn, filtered as ``choose`` does it."""
@@ -120,11 +106,10 @@ class CaptureWriter:
         tick, mirror = step.tick, self._brain.mirror
         logits = step.reading.logits[0]
         kept = max(TOP_IN_JSON, self._top)
-        likely = torch.topk(torch.softmax(logits, 0), min(kept, len(logits)))
+        shares, ids = torch.topk(torch.softmax(logits, 0), min(kept, len(logits)))
         mass = step.reading.mass.cpu()
         columns = (mirror.slot.tolist(), mirror.position.tolist(), mirror.token_id.tolist())
         attended = sorted(zip(*columns, strict=True), key=lambda row: -float(mass[row[0]]))
-        attended = attended[:kept]
         read_token = int(step.cursor.token[0])
         return {
             "tick": tick.number,
@@ -139,19 +124,13 @@ class CaptureWriter:
                 },
                 "returned": {
                     "likeliest": [
-                        {"token": token, "text": self._text(token), "probability": probability}
-                        for token, probability in zip(
-                            likely.indices.tolist(), likely.values.tolist(), strict=True
-                        )
+                        {"token": token, "text": self._text(token), "probability": share}
+                        for token, share in zip(ids.tolist(), shares.tolist(), strict=True)
                     ],
                     "most_attended": [
-                        {
-                            "position": position,
-                            "token": token,
-                            "text": self._text(token),
-                            "mass": float(mass[slot]),
-                        }
-                        for slot, position, token in attended
+                        {"position": at, "token": token, "text": self._text(token)}
+                        | {"mass": float(mass[slot])}
+                        for slot, at, token in attended[:kept]
                     ],
                     "mass_on_cache": float(mass.sum()),
                     "mass_on_itself": float(step.reading.own_mass.sum()),

@@ -28,24 +28,15 @@ from brain.errors import Refused, Unwritten, one_line, shown
 from brain.files import open_plain, parse_json
 
 INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
-LONGEST_LINE = 1 << 20
-"""Characters of one batch."""
-MOST_AT_ONCE = 8 * LONGEST_LINE
-"""Bytes that are read at a time."""
+LONGEST_LINE = 1 << 20  # characters of one batch
+MOST_AT_ONCE = 8 * LONGEST_LINE  # bytes that are read at a time
 
 Encode = Callable[[str], Sequence[int]]
 
 
 def parse_batch(line: str, encode: Encode) -> list[Action]:
-    """Parses one line of ``commands.jsonl``.
-
-    Args:
-        line: JSON: a list of actions, or one action.
-        encode: text to ids.
-    Returns:
-        The actions, in order.
-    Raises:
-        Refused: the line is not that; the message says which action is wrong, and how.
+    """The actions of one line of ``commands.jsonl``: JSON, a list of them or a single one. Raises
+    Refused, naming the action that is wrong. ``encode`` turns text into ids.
     """
     if len(line) > LONGEST_LINE:
         raise Refused(f"command of {len(line)} characters: at most {LONGEST_LINE} in one line")
@@ -67,7 +58,9 @@ def _action(given: Any, number: int, encode: Encode) -> Action:
     do = fields.pop("do")
     if do not in _READERS:
         raise Refused(f"action {number}: {shown(do)} is unknown; use {', '.join(_READERS)}")
-    action = _READERS[do](_Fields(fields, f"action {number} ({do})", encode))
+    found = _Fields(fields, f"action {number} ({do})", encode)
+    action = _READERS[do](found)
+    found.require_all_taken()
     return action
 
 
@@ -77,16 +70,15 @@ class _Fields:
     def __init__(self, given: dict[str, Any], where: str, encode: Encode) -> None:
         self._given, self._where, self._encode = given, where, encode
 
-    def take(self, name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
-        """Takes a field. Raises Refused if it is missing, or not of this type."""
+    def take(self, name: str, *kinds: type, default: Any = None) -> Any:
+        """Takes a field of one of these types. Raises Refused if it is missing without default."""
         if name not in self._given:
-            if default:
-                return default[0]
-            raise Refused(f"{self._where}: {name} is missing")
+            if default is None:
+                raise Refused(f"{self._where}: {name} is missing")
+            return default
         value = self._given.pop(name)
-        kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(value) not in kinds:
-            expected = " or ".join(k.__name__ for k in kinds)
+            expected = " or ".join(kind.__name__ for kind in kinds)
             raise Refused(f"{self._where}: {name} is {shown(value)}, expected {expected}")
         return value
 
@@ -95,49 +87,27 @@ class _Fields:
         if ("text" in self._given) == ("ids" in self._given):
             raise Refused(f"{self._where}: give either text or ids")
         if "ids" in self._given:
-            ids: list[int] = self.take("ids", list)
-            return ids
+            return self.take("ids", list)  # type: ignore[no-any-return]
         return self._encode(self.take("text", str))
 
-    def finish(self, action: Action) -> Action:
-        """Returns the action. Raises Refused if a field is left over."""
+    def positions(self) -> list[int]:
+        return self.take("positions", list)  # type: ignore[no-any-return]
+
+    def source(self, default: str) -> str:
+        return self.take("source", str, default=default)  # type: ignore[no-any-return]
+
+    def require_all_taken(self) -> None:
         if self._given:
             raise Refused(f"{self._where}: {shown(min(self._given))} is not a field of it")
-        return action
-
-
-def _pin(f: _Fields) -> Action:
-    return f.finish(Pin(f.take("positions", list), f.take("pinned", bool, True)))
-
-
-def _boost(f: _Fields) -> Action:
-    return f.finish(Boost(f.take("positions", list), f.take("amount", (int, float))))
-
-
-def _cull(f: _Fields) -> Action:
-    return f.finish(Cull(f.take("positions", list)))
-
-
-def _redact(f: _Fields) -> Action:
-    return f.finish(Redact(f.take("positions", list)))
-
-
-def _replace(f: _Fields) -> Action:
-    positions = f.take("positions", list)
-    return f.finish(Replace(positions, f.tokens(), f.take("source", str, "repair")))
-
-
-def _inject(f: _Fields) -> Action:
-    return f.finish(Append(f.tokens(), f.take("source", str, "user")))
 
 
 _READERS: dict[str, Callable[[_Fields], Action]] = {
-    "pin": _pin,
-    "boost": _boost,
-    "cull": _cull,
-    "redact": _redact,
-    "replace": _replace,
-    "inject": _inject,
+    "pin": lambda f: Pin(f.positions(), f.take("pinned", bool, default=True)),
+    "boost": lambda f: Boost(f.positions(), f.take("amount", int, float)),
+    "cull": lambda f: Cull(f.positions()),
+    "redact": lambda f: Redact(f.positions()),
+    "replace": lambda f: Replace(f.positions(), f.tokens(), f.source("repair")),
+    "inject": lambda f: Append(f.tokens(), f.source("user")),
 }
 
 
@@ -152,9 +122,9 @@ class RedactedRow(NamedTuple):
 class Inbox:
     """The commands of one run. Polling costs one call to the file system.
 
-    Attributes: ``read``, bytes of the inbox that have been executed; ``on_command``, called with
-    each line after it was applied or refused and before it is answered; ``on_redaction``, called
-    after that with the rows it redacted, if any.
+    ``read``: bytes of the inbox that have been executed. ``on_command`` is called with each line
+    after it was applied or refused and before it is answered, ``on_redaction`` after that with the
+    rows it redacted, if any.
     """
 
     def __init__(self, folder: Path, brain: Brain) -> None:
@@ -189,12 +159,11 @@ class Inbox:
         return applied
 
     def execute(self, line: bytes) -> bool:
-        """Applies or refuses one line and answers it; returns whether it was applied.
-
-        Raises Unwritten if the answer cannot be written.
+        """Applies or refuses one line and answers it; returns whether it was applied. Raises
+        Unwritten if the answer cannot be written.
         """
         answer: dict[str, Any] = {"tick": self._brain.ticks}
-        redacted: Sequence[RedactedRow]
+        redacted: list[RedactedRow] = []
         try:
             try:
                 text = line.decode()
@@ -207,7 +176,7 @@ class Inbox:
         except Unwritten:
             raise
         except Refused as refused:
-            redacted = ()
+            redacted = []
             answer["refused"] = str(refused)
         if self.on_command is not None:
             self.on_command(line)
@@ -226,17 +195,10 @@ class Inbox:
         positions = {p for given in redactions for p in given if isinstance(p, int)}
         if not positions:
             return []
-        mirror = self._brain.mirror
-        rows = zip(
-            mirror.position.tolist(),
-            mirror.born.tolist(),
-            mirror.token_id.tolist(),
-            mirror.sources(),
-            strict=True,
-        )
+        mirror, sources = self._brain.mirror, self._brain.mirror.sources()
         return [
-            RedactedRow(born, token, spoken=source == "model")
-            for position, born, token, source in rows
+            RedactedRow(int(mirror.born[i]), int(mirror.token_id[i]), spoken=sources[i] == "model")
+            for i, position in enumerate(mirror.position.tolist())
             if position in positions
         ]
 

@@ -19,10 +19,8 @@ from brain.mirror import SOURCES
 
 BARS = "▁▂▃▄▅▆▇█"
 GAP = " … "
-FILE = "memory.json"
-"""What a run leaves in its folder."""
-MOST_LIKELY = 1 << 63
-"""The largest number that a row may have."""
+FILE = "memory.json"  # what a run leaves in its folder
+MOST_LIKELY = 1 << 63  # the largest number that a row may have
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def rows_of(described: Any) -> list[Row]:
-    """Rows from plain data. Raises ValueError or TypeError for anything else."""
+    """Rows from JSON. Raises ValueError or TypeError for anything else."""
     if not isinstance(described, list):
         raise TypeError("not a list of rows")
     return [_row(row) for row in described]
@@ -86,9 +84,7 @@ def rows_of(described: Any) -> list[Row]:
 
 def _row(row: Any) -> Row:
     kinds: dict[str, Any] = Row.__annotations__
-    if not isinstance(row, dict):
-        raise TypeError("not a row of a memory")
-    if set(row) != set(kinds):
+    if not isinstance(row, dict) or set(row) != set(kinds):
         raise ValueError("not a row of a memory")
     numbers = {"brightness", "surprise", "novelty"}
     for name, kind in kinds.items():
@@ -110,9 +106,8 @@ def levels(rows: list[Row]) -> list[int]:
 
 
 def in_terminal(rows: list[Row], *, colour: bool, width: int = 96) -> str:
-    """The text with a bar below every character, ``^`` below those of pinned tokens.
-
-    With ``colour`` the text is shaded as well.
+    """The text with a bar below every character, ``^`` below those of pinned tokens. With
+    ``colour`` the text is shaded as well.
     """
     cells: list[tuple[str, int | None, bool]] = []  # character, level or none for a gap, pinned
     before: Row | None = None

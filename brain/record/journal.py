@@ -31,7 +31,8 @@ class Journal:
 
     def add(self, record: Any) -> None:
         """Writes one line. Raises Unwritten if it cannot be written whole."""
-        line = _line(record)
+        text = json.dumps(record, separators=(",", ":")).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
         try:
             written = self._file.write(line)
         except OSError as error:
@@ -45,11 +46,8 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[list[Any], int]:
-    """Reads a journal.
-    Returns:
-        What each line holds, and the bytes that these lines take. Any bytes after them are torn.
-    Raises:
-        Refused: it cannot be read, or a line before the last is damaged.
+    """What each line of a journal holds, and the bytes that these lines take: any more are torn.
+    Raises Refused if it cannot be read, or a line before the last is damaged.
     """
     records: list[Any] = []
     size = 0
@@ -59,9 +57,9 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
             # Line by line, and no more of a line than is ever written: a hole may be terabytes.
             while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
                 record = _record(line[:-1])
-                if record is None and size + len(line) < whole:
-                    raise Refused(f"{path} is damaged at line {len(records) + 1}")
                 if record is None:
+                    if size + len(line) < whole:
+                        raise Refused(f"{path} is damaged at line {len(records) + 1}")
                     break
                 records.append(record)
                 size += len(line)
@@ -70,11 +68,6 @@ def read_journal(path: Path) -> tuple[list[Any], int]:
     if len(line) == LONGEST_LINE:
         raise Refused(f"{path} is damaged at line {len(records) + 1}")
     return records, size
-
-
-def _line(record: Any) -> bytes:
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def _record(line: bytes) -> Any:

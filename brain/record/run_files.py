@@ -15,19 +15,14 @@ from brain.machine.integrity import to_disk
 from brain.record.commands import ANSWERS
 
 TRANSCRIPT, TOKENS, REPAIRS = "transcript.txt", "tokens.txt", "repairs.jsonl"
-OPEN = (TRANSCRIPT, TOKENS, REPAIRS)
-"""Those that are kept open for the whole run."""
+OPEN = (TRANSCRIPT, TOKENS, REPAIRS)  # those that are kept open for the whole run
 ALL = (*OPEN, ANSWERS)
 DRAFT = ".rewritten"
-MOST_TOKEN_BYTES = 1 << 32
-"""Of ``tokens.txt``: some hundred million tokens."""
+MOST_TOKEN_BYTES = 1 << 32  # of ``tokens.txt``: some hundred million tokens
 
 
 class RunFiles:
-    """The growing files in one run folder.
-
-    Attributes: ``streams``, those that are open, by name.
-    """
+    """The growing files in one run folder; ``streams`` are those that are open, by name."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

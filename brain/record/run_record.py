@@ -43,16 +43,14 @@ from conf.schema import Conf
 
 FORMAT = 1
 SAVES, SETTINGS = "saves", "run.json"
-KEPT = 2
-"""Saves that are kept."""
+KEPT = 2  # saves that are kept
 FREE = (
     *("task", "ticks", "stop_at_eos", "threads", "nvtx", "cache_dir"),
     *("capture", "capture_top", "save_every"),
 )
 """Settings that may change when a run goes on: none of them changes what it says."""
 FAILED = "failed.txt"
-REPORTS = ("run.json", FILE, FAILED)
-"""What a run writes about itself when it ends."""
+REPORTS = ("run.json", FILE, FAILED)  # what a run writes about itself when it ends
 
 
 class Notes(NamedTuple):
@@ -66,11 +64,9 @@ class Notes(NamedTuple):
 
 
 class RunRecord:
-    """Writes down a run as it happens.
+    """Writes down a run as it happens. Every method raises Refused if a file cannot be written.
 
-    Attributes: ``inbox``, the commands it takes; ``spoken``, how many tokens it has said;
-    ``last``, the last of them.
-    Every method raises Refused if the disk is full or a file cannot be written or read.
+    ``inbox``: the commands it takes. ``spoken``: how many tokens it has said; ``last``: the last.
     """
 
     def __init__(self, folder: Path, brain: Brain, conf: Conf) -> None:
@@ -87,15 +83,9 @@ class RunRecord:
         brain.on_repair = self._record_repair
 
     def begin(self, prime: Callable[[], None]) -> bool:
-        """Starts the record, or goes on where it ended.
-
-        Args:
-            prime: gives the brain its prompt.
-        Returns:
-            Whether there was a record.
-        Raises:
-            Refused: the folder has the record of another run, or a damaged one. Nothing has
-                changed.
+        """Starts the record, or goes on where it ended; returns whether there was one. ``prime``
+        gives the brain its prompt. Raises Refused, with nothing changed, if the folder has the
+        record of another run or a damaged one.
         """
         with self._on_disk():
             self._require_own()
@@ -110,10 +100,9 @@ class RunRecord:
         return found
 
     def record_ticks(self, *ticks: Tick) -> str:
-        """Writes down the ticks of one pass of the loop; returns their text.
-
-        A pass that read several tokens is one line of the journal, a list, and is replayed as a
-        whole: read one by one, its numbers would round otherwise.
+        """Writes down the ticks of one pass of the loop; returns their text. A pass that read
+        several tokens is one line of the journal and is replayed as a whole: read one by one, its
+        numbers would round differently.
         """
         ids = [tick.token for tick in ticks]
         self._write_journal({"said": ids[0] if ticks[0].width == 1 else ids})
@@ -129,9 +118,8 @@ class RunRecord:
 
     def save(self) -> None:
         """Saves the brain, if anything has happened since the last save, and begins a new journal.
-
-        If it fails, the record is whole, as it was. After a failed write it does nothing: the
-        journal has what the files lack.
+        If it fails, the record is as it was. After a failed write it does nothing: the journal has
+        what the files lack.
         """
         if self._unsaved and not self._broken:
             with self._on_disk():
@@ -151,8 +139,6 @@ class RunRecord:
     def tokens(self) -> list[int]:
         """Every token that was spoken and has not been redacted, in order."""
         return [token for _, token in self._files.tokens()]
-
-    # Starting
 
     def _require_own(self) -> None:
         """Raises Refused if anything in the folder leads out of it."""
@@ -201,8 +187,7 @@ class RunRecord:
         self._switch_journal(0)
         # Commands that an earlier run in this folder was given are not for this one.
         record = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
-        policy_sha256 = self._brain.settings.policy_sha256
-        if policy_sha256 is not None:
+        if (policy_sha256 := self._brain.settings.policy_sha256) is not None:
             record["policy_sha256"] = policy_sha256
         draft = self._saves.folder / (SETTINGS + DRAFT)
         draft.write_text(json.dumps(record, indent=2), "utf-8")
@@ -210,8 +195,6 @@ class RunRecord:
         draft.replace(self._saves.folder / SETTINGS)  # from here on there is a record
         to_disk(self._saves.folder)
         self._files.open(TRANSCRIPT, "w")  # from here on it takes commands
-
-    # Going on
 
     def _go_on(self, prime: Callable[[], None]) -> None:
         number, notes, damaged = self._restore_newest()
@@ -240,10 +223,8 @@ class RunRecord:
             self._saves.drop(*damaged)
 
     def _restore_newest(self) -> tuple[int, Notes | None, list[int]]:
-        """Restores the newest undamaged save.
-
-        Returns its number and notes, 0 and None where there is none, and the numbers of the damaged
-        ones.
+        """Restores the newest undamaged save. Returns its number and notes, 0 and None where there
+        is none, and the numbers of the damaged ones.
         """
         damaged: list[int] = []
         for number in self._saves.saves():
@@ -260,9 +241,8 @@ class RunRecord:
         return 0, None, damaged
 
     def _entries(self, journals: Sequence[int]) -> list[tuple[Path, int, Any]]:
-        """Every entry of these journals, in order, with its file and line.
-
-        Cuts off what is torn at the end of the last.
+        """Every entry of these journals, in order, with its file and line. Cuts off what is torn at
+        the end of the last.
         """
         entries: list[tuple[Path, int, Any]] = []
         for number in journals:
@@ -287,15 +267,11 @@ class RunRecord:
                 try:
                     command = text.encode("utf-8", "surrogateescape")
                 except UnicodeEncodeError:
-                    raise Refused(
-                        f"{path}: the command at line {line} was not made of bytes"
-                    ) from None
+                    raise Refused(f"{path}: line {line} holds a command that is not text") from None
                 self.inbox.execute(command)
                 self.inbox.read = read
             case _:
                 raise Refused(f"{path} has an unknown entry at line {line}: {shown(entry)}")
-
-    # Writing
 
     def _save(self, number: int, *, alone: bool = False) -> None:
         """Saves the brain as this number. ``alone``: earlier saves must not be gone back to."""
@@ -343,9 +319,8 @@ class RunRecord:
             self._files.append(name, text)
         except OSError as error:
             self._broken = True
-            raise Unwritten(
-                f"{self._folder / name} cannot be written ({one_line(error)})"
-            ) from None
+            path = self._folder / name
+            raise Unwritten(f"{path} cannot be written ({one_line(error)})") from None
 
     def _write_journal(self, entry: Any) -> None:
         assert self._journal is not None
@@ -415,13 +390,11 @@ def _checked(notes: Any, path: Path) -> Notes:
             "inbox": int(inbox),
             "alone": bool(alone),
         }:
-            return Notes(
-                _count(spoken, "spoken", path),
-                last,
-                _count(inbox, "inbox", path),
-                {str(name): _count(size, f"sizes.{name}", path) for name, size in sizes.items()},
-                alone,
-            )
+            _count(spoken, "spoken", path)
+            _count(inbox, "inbox", path)
+            for name, size in sizes.items():
+                _count(size, f"sizes.{name}", path)
+            return Notes(spoken, last, inbox, sizes, alone)
     raise Refused(f"{path}: the notes of the run are damaged")
 
 

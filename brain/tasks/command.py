@@ -12,10 +12,8 @@ from conf.schema import CommandTask, Conf
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Sends one batch of actions to the run in ``task.path``.
-
-    Raises Refused if the batch is malformed. Whether the brain applies it is in its
-    ``answers.jsonl``.
+    """Sends one batch of actions to the run in ``task.path``. Raises Refused if it is malformed;
+    whether the brain applies it is in its ``answers.jsonl``.
     """
     task = cast(CommandTask, conf.task)
     if task.path is None:

@@ -27,11 +27,10 @@ class Mismatch(Refused):
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Checks golden files against the engine as configured; with ``task.write`` writes them.
-
-    A check prints a table on standard error and writes ``golden.json`` into the run folder.
-    Raises Mismatch saying which goldens fail and where, Refused where nothing can be checked, as
-    with weights in eight bits.
+    """Checks golden files against the engine as configured; with ``task.write`` writes them. A
+    check prints a table on standard error and writes ``golden.json`` into the run folder. Raises
+    Mismatch saying which goldens fail and where, Refused where nothing can be checked, as with
+    weights in eight bits.
     """
     task = cast(GoldenTask, conf.task)
     use_threads(conf.threads)

@@ -11,10 +11,8 @@ from conf.schema import Conf
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Prints every graph with its number of compilations; writes ``graphs.json``.
-
-    Uses the compiled engine, whatever ``engine`` is. Raises Refused if a graph is missing, or was
-    not compiled exactly once.
+    """Prints every graph with its number of compilations; writes ``graphs.json``. Uses the compiled
+    engine, whatever ``engine`` is. Raises Refused if not every graph was compiled exactly once.
     """
     engine = dataclasses.replace(conf.engine, compiled=True)
     note(f"loading {conf.model.name} …")

@@ -30,9 +30,7 @@ TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{SETTINGS}")
 
 def run(conf: Conf, run_dir: Path) -> None:
     """Prints what a run remembers at its end or, if that is newer or asked for, a captured tick and
-    what was remembered before its patch; writes ``memory.html``.
-
-    Raises Refused if the folder holds neither.
+    what was remembered before its patch; writes ``memory.html``. Raises Refused.
     """
     task = cast(InspectTask, conf.task)
     if task.path is None:
@@ -63,27 +61,17 @@ def _captures(folder: Path) -> dict[int, Path]:
         folder = folder / CAPTURES
     if not folder.is_dir():
         return {}
-    numbered = ((_number(path), path) for path in folder.glob("tick_*.json"))
-    return dict(sorted((tick, path) for tick, path in numbered if tick is not None))
-
-
-def _number(path: Path) -> int | None:
-    """The tick of a capture, by its name."""
-    digits = path.stem.removeprefix("tick_")
-    return int(digits) if digits.isdecimal() and len(digits) < 19 else None
+    named = ((path.stem.removeprefix("tick_"), path) for path in folder.glob("tick_*.json"))
+    return dict(sorted((int(n), path) for n, path in named if n.isdecimal() and len(n) < 19))
 
 
 def _ends_later(folder: Path, captures: dict[int, Path]) -> bool:
     """Whether a run has ended, and with a tick that is newer than every capture."""
-    if not (folder / FILE).is_file():
-        return False
-    return not captures or _last_tick(folder) > max(captures)
+    return (folder / FILE).is_file() and (not captures or _last_tick(folder) > max(captures))
 
 
 def _last_tick(folder: Path) -> int:
-    """The tick of the newest save of a run, which saves before it writes FILE; -1 where no save can
-    be read.
-    """
+    """The tick of the newest save of a run, made before FILE; -1 where no save can be read."""
     saves = NumberedSaves(folder / SAVES)
     try:
         path = saves.save(max(saves.saves())) / TENSORS
@@ -109,9 +97,8 @@ def _capture(folder: Path, captures: dict[int, Path], tick: int | None) -> Path:
 
 
 def _captured(path: Path, top: int) -> tuple[str, list[Row], Any]:
-    """A captured tick as text, what was remembered before its patch, and its number.
-
-    Raises Refused if it is damaged, or keeps fewer rows of its tables than ``top``.
+    """A captured tick as text, what was remembered before its patch, and its number. Raises Refused
+    if it is damaged, or keeps fewer rows of its tables than ``top``.
     """
     try:
         described = read_json(path, RECORD_BYTES)
@@ -182,22 +169,19 @@ def legible(described: dict[str, Any], shapes: dict[str, tuple[str, list[int]]],
         for row in returned["most_attended"][:top]
     ]
     chosen, patch = described["2 score, 3 decide"], described["4 patch"]
+    appended = [
+        f"remembers token {row['token']} at position {row['position']} "
+        f"(source {row['source']}, surprise {row['surprise']:.3f})"
+        for row in patch["appended"]
+    ]
+    remembers = "; ".join(appended) or "remembers nothing new"
     lines += [
         "",
         f"2, 3        spoke token {chosen['token']} {chosen['text']!r} for position "
         f"{chosen['position']}, surprise {chosen['surprise']:.3f} nats",
         f"            to forget: {chosen['culled'] or 'nothing'}",
         "",
-        "4 patch     "
-        + (
-            "; ".join(
-                f"remembers token {row['token']} at position {row['position']} "
-                f"(source {row['source']}, surprise {row['surprise']:.3f})"
-                for row in patch["appended"]
-            )
-            or "remembers nothing new"
-        )
-        + f"; {patch['rows_afterwards']} rows afterwards",
+        f"4 patch     {remembers}; {patch['rows_afterwards']} rows afterwards",
         "",
         "tensors",
     ]

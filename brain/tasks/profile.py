@@ -66,9 +66,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     here = environment(brain.device)
     report: dict[str, Any] = {
         "profiler": f"torch.profiler {here['torch']}",
-        "platform": here["platform"],
-        "device": here["device"],
-        "threads": here["threads"],
+        **{fact: here[fact] for fact in ("platform", "device", "threads")},
         "model": brain.checkpoint.name,
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
@@ -89,7 +87,6 @@ def run(conf: Conf, run_dir: Path) -> None:
 
 
 def _check(task: ProfileTask, conf: Conf) -> None:
-    """Raises Refused for settings that do not apply to a profile."""
     if task.ticks < 1:
         raise Refused(f"task.ticks must be at least 1, not {task.ticks}")
     if conf.lookup.width:

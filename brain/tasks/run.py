@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,13 @@ from conf.schema import Conf
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Speaks on standard output until ``conf.ticks`` tokens have been spoken.
+    """Speaks on standard output until ``conf.ticks`` tokens have been spoken. Raises Refused.
 
-    Writes ``transcript.txt`` (the exact text), ``tokens.txt``, ``run.json`` (ids, timings,
-    versions), ``memory.json`` (what is remembered at the end), ``repairs.jsonl`` (what was
-    replaced, by what, when and with what gain), ``saves/`` and, with ``capture=true``,
-    ``captures/`` into the run folder; ``failed.txt`` instead of a report where it was refused amid
-    the text. Where the folder has the record of this run already, ended or
-    killed, it goes on with the next token (see ``brain/record/run_record.py``). Between ticks it
+    Writes into the run folder its record (see ``brain/record/run_record.py``), ``run.json`` (ids,
+    timings, versions), ``memory.json`` (what is remembered at the end) and, with ``capture=true``,
+    ``captures/``; ``failed.txt`` instead of a report where it was refused amid the text. Where the
+    folder has the record of this run already, it goes on with the next token. Between ticks it
     executes what is added to ``commands.jsonl`` there (see ``brain/record/commands.py``).
-    Raises Refused.
     """
     if conf.ticks < 1:
         raise Refused(f"ticks must be at least 1, not {conf.ticks}")
@@ -45,34 +43,22 @@ def run(conf: Conf, run_dir: Path) -> None:
     if conf.save_every < 0:
         raise Refused(f"save_every must be 0 (at the end) or more, not {conf.save_every}")
     with sole_writer(run_dir):
-        _run(conf, run_dir)
+        cache = None if conf.cache_dir is None else given_path(conf.cache_dir)
+        graphs = kept_graphs(cache) if conf.engine.compiled else nullcontext(lambda: None)
+        with graphs as record_graphs:
+            _run(conf, run_dir, record_graphs)
 
 
-def _edits_soon(brain: Brain, conf: Conf) -> bool:
-    """Whether to capture the graphs of edits before the first token, too. On a GPU yes: they are
-    recorded together with the others. On a CPU it takes seconds, so only if there will be repairs.
-    A prompt needs none of them.
-    """
-    return brain.graphs.device.type == "cuda" or conf.repair.every > 0
-
-
-def _run(conf: Conf, run_dir: Path) -> None:
-    if not conf.engine.compiled:
-        _speak_from(conf, run_dir, lambda: None)
-        return
-    cache = None if conf.cache_dir is None else given_path(conf.cache_dir)
-    with kept_graphs(cache) as seal:
-        _speak_from(conf, run_dir, seal)
-
-
-def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None:
-    """Opens the brain, calls ``captured`` when its graphs are captured, and speaks."""
+def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
     note(f"loading {conf.model.name} …")
     started = time.perf_counter()
     with without_collection():
         brain = open_brain(conf)
-        capture_graphs(brain.graphs, edits=_edits_soon(brain, conf))
-    captured()
+        # Graphs of edits take seconds on a CPU: only if there will be repairs, as a prompt needs
+        # none. On a GPU they are recorded together with the others.
+        edits = brain.graphs.device.type == "cuda" or conf.repair.every > 0
+        capture_graphs(brain.graphs, edits=edits)
+    record_graphs()
     record = RunRecord(run_dir, brain, conf)
     went_on = record.begin(lambda: brain.prime(conf.prompt, conf.source))
     if conf.capture:
@@ -107,10 +93,8 @@ def _speak_from(conf: Conf, run_dir: Path, captured: Callable[[], None]) -> None
 
 
 def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
-    """Prints and records every token until there are enough.
-
-    Returns what ended it before that (a request to stop, or a full memory), to be raised when
-    everything is written.
+    """Prints and records every token until there are enough. Returns what ended it before that (a
+    request to stop, or a full memory), to be raised when everything is written.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
     before = record.spoken
@@ -145,9 +129,7 @@ def _write_report(
     report: dict[str, Any] = {
         "model": brain.checkpoint.name,
         "model_sha256": brain.checkpoint.sha256,
-        "torch": here["torch"],
-        "python": here["python"],
-        "device": here["device"],
+        **{fact: here[fact] for fact in ("torch", "python", "device")},
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
         "positions": conf.positions.value,

@@ -4,10 +4,8 @@
 
 
 def byte_of_character() -> dict[str, int]:
-    """The byte each character of a byte-level token stands for: 256 entries.
-
-    Bytes that are printable in Latin-1 stand for themselves; the other 68, in order, are given
-    the characters from U+0100 on.
+    """The byte each character of a byte-level token stands for: 256 entries. Bytes that are
+    printable in Latin-1 stand for themselves; the other 68 follow from U+0100 on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]

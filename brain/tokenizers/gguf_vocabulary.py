@@ -19,8 +19,9 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe")
 """GGUF's names of the ways of cutting text into words that are known here."""
 
-LARGEST_SCORE = 1e30
-"""Of a SentencePiece piece, in either direction; real ones are above -1e6."""
+LARGEST_SCORE = 1e30  # of a SentencePiece piece, in either direction; real ones are above -1e6
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -29,10 +30,8 @@ LLAMA3_PATTERN = (
 
 
 def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
-    """The Hugging Face tokenizer files equivalent to a GGUF file's vocabulary, by file name.
-
-    ``fields`` holds the GGUF metadata as Python values; ``where`` names the file in errors.
-    Raises Refused for an unsupported or incomplete vocabulary.
+    """The Hugging Face tokenizer files equivalent to the vocabulary in a GGUF file's metadata, by
+    file name. Raises Refused, naming the file as ``where``.
     """
     model = fields.get("tokenizer.ggml.model")
     tokens = _strings(fields, "tokenizer.ggml.tokens", where)
@@ -46,9 +45,8 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     elif model == "llama":
         files = {"tokenizer.model": _sentencepiece(fields, tokens, types, where)}
     else:
-        raise Refused(
-            f"{where}: GGUF vocabulary {shown(model)} is not supported; use gpt2 or llama"
-        )
+        vocabulary = f"GGUF vocabulary {shown(model)}"
+        raise Refused(f"{where}: {vocabulary} is not supported; use gpt2 or llama")
     files["tokenizer_config.json"] = _tokenizer_config(fields, tokens, model == "llama")
     return files
 
@@ -65,17 +63,14 @@ class ByteLevelFields:
 
 def vocabulary_fields(spec: Mapping[str, Any], vocab_size: int) -> ByteLevelFields | None:
     """A ``tokenizer.json``, parsed, as GGUF stores it; None where it is of another kind, or merges
-    nothing: llama.cpp reads no vocabulary without merges.
-
-    Ids that the tokenizer does not use, up to ``vocab_size``, become unused tokens.
+    nothing: llama.cpp reads no vocabulary without merges. Ids that the tokenizer does not use, up
+    to ``vocab_size``, become unused tokens.
     """
     pre = next((name for name in PRE_TOKENIZERS if _cuts_like(spec, name)), None)
     model = spec.get("model", {})
     if pre is None or model.get("type") != "BPE" or not model["merges"]:
         return None
-    kinds: dict[int, tuple[str, int]] = {
-        index: (token, NORMAL) for token, index in model["vocab"].items()
-    }
+    kinds = {index: (token, NORMAL) for token, index in model["vocab"].items()}
     for added in spec.get("added_tokens", []):
         kind = CONTROL if added["special"] else USER_DEFINED
         kinds[added["id"]] = (added["content"], kind)
@@ -88,11 +83,10 @@ def vocabulary_fields(spec: Mapping[str, Any], vocab_size: int) -> ByteLevelFiel
 
 def _cuts_like(spec: Mapping[str, Any], pre: str) -> bool:
     """Whether a ``tokenizer.json`` changes no text and cuts it into words as GGUF's name asks."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     found = json.dumps(spec.get("pre_tokenizer"), sort_keys=True)
     # Offsets have no part in what the ids are.
     found = found.replace('"trim_offsets": false', '"trim_offsets": true')
-    wanted = json.dumps(_pre_tokenizer(pre, byte_level, ""), sort_keys=True)
+    wanted = json.dumps(_pre_tokenizer(pre, ""), sort_keys=True)
     return spec.get("normalizer") is None and found == wanted
 
 
@@ -108,7 +102,6 @@ def _byte_level_json(
 ) -> bytes:
     pre = str(fields.get("tokenizer.ggml.pre", "default"))
     merges = [tuple(m.split(" ", 1)) for m in _strings(fields, "tokenizer.ggml.merges", where)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     spec = {
         "version": "1.0",
         "truncation": None,
@@ -117,19 +110,16 @@ def _byte_level_json(
             {
                 "id": index,
                 "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
+                **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
                 "special": kind == CONTROL,
             }
             for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         ],
         "normalizer": None,
-        "pre_tokenizer": _pre_tokenizer(pre, byte_level, where),
+        "pre_tokenizer": _pre_tokenizer(pre, where),
         "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
+        "decoder": BYTE_LEVEL | {"use_regex": True},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -146,22 +136,18 @@ def _byte_level_json(
     return json.dumps(spec, ensure_ascii=False).encode()
 
 
-def _pre_tokenizer(pre: str, byte_level: dict[str, Any], where: str) -> dict[str, Any]:
+def _pre_tokenizer(pre: str, where: str) -> dict[str, Any]:
     """How text is cut into words before merging, by GGUF's name for it."""
-    with_regex = byte_level | {"use_regex": True}
+    with_regex = BYTE_LEVEL | {"use_regex": True}
     if pre in ("default", "gpt-2"):
         return with_regex
     if pre == "smollm":
         digits = {"type": "Digits", "individual_digits": True}
         return {"type": "Sequence", "pretokenizers": [digits, with_regex]}
     if pre == "llama-bpe":
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": LLAMA3_PATTERN},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        without = byte_level | {"use_regex": False}
+        pattern = {"Regex": LLAMA3_PATTERN}
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        without = BYTE_LEVEL | {"use_regex": False}
         return {"type": "Sequence", "pretokenizers": [split, without]}
     raise Refused(
         f"{where}: GGUF pre-tokenizer {shown(pre)} is not supported; use smollm, gpt-2 or llama-bpe"

@@ -31,12 +31,12 @@ NORMALIZER_NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES 
 def read_sentencepiece(
     model: bytes, where: str, added: Mapping[int, str] | None = None
 ) -> Vocabulary:
-    """The vocabulary in a serialized SentencePiece model; ``where`` names it in error messages.
+    """The vocabulary in a serialized SentencePiece model. Raises Refused, naming it as ``where``.
 
     ``added``: tokens that the model's folder adds, or declares special, by id.
     In ``split``, control, unknown and added tokens written out in the text become their id. Only
     the text's beginning, or what follows a leading BOS, gets the model's dummy space: so that
-    decoding restores the text. Raises Refused where the model cannot be loaded.
+    decoding restores the text.
     """
     added = added or {}
     # Concatenated messages are merged, the last value winning: a processor without dummy prefix.
@@ -74,20 +74,8 @@ def read_sentencepiece(
     longest_first = sorted((text for text in special if text), key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
-    def encode(with_processor: SentencePieceProcessor, text: str) -> list[int]:
-        ids: list[int] = with_processor.encode(
-            text,
-            out_type=int,
-            add_bos=False,
-            add_eos=False,
-            reverse=False,
-            emit_unk_piece=False,
-            enable_sampling=False,
-        )
-        return ids
-
     def split_plain(text: str) -> list[int]:
-        return encode(processor, text)
+        return processor.encode(text, out_type=int)  # type: ignore[no-any-return]
 
     def split(text: str) -> list[int]:
         if pattern is None:
@@ -98,7 +86,7 @@ def read_sentencepiece(
                 ids.append(special[part])
             elif part:
                 at_start = not ids or ids == [bos]
-                ids += encode(processor if at_start else bare, part)
+                ids += (processor if at_start else bare).encode(part, out_type=int)
         return ids
 
     probe = b"".join(spelling[index] or b"" for index in split_plain("x"))
@@ -124,10 +112,8 @@ def write_sentencepiece(
     eos: int,
     dummy_prefix: bool,
 ) -> bytes:
-    """A serialized SentencePiece BPE model of these pieces, normalizing nothing.
-
-    ``types`` are SentencePiece's (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused,
-    6 byte); ``bos`` and ``eos`` may be -1 for none.
+    """A serialized SentencePiece BPE model of these pieces, normalizing nothing. ``types`` are
+    SentencePiece's (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte).
     """
     pieces = b"".join(
         bytes_field(

@@ -21,29 +21,22 @@ from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 SPACE = "▁"
 MOST_GROWTH = 64
 """Of a text before it is split; SmolLM's doubles at most, Llama's is four times as long."""
-DEEPEST = 8
-"""Sequences within sequences of steps."""
+DEEPEST = 8  # sequences within sequences of steps
 
 
 def read_tokenizer_json(content: str, where: str) -> Vocabulary:
-    """The vocabulary in a ``tokenizer.json`` text; ``where`` names it in error messages.
-
-    Truncation, padding, post-processing and BPE dropout, which the file may ask for, are off.
-    Raises Refused for anything but the two supported kinds.
+    """The vocabulary in a ``tokenizer.json`` text. Truncation, padding, post-processing and BPE
+    dropout, which the file may ask for, are off. Raises Refused, naming the file as ``where``.
     """
     try:
         spec = parse_json(content)
     except ValueError as error:
-        raise Refused(
-            f"{where}: not valid JSON ({one_line(error)}); fetch the file again"
-        ) from None
+        raise Refused(f"{where}: not JSON ({one_line(error)}); fetch the file again") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise Refused(f"{where}: not a tokenizer.json: it has no 'model' object")
     kind = spec["model"].get("type")
     if kind != "BPE":
-        raise Refused(
-            f"{where}: tokenizer model {shown(kind)} is not supported; use a BPE tokenizer"
-        )
+        raise Refused(f"{where}: tokenizer model {shown(kind)} is not supported; use BPE")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if spec["model"].get(key) not in (None, ""):
             raise Refused(f"{where}: {key} {shown(spec['model'][key])} is not supported; use none")
@@ -67,10 +60,9 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
 
     def id_of(token: str) -> int | None:
         try:
-            found: int | None = library.token_to_id(token)
+            return library.token_to_id(token)
         except UnicodeError:  # half a surrogate pair, which JSON can hold, is not a token
             return None
-        return found
 
     split = functools.partial(encoded, special=True)
     split_plain = functools.partial(encoded, special=False)
@@ -103,8 +95,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 def _is_byte_level(spec: dict[str, Any], where: str) -> bool:
     """Whether the file is of the byte-level kind; Refused where it is neither that nor Llama's."""
-    decoders = _steps(spec.get("decoder"), "decoders", where)
-    names = [_name(step) for step in decoders]
+    names = [_name(step) for step in _steps(spec.get("decoder"), "decoders", where)]
     if names == ["ByteLevel"]:
         normalizers = [_name(n) for n in _steps(spec.get("normalizer"), "normalizers", where)]
         if normalizers:
@@ -117,9 +108,8 @@ def _is_byte_level(spec: dict[str, Any], where: str) -> bool:
         return True
     if names and set(names) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         return False
-    shown = ", ".join(names) or "none"
     raise Refused(
-        f"{where}: tokenizer decoder {shown} is not supported; "
+        f"{where}: tokenizer decoder {', '.join(names) or 'none'} is not supported; "
         "use byte-level BPE or the Llama kind (Replace, ByteFallback, Fuse, Strip)"
     )
 

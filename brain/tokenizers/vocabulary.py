@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MOST_TOKENS = 1 << 22
-"""Higher ids are mistakes: a table of them would take gigabytes."""
+MOST_TOKENS = 1 << 22  # higher ids are mistakes: a table of them would take gigabytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -12,22 +11,17 @@ class Vocabulary:
     """A tokenizer's vocabulary and its two ways of splitting text.
 
     ``split`` maps text to ids with literal special-token text becoming that one id;
-    ``split_plain`` treats such text as ordinary characters. Neither ever adds a token.
-
-    ``spelling[id]`` is the UTF-8 (or a fragment of it) that the id stands for, ``None`` where the
-    id names nothing. ``leading_space`` is true where splitting puts one space before a text.
-    ``lossless`` is true where the joined spellings of a text's ids must be the text's own bytes; a
-    text for which they are not cannot be represented. ``id_of`` gives a token's id.
-    ``prepended``: ids that the reference tokenizer puts before a text unless told not to.
-    ``bos_text``, ``eos_text``: the format's own idea of these tokens, where it has one.
+    ``split_plain`` treats such text as ordinary characters. Neither ever adds a token. Where it is
+    ``lossless``, the joined spellings of a text's ids must be the text's own bytes: a text for
+    which they are not cannot be represented.
     """
 
     split: Callable[[str], list[int]]
     split_plain: Callable[[str], list[int]]
-    spelling: tuple[bytes | None, ...]
-    leading_space: bool
+    spelling: tuple[bytes | None, ...]  # by id: UTF-8 or a fragment of it; None: no such token
+    leading_space: bool  # splitting puts one space before a text
     lossless: bool
-    id_of: Callable[[str], int | None]
-    prepended: tuple[int, ...] = ()
-    bos_text: str | None = None
+    id_of: Callable[[str], int | None]  # of a token's text
+    prepended: tuple[int, ...] = ()  # what the reference tokenizer puts before a text by default
+    bos_text: str | None = None  # the format's own idea of these tokens, where it has one
     eos_text: str | None = None
