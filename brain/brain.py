@@ -4,8 +4,7 @@ Every method checks what it is given and calls what does it: ``loop.py`` makes t
 puts rows into the memory, ``compiled/`` computes. Nothing is computed here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,23 @@ from brain import edits, saves
 from brain.actions import Action, Append, Edit, Limits, integer, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
 from brain.config.settings import Settings
-from brain.edits import Arrival, Row
+from brain.edits import Row
 from brain.errors import Refused, shown
 from brain.loop import Loop
-from brain.machine.signals import Uninterrupted
-from brain.memory import Account, Memory
+from brain.memory import Memory
 from brain.mirror import Mirror, mirror_of, source_number
 from brain.policies import CustomPolicy
-from brain.repair import Repair, best_repair, dimmest_pair
+from brain.repair import Repair
 from brain.speculate import Lookahead
 from brain.tick import Detokenizer, Observer, Tick
-from compiled.choose import UNFORCED, Forced, Look
+from compiled.choose import UNFORCED, Forced
 from compiled.graphs import Graphs
 from compiled.read import Reading, trimmed
-from compiled.score import MOST_CULLED, cull_count, may_go
+from compiled.score import MOST_CULLED
 from compiled.state import Cursor, State
 
 MOST_POSITIONS = 1 << 40
 """Positions below this are exact in every computation made with them."""
-
-
-@dataclass
-class _MadeRepair:
-    """A repair that a tick began with. If the tick is interrupted, the next attempt at it finds the
-    memory of ``account`` as it was left, and makes no second one.
-    """
-
-    repair: Repair
-    account: Account
-    reported: bool = False
 
 
 class Brain:
@@ -52,9 +39,6 @@ class Brain:
 
     Made by :func:`brain.open`. Every method checks what it is given before it changes anything and
     raises :class:`brain.Refused` with one clear line.
-
-    Attributes: ``on_repair``, called with every repair that is made; ``observer``, called in every
-    tick before its patch.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
@@ -64,12 +48,10 @@ class Brain:
         self.tokenizer = checkpoint.tokenizer
         settings.check_against(checkpoint.config)
         self.memory = Memory(checkpoint, settings)
-        self.loop = Loop(self.memory, checkpoint, settings, self._repair)
+        self.loop = Loop(self.memory, checkpoint, settings)
         self.lookahead = Lookahead(self.memory, settings, checkpoint.config.max_position_embeddings)
-        self.on_repair: Callable[[Repair], None] | None = None
         self._unforced = self._forced([UNFORCED], "model")
         self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
-        self._made: _MadeRepair | None = None
         keep_score = settings.graphs.eviction.keep_score
         if isinstance(keep_score, CustomPolicy):
             keep_score.try_out(self.state, self.cursor, compiled=settings.graphs.compiled)
@@ -346,31 +328,13 @@ class Brain:
         )
         edit = resolve(actions, mirror, limits)
         if not edit.appending or not self.loop.stay_in_range(1 + len(edit.appending)):
-            self._edit(edit, mirror)
+            edits.edit(self.memory, edit, mirror)
             return
         try:
-            self._edit(edit.moved(mirror.position.tolist()), self.mirror)
+            edits.edit(self.memory, edit.moved(mirror.position.tolist()), self.mirror)
         except BaseException as error:
             error.add_note("positions have been renumbered before that: look at the mirror")
             raise
-
-    def _edit(self, edit: Edit, mirror: Mirror) -> None:
-        account, cursor = self.memory.account, self.memory.cursor
-        rows = [Row(*row) for row in edit.replacing]
-        pending: Arrival | None = None
-        if edit.appending:
-            rows += [
-                Row(token, account.position + 1 + offset, source)
-                for offset, (token, source) in enumerate(edit.appending)
-            ]
-            if account.uncommitted:
-                rows.append(Row(int(cursor.token[0]), account.position, int(cursor.source[0])))
-                pending = Arrival(float(cursor.surprise[0]), float(cursor.novelty[0]))
-        rows.sort(key=lambda row: row.position)
-        if len(rows) <= self.graphs.chunk:
-            edits.edit(self.memory, rows, edit, mirror, pending)
-        else:
-            edits.append_in_chunks(self.memory, self.graphs, rows, edit, mirror, pending)
 
     def apply(self, actions: Sequence[Action]) -> None:
         """A batch for a brain that is running: as ``patch``, but what is appended passes through
@@ -470,53 +434,12 @@ class Brain:
         """Takes another beginning of a character for the one that the stream has begun."""
         self.loop.detokenizer = Detokenizer(self.tokenizer, unfinished)
 
-    # Repair
-
-    def _repair(self) -> tuple[Repair, ...]:
-        """Every so many ticks, once there is something to forget: a repair, if one is worth it."""
-        every = self.settings.conf.repair.every
-        if every == 0 or (self.ticks + 1) % every:
-            return ()
-        made = self._made
-        if made is None or made.account is not self.memory.account:
-            if cull_count(len(self), self.settings.culling) == 0:
-                return ()
-            repair = self.best_repair()
-            if repair is None:
-                return ()
-            with Uninterrupted():
-                self.patch([repair.action])
-                made = self._made = _MadeRepair(repair, self.memory.account)
-        if self.on_repair is not None and not made.reported:
-            self.on_repair(made.repair)
-            made.reported = True
-        return (made.repair,)
-
     def best_repair(self) -> Repair | None:
         """The repair of the dimmest pair of rows that may go, if it gains enough. Changes nothing:
         ``patch([repair.action])`` does.
         """
         self.loop.require_primed()
-        mirror, account, state = self.mirror, self.memory.account, self.state
-        candidates = may_go(state, self.cursor, self.settings.culling)
-        no_look = Look(  # a policy is asked between two ticks: no token looks
-            mass=torch.zeros_like(state.brightness),
-            newest=self.cursor.position[0],
-            queries=self.memory.int64(0),
-            tick=self.cursor.tick,
-        )
-        scores = self.settings.graphs.eviction.keep_score(state, no_look)
-        pair = dimmest_pair(
-            scores.cpu().numpy()[mirror.slot], candidates.cpu().numpy()[mirror.slot]
-        )
-        if pair is None:
-            return None
-        conf = self.settings.conf.repair
-        return best_repair(mirror, pair, account.tick + 1, conf, self._log_probabilities)
-
-    def _log_probabilities(self, token: int, position: int) -> Tensor:
-        """Of what follows a token read as of a position: [vocab] float32 on the host."""
-        return torch.log_softmax(self.read([token], [position]).logits[-1], -1).cpu()
+        return self.loop.repairs.best()
 
     def _forced(self, tokens: Sequence[int], source: str) -> Forced:
         number = torch.tensor(source_number(source), dtype=torch.uint8, device=self.device)

@@ -74,20 +74,31 @@ def replace_all(memory: Memory, rows: Sequence[Row], nothing: Mirror) -> None:
     _commit(memory, memory.graphs.uncaptured, draft._replace(plan=plan))
 
 
-def edit(
-    memory: Memory, rows: Sequence[Row], edit: Edit, mirror: Mirror, pending: Arrival | None
-) -> None:
-    """Changes a running memory, in one patch.
+def edit(memory: Memory, edit: Edit, mirror: Mirror) -> None:
+    """Changes a running memory, in one patch; in several where a long text is appended. An append
+    also commits the pending token, if there is one.
 
     Args:
         memory: The memory.
-        rows: At most ``chunk`` rows to add, sorted by position.
-        edit: What else is asked for.
+        edit: What is asked for.
         mirror: What is remembered.
-        pending: How the pending token came, if its row is among them.
     """
+    account, cursor, run = memory.account, memory.cursor, memory.graphs
+    rows = [Row(*row) for row in edit.replacing]
+    pending: Arrival | None = None
+    if edit.appending:
+        rows += [
+            Row(token, account.position + 1 + offset, source)
+            for offset, (token, source) in enumerate(edit.appending)
+        ]
+        if account.uncommitted:
+            rows.append(Row(int(cursor.token[0]), account.position, int(cursor.source[0])))
+            pending = Arrival(float(cursor.surprise[0]), float(cursor.novelty[0]))
+    rows.sort(key=lambda row: row.position)
+    if len(rows) > run.chunk:
+        append_in_chunks(memory, run, rows, edit, mirror, pending)
+        return
     known = _known_arrivals(memory, rows, mirror, pending)
-    run = memory.graphs
     _commit(memory, run, _draft(memory, run, memory.account, rows, known, None, [], edit, mirror))
 
 
@@ -248,14 +259,8 @@ def _known_arrivals(
 
 def _arrival_after(memory: Memory, mirror: Mirror, index: int, token: int) -> Arrival:
     """How a token comes behind the remembered row at an index of the mirror: reads that row."""
-    memory.graphs.begin_step()
-    reading = memory.graphs.read(
-        memory.int64([int(mirror.token_id[index])]),
-        memory.int64([int(mirror.position[index])]),
-        memory.one,
-        high_water=memory.account.high_water,
-    )
-    nats = float(surprises(reading.logits, memory.int64([token]))[0])
+    logits = memory.logits_after(int(mirror.token_id[index]), int(mirror.position[index]))
+    nats = float(surprises(logits, memory.int64([token]))[0])
     constants = memory.graphs.spec.eviction.novelty
     return Arrival(nats, running_novelty(float(mirror.novelty[index]), nats, constants))
 

@@ -7,8 +7,6 @@ host's account follows from what each patch does. This module knows the memory a
 forgotten; it knows no text but the queue of tokens to be decoded, and no files.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from brain.checkpoints import Checkpoint
@@ -16,7 +14,7 @@ from brain.config.settings import Settings
 from brain.errors import MemoryFull, Refused, warn
 from brain.machine.signals import Uninterrupted
 from brain.memory import Memory
-from brain.repair import Repair
+from brain.repair import Repairs
 from brain.tick import AcceptedToken, Detokenizer, Observer, Step, Tick, host_copies
 from compiled.choose import Forced
 from compiled.lookup import Proposal
@@ -30,22 +28,15 @@ TICK, READ, CHOOSE, PATCH = "tick", "1 read", "1 sample, 2 score, 3 decide", "4 
 class Loop:
     """Ticks over one memory.
 
-    Attributes: ``detokenizer``, the queue of tokens to be decoded; ``observer``, called in every
-    tick before its patch, if there is one.
+    Attributes: ``detokenizer``, the queue of tokens to be decoded; ``repairs``, made before a read;
+    ``observer``, called in every tick before its patch, if there is one.
     """
 
-    def __init__(
-        self,
-        memory: Memory,
-        checkpoint: Checkpoint,
-        settings: Settings,
-        repair: Callable[[], tuple[Repair, ...]],
-    ) -> None:
-        """``repair`` is asked before every read for repairs that it has made."""
+    def __init__(self, memory: Memory, checkpoint: Checkpoint, settings: Settings) -> None:
         self.memory = memory
         self.observer: Observer | None = None
         self.detokenizer = Detokenizer(checkpoint.tokenizer)
-        self._repair = repair
+        self.repairs = Repairs(memory, settings, checkpoint.tokenizer.decode)
         self._culling = settings.culling
         self._rebases = settings.graphs.rebases
         self._trained = checkpoint.config.max_position_embeddings
@@ -65,7 +56,7 @@ class Loop:
             self.require_room(1)
             self.detokenizer.make_room()
             rebased = self.stay_in_range(1)
-            repairs = self._repair()
+            repairs = self.repairs.make()
             before = memory.account
             culled = cull_count(before.count, self._culling)
             after = before.after_ticks(1, before.count - culled + int(before.uncommitted))

@@ -94,6 +94,16 @@ class Memory:
         """A number on the memory's device."""
         return torch.tensor(value, dtype=torch.float32, device=self.device)
 
+    def logits_after(self, token: int, position: int) -> Tensor:
+        """Logits of what follows one token read as of a position: [1, vocab] float32."""
+        self.graphs.begin_step()
+        return self.graphs.read(
+            self.int64([token]),
+            self.int64([position]),
+            self.one,
+            high_water=self.account.high_water,
+        ).logits
+
     def forget_everything(self) -> None:
         """Back to an empty memory; the bytes stay until the slots are reused."""
         plan = self.graphs.empty_edit(1)._replace(

@@ -15,7 +15,7 @@ follows it has one row less to forget.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from brain.actions import Replace
-from brain.mirror import Mirror
+from brain import edits
+from brain.actions import Edit, Replace
+from brain.config.settings import Settings
+from brain.machine.signals import Uninterrupted
+from brain.memory import Account, Memory
+from brain.mirror import Mirror, mirror_of, source_number
+from compiled.choose import Look
+from compiled.score import cull_count, may_go
 from conf.schema import RepairConf
+
+Decode = Callable[[Sequence[int]], str]
 
 LogProbabilities = Callable[[int, int], torch.Tensor]
 """(token, position) → log-probabilities [vocab] of what follows, read as of that position."""
@@ -92,3 +100,71 @@ def best_repair(
         token,
         gains[token],
     )
+
+
+@dataclass
+class _Made:
+    """A repair that a tick began with. If the tick is interrupted, the next attempt at it finds the
+    memory of ``account`` as it was left, and makes no second one.
+    """
+
+    repair: Repair
+    account: Account
+    reported: bool = False
+
+
+class Repairs:
+    """The repairs of one memory. Attributes: ``on_repair``, called with every one that is made."""
+
+    def __init__(self, memory: Memory, settings: Settings, decode: Decode) -> None:
+        self.on_repair: Callable[[Repair], None] | None = None
+        self._memory, self._decode = memory, decode
+        self._conf = settings.conf.repair
+        self._culling = settings.culling
+        self._keep_score = settings.graphs.eviction.keep_score
+        self._made: _Made | None = None
+
+    def make(self) -> tuple[Repair, ...]:
+        """Every so many ticks, once there is something to forget: a repair, if one is worth it."""
+        account, every = self._memory.account, self._conf.every
+        if every == 0 or (account.tick + 1) % every:
+            return ()
+        made = self._made
+        if made is None or made.account is not account:
+            if cull_count(account.count, self._culling) == 0:
+                return ()
+            repair = self.best()
+            if repair is None:
+                return ()
+            first, source = repair.positions[0], source_number("repair")
+            edit = Edit(cull=set(repair.positions), replacing=[(repair.token, first, source)])
+            with Uninterrupted():
+                edits.edit(self._memory, edit, mirror_of(self._memory.state, self._decode))
+                made = self._made = _Made(repair, self._memory.account)
+        if self.on_repair is not None and not made.reported:
+            self.on_repair(made.repair)
+            made.reported = True
+        return (made.repair,)
+
+    def best(self) -> Repair | None:
+        """The repair of the dimmest pair of rows that may go, if it gains enough; makes none."""
+        memory, state = self._memory, self._memory.state
+        mirror = mirror_of(state, self._decode)
+        candidates = may_go(state, memory.cursor, self._culling)
+        no_look = Look(  # a policy is asked between two ticks: no token looks
+            mass=torch.zeros_like(state.brightness),
+            newest=memory.cursor.position[0],
+            queries=memory.int64(0),
+            tick=memory.cursor.tick,
+        )
+        scores = self._keep_score(state, no_look)
+        pair = dimmest_pair(
+            scores.cpu().numpy()[mirror.slot], candidates.cpu().numpy()[mirror.slot]
+        )
+        if pair is None:
+            return None
+        return best_repair(mirror, pair, memory.account.tick + 1, self._conf, self._following)
+
+    def _following(self, token: int, position: int) -> torch.Tensor:
+        """Log-probabilities of what follows a token read as of a position: [vocab] on the host."""
+        return torch.log_softmax(self._memory.logits_after(token, position)[-1], -1).cpu()

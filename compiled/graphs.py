@@ -34,7 +34,7 @@ from compiled.lookup import Lookup, Proposal, propose
 from compiled.patch import make_empty, patch, rebase
 from compiled.plan import Plan, empty_edit
 from compiled.read import AheadReading, Reading, ScoredPrefill, read, read_ahead, scored_prefill
-from compiled.read_cpu import operator
+from compiled.read_cpu import Decode, operator
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.speculate import Accepted, choose_ahead
 from compiled.state import Cursor, State
@@ -132,7 +132,7 @@ class Graphs:
         self.edit_widths = fitting or (state.capacity,)
         self.widths = tuple(sorted({1, *self.edit_widths}))
         self.decode = operator(library) if spec.compiled and library is not None else None
-        self.uncaptured = Uncaptured(self)
+        self.uncaptured = Uncaptured(config, weights, state, cursor, self.decode, self.widths[-1])
         self.ranges: Ranges = contextlib.nullcontext
         self._choose = partial(choose, method=spec.method, eviction=spec.eviction)
         self._choose_ahead = partial(choose_ahead, method=spec.method, eviction=spec.eviction)
@@ -440,8 +440,18 @@ class Uncaptured:
     text to begin with, a save to go on from, and reads too wide to be captured.
     """
 
-    def __init__(self, graphs: Graphs) -> None:
-        self._graphs = graphs
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        state: State,
+        cursor: Cursor,
+        decode: Decode | None,
+        widest: int,
+    ) -> None:
+        """``decode``: the CPU operator, if any, for reads of at most ``widest`` tokens."""
+        self._bound = (config, weights, state)
+        self._cursor, self._decode, self._widest = cursor, decode, widest
 
     def is_captured(self, num_tokens: int) -> bool:
         """Never."""
@@ -461,17 +471,16 @@ class Uncaptured:
         high_water: int,
     ) -> ScoredPrefill:
         """As :meth:`Graphs.scored_prefill`. A few tokens go through the CPU's operator, if any."""
-        graphs = self._graphs
-        given = (graphs.config, graphs.weights, graphs.state, tokens, positions, length)
-        if graphs.decode is None or len(tokens) > graphs.widths[-1]:
+        given = (*self._bound, tokens, positions, length)
+        if self._decode is None or len(tokens) > self._widest:
             return scored_prefill(*given, targets, bucket=high_water)
-        reading = read(*given, bucket=max(1, high_water), decode=graphs.decode)
+        reading = read(*given, bucket=max(1, high_water), decode=self._decode)
         nats = surprises(reading.logits, targets)
         return ScoredPrefill(nats, reading.new_keys, reading.new_values)
 
     def patch(self, plan: Plan) -> None:
         """Carries a plan out."""
-        patch(self._graphs.state, self._graphs.cursor, plan)
+        patch(self._bound[2], self._cursor, plan)
 
 
 def _name(key: Key) -> str:

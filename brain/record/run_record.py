@@ -80,7 +80,7 @@ class RunRecord:
         self.spoken = 0
         self.last: int | None = None
         self.inbox = Inbox(folder, brain)
-        brain.on_repair = self._record_repair
+        brain.loop.repairs.on_repair = self._record_repair
 
     def begin(self, prime: Callable[[], None]) -> bool:
         """Starts the record, or goes on where it ended; returns whether there was one. ``prime``

@@ -1,6 +1,9 @@
 """positions=rebase: a loop that never leaves the range its model was trained on."""
 
+import gc
 import warnings
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +165,17 @@ def test_without_rebasing_the_trained_range_is_warned_about(open_short: OpenTiny
     with pytest.warns(brain.BrainWarning, match="positions=rebase"):
         b.feed(IDS[:70])
     assert b.memory.account.position == 79
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_a_brain_is_freed_with_its_last_name(engine: str, open_tiny: OpenTiny) -> None:
+    """Weights and cache may be most of a device: they do not wait for the garbage collector."""
+    b = open_tiny(engine=engine)
+    b.prime([5, 6, 7])
+    held: list[weakref.ref[Any]] = [weakref.ref(one) for one in (b.memory, b.graphs, b.loop)]
+    gc.disable()
+    try:
+        del b
+        assert [one() for one in held] == [None, None, None]
+    finally:
+        gc.enable()

@@ -86,7 +86,7 @@ def test_a_tick_that_failed_after_its_repair_does_not_repair_again(
     def opened() -> tuple[Brain, list[Any]]:
         b = open_tiny(**{"repair": "pairs", "repair.every": 2, "repair.least_gain": -100.0})
         told: list[Any] = []
-        b.on_repair = told.append
+        b.loop.repairs.on_repair = told.append
         b.prime(IDS[:24])
         return b, told
 
