@@ -1,7 +1,7 @@
 """Files that anybody may have written, and paths as people give them.
 
 The kind and size of a file are checked before it is read. A named pipe would make its reader wait
-for ever, a device would never end, and a file may claim terabytes that are not on the disk. So only
+forever, a device would never end, and a file may claim terabytes that are not on the disk. So only
 plain files are opened, and none that is too large is read. Links are followed: caches of models are
 made of them.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from brain.errors import Refused
+from brain.errors import Refused, one_line
 
 SETTINGS_BYTES = 1 << 22  # the most that a small JSON file may have, like config.json
 TOKENIZER_BYTES = 1 << 26
@@ -67,6 +67,19 @@ def read_json(path: Path, most: int = SETTINGS_BYTES) -> Any:
     return parse_json(read_text(path, most))
 
 
+def read_object(path: Path, most: int = SETTINGS_BYTES) -> dict[str, Any]:
+    """A JSON object from a file. Raises Refused, but FileNotFoundError where there is no file."""
+    try:
+        found = read_json(path, most)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path}: cannot be read as JSON ({one_line(error)})") from None
+    if not isinstance(found, dict):
+        raise Refused(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parses JSON in which no object has a key twice: readers disagree about such objects. Raises
     ValueError for anything else, however deeply it is nested.
@@ -88,7 +101,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def require_own(paths: Iterable[Path]) -> None:
     """Raises Refused for the first of these that exists and is neither a plain file nor a folder.
-    Through a link, a file elsewhere would be written or cut off; a pipe would wait for ever.
+    Through a link, a file elsewhere would be written or truncated; a pipe would block forever.
     """
     for path in paths:
         try:

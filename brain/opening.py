@@ -64,7 +64,7 @@ def load(
         folder: Where ``Brain.save`` wrote it.
         capacity: Slots of its memory, instead of as many as it had. Rows get other slots where
             they need them.
-        policy: The policy that it was saved with, if that is not one of ours.
+        policy: The policy that it was saved with, if that is a custom one.
     Raises:
         Refused: The save is damaged, its model or policy is not the one that is found now, or it
             holds more rows than fit.

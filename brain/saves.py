@@ -59,7 +59,7 @@ class Snapshot:
     high_water: int  # one more than the highest slot ever occupied
     unfinished: bytes  # of a character that the text has begun
     conf: dict[str, Any]  # the configuration as plain data
-    policy_sha256: str | None = None  # of the source of a policy that is not one of ours
+    policy_sha256: str | None = None  # of the source of a custom policy
 
 
 def occupied_rows(state: State) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def read(
             Rows of a larger memory get other slots where they need them.
         cursor: The same for the cursor.
         most_pinned: How many rows that memory may have pinned.
-        policy_sha256: Of the policy that will go on with it, if it is not one of ours.
+        policy_sha256: Of the policy that will go on with it, if that is a custom one.
     Returns:
         The snapshot, and the notes that were written with it.
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brain.errors import Refused, one_line, shown
-from brain.files import TOKENIZER_BYTES, read_bytes, read_json, read_text
+from brain.files import TOKENIZER_BYTES, read_bytes, read_object, read_text
 from brain.tokenizers.sentencepiece_model import read_sentencepiece
 from brain.tokenizers.tokenizer_json import read_tokenizer_json
 from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
@@ -141,9 +141,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     added = _added_tokens(folder, tokenizer_config)
     try:
         if sentencepiece.exists():
-            vocabulary = read_sentencepiece(
-                read_bytes(sentencepiece, TOKENIZER_BYTES), str(sentencepiece), added
-            )
+            content = read_bytes(sentencepiece, TOKENIZER_BYTES)
+            vocabulary = read_sentencepiece(content, str(sentencepiece), added)
         elif library.exists():
             vocabulary = read_tokenizer_json(read_text(library, TOKENIZER_BYTES), str(library))
         else:
@@ -186,15 +185,7 @@ def with_special_tokens(
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        settings = read_json(path, TOKENIZER_BYTES)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as JSON ({one_line(error)})") from None
-    if not isinstance(settings, dict):
-        raise Refused(f"{path}: expected a JSON object, found {type(settings).__name__}")
-    return settings
+    return read_object(path, TOKENIZER_BYTES) if path.exists() else {}
 
 
 def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brain.errors import Refused, one_line, shown
-from brain.files import read_json
+from brain.errors import Refused, shown
+from brain.files import read_object
 from compiled.llama import LlamaConfig
 from compiled.rope import RopeScaling
 
@@ -21,16 +21,11 @@ MAX_SIZE, MAX_LAYERS = 1 << 24, 4096
 def read_config(path: Path) -> LlamaConfig:
     """The model's dimensions. Raises Refused naming the key that cannot be used, and why."""
     try:
-        settings = read_json(path)
+        return parse_config(read_object(path), str(path))
     except FileNotFoundError:
         raise Refused(
             f"{path}: no such file; a model folder holds config.json, safetensors and a tokenizer"
         ) from None
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as JSON ({one_line(error)})") from None
-    if not isinstance(settings, dict):
-        raise Refused(f"{path}: expected a JSON object, found {type(settings).__name__}")
-    return parse_config(settings, str(path))
 
 
 def parse_config(settings: Mapping[str, Any], where: str) -> LlamaConfig:

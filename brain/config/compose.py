@@ -26,7 +26,7 @@ def compose_conf(overrides: list[str]) -> Conf:
     """The typed configuration for these overrides, ``path`` in its place. Raises Refused."""
     register()
     around = GlobalHydra.instance()
-    hydra = around.hydra  # of an application that runs us, this one's own included
+    hydra = around.hydra  # of the application around this call, if there is one
     around.clear()
     try:
         with initialize_config_module("conf", version_base=None):

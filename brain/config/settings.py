@@ -54,7 +54,7 @@ class Settings:
 
     @property
     def policy_sha256(self) -> str | None:
-        """The hash of a policy's source, where it is not one of ours."""
+        """The hash of the source of a custom policy; None for any other."""
         keep_score = self.graphs.eviction.keep_score
         return keep_score.sha256 if isinstance(keep_score, CustomPolicy) else None
 

@@ -1,4 +1,4 @@
-"""What PyTorch's compiler keeps for later starts, and proof that it is as it was left.
+"""What PyTorch's compiler keeps for later starts, and proof that it is undamaged.
 
 The compiler loads the libraries that it finds in its folder without checking them. One that was cut
 short by a full disk ends the process, and one with a wrong byte changes the text. So the compiler
@@ -66,17 +66,15 @@ def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
 
 
 def _require_private(folder: Path) -> None:
-    """Raises OSError unless this is a folder that nobody but us may write: what lies in it is run,
-    and removed.
-    """
+    """Raises OSError unless only this user may write to the folder, whose files are run."""
     status = os.lstat(folder)
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not private or (hasattr(os, "geteuid") and status.st_uid != os.geteuid()):
-        raise PermissionError(f"{folder} is not a folder of one's own")
+        raise PermissionError(f"{folder} is not a folder that only you can write to")
 
 
 def _remove_unrecorded(folder: Path) -> None:
-    """Removes what is not as it was recorded. Nobody else may be using the folder."""
+    """Removes what is not as it was recorded. No other process may be using the folder."""
     try:
         recorded = read_manifest(folder)
         damaged = not all(is_as_recorded(folder / name, recorded[name]) for name in recorded)
@@ -88,12 +86,12 @@ def _remove_unrecorded(folder: Path) -> None:
     for name in _files(folder) - kept:
         (folder / name).unlink(missing_ok=True)
     if damaged:
-        warn(f"{folder}: the graphs kept there are damaged; they are compiled once more")
+        warn(f"{folder}: the graphs kept there are damaged; they are compiled again")
 
 
 def _record(folder: Path) -> None:
-    """Records every file that is there now, if there is a new one. Nobody else may be using the
-    folder. What cannot be recorded is made once more next time.
+    """Records every file that is there now, if there is a new one. No other process may be using
+    the folder. What cannot be recorded is compiled again next time.
     """
     names = _files(folder)
     with contextlib.suppress(OSError, ValueError):

@@ -42,8 +42,8 @@ def exclusive(path: Path, patience: float = math.inf) -> Iterator[None]:
 def shared(path: Path) -> Iterator[Callable[[], AbstractContextManager[bool]]]:
     """Holds the lock together with any number of others, within a ``with`` statement.
 
-    Gives a function that makes a context manager, whose value is whether nobody else holds the lock
-    now; if so, nobody can until it is left. On Windows, which cannot share locks, it is always
+    Gives a function that makes a context manager. Its value is whether no other process holds the
+    lock now; if so, none can until it is left. On Windows, which cannot share locks, it is always
     False. Raises OSError.
     """
     if sys.platform == "win32":
@@ -64,7 +64,7 @@ def shared(path: Path) -> Iterator[Callable[[], AbstractContextManager[bool]]]:
 
 
 def _try_alone(file: IO[Any]) -> bool:
-    """Takes the lock alone, unless somebody else has it."""
+    """Takes the lock alone, unless another process has it."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

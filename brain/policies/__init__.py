@@ -31,7 +31,7 @@ __all__ = ["POLICIES", "CustomPolicy", "custom_policy", "policy"]
 def policy(name: str, culling: Culling, share: float, lifetime: float | None = None) -> KeepScore:
     """The keep-score function of one of POLICIES or ``package.module:function``. Raises Refused.
     ``share`` of the target is what ``novelty`` keeps for novel rows; ``lifetime``, in targets, is
-    how long a row stays novel; None: for ever.
+    how long a row stays novel; None: forever.
     """
     if name == "novelty":
         ticks = math.inf if lifetime is None else lifetime * culling.target

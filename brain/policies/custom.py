@@ -101,7 +101,7 @@ def _imported(name: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # importing runs the module: anything may come of it
+    except Exception as error:  # importing runs the module, which may raise anything
         raise Refused(
             f"cull.policy={name} cannot be imported ({type(error).__name__}: {one_line(error)}): "
             "give package.module:function"

@@ -147,7 +147,7 @@ class Inbox:
                 file.seek(self.read)
                 added = file.read(MOST_AT_ONCE)
         except OSError:
-            return 0  # nobody has written one yet
+            return 0  # there is no inbox yet
         applied = 0
         whole = added[: added.rfind(b"\n") + 1]
         if not whole and len(added) == MOST_AT_ONCE:

@@ -9,7 +9,7 @@ from brain.files import require_own
 from brain.machine.lock import exclusive
 
 LOCK = ".lock"
-PATIENCE = 0.2  # seconds: somebody may be looking whether the folder is taken
+PATIENCE = 0.2  # seconds: another process may be checking whether the folder is taken
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The record of a run, from which a killed run goes on with the token it would have said.
+"""The record of a run, from which a killed run continues with the token that was to come next.
 
     RUN_FOLDER/transcript.txt     the text, RUN_FOLDER/tokens.txt its tokens
     RUN_FOLDER/saves/run.json     the settings of the run
@@ -256,7 +256,7 @@ class RunRecord:
         return entries
 
     def _replay(self, path: Path, line: int, entry: Any) -> None:
-        """Has the brain do once more what a line of a journal says."""
+        """Repeats what a line of a journal says."""
         match entry:
             case {"said": int(token)}:
                 self._write_token(self._brain.tick(token))

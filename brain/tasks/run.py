@@ -30,7 +30,7 @@ def run(conf: Conf, run_dir: Path) -> None:
 
     Writes into the run folder its record (see ``brain/record/run_record.py``), ``run.json`` (ids,
     timings, versions), ``memory.json`` (what is remembered at the end) and, with ``capture=true``,
-    ``captures/``; ``failed.txt`` instead of a report where it was refused amid the text. Where the
+    ``captures/``; ``failed.txt`` instead of a report where an error ended the text. Where the
     folder has the record of this run already, it goes on with the next token. Between ticks it
     executes what is added to ``commands.jsonl`` there (see ``brain/record/commands.py``).
     """

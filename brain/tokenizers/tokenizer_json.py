@@ -84,7 +84,7 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
 
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Refuses whatever the library raises: a bare Exception, or for a panic a BaseException."""
+    """Refuses any error of the library: a bare Exception or, for a panic, a BaseException."""
     try:
         yield
     except (Refused, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -141,7 +141,7 @@ def _check_growth(spec: dict[str, Any], where: str) -> None:
 
 
 def _check_templates(spec: dict[str, Any], where: str) -> None:
-    """Refuses a template of tokens that it does not define: the library would panic aloud."""
+    """Refuses a template of tokens that it does not define: the library would print a panic."""
     for step in _steps(spec.get("post_processor"), "processors", where):
         defined = step.get("special_tokens")
         known = set(defined) if isinstance(defined, dict) else set()
