@@ -301,7 +301,7 @@ def _check_values(rows: dict[str, Tensor], cursor: Cursor, path: Path) -> None:
     positions, last = rows["position"], int(cursor.position[0])
     if last >= MOST_TICKS or (positions > last).any():
         raise Refused(f"{path}: positions are past the cursor's")
-    for name in ("born", "lit"):
+    for name in (name for name in ROW_COLUMNS if COLUMNS[name].ticks):
         ticks = rows[name]
         if (ticks < 0).any():
             raise Refused(f"{path}: {name} has a negative tick")
@@ -310,7 +310,7 @@ def _check_values(rows: dict[str, Tensor], cursor: Cursor, path: Path) -> None:
     for name, sources in (("source", rows["source"]), ("cursor.source", cursor.source)):
         if (sources >= len(SOURCES)).any():
             raise Refused(f"{path}: {name} has an unknown source")
-    floats = {name: rows[name] for name in ("brightness", "surprise", "novelty")}
+    floats = {name: rows[name] for name in ROW_COLUMNS if COLUMNS[name].dtype.is_floating_point}
     floats |= {"cursor.surprise": cursor.surprise, "cursor.novelty": cursor.novelty}
     for name, numbers in floats.items():
         if numbers.isnan().any():

@@ -4,7 +4,7 @@
 
 The last tokens, the cursor's included, are looked for among the remembered rows, in text order;
 what followed them there is proposed to follow them here (Saxena 2023, "Prompt lookup decoding"). A
-proposal is a guess, never a decision: ``choose_ahead.py`` draws every token as if none had been
+proposal is a guess, never a decision: ``speculate.py`` draws every token as if none had been
 made. It is a function of the memory alone, so that a brain which was saved, killed or edited looks
 up the same.
 

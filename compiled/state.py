@@ -24,6 +24,7 @@ class Column(NamedTuple):
     dtype: torch.dtype
     empty: int = 0  # in a slot that never held a row, and in one that was redacted
     older: int | None = None  # what a save without this column gets; None: it is refused
+    ticks: bool = False  # whether it holds ticks, from 0 to the present one
 
 
 class State(NamedTuple):
@@ -42,8 +43,9 @@ class State(NamedTuple):
     surprise: Annotated[Tensor, Column(torch.float32)]  # nats: negative log-likelihood on arrival
     novelty: Annotated[Tensor, Column(torch.float32)]  # nats: mean surprise of the passage around
     source: Annotated[Tensor, Column(torch.uint8)]
-    born: Annotated[Tensor, Column(torch.int64)]  # tick of birth
-    lit: Annotated[Tensor, Column(torch.int64)]  # tick it last drew more than average attention
+    born: Annotated[Tensor, Column(torch.int64, ticks=True)]  # tick of birth
+    # tick it last drew more than average attention:
+    lit: Annotated[Tensor, Column(torch.int64, ticks=True)]
     valid: Annotated[Tensor, Column(torch.bool)]
     pinned: Annotated[Tensor, Column(torch.bool)]
 

@@ -40,11 +40,14 @@ class CustomPolicy:
             scores: Any = self.function(state, look)
         except Exception as error:
             raise self._refusal(error) from None
-        found = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        if found != f"{tuple(state.valid.shape)}":
+        wanted = f"float32 {list(state.valid.shape)}"
+        found = type(scores).__name__
+        if isinstance(scores, Tensor):
+            found = f"{str(scores.dtype).removeprefix('torch.')} {list(scores.shape)}"
+        if found != wanted:
             raise Refused(
-                f"policy {self.name} returns {found}: it must return a tensor of shape "
-                f"{tuple(state.valid.shape)}, one score for each slot"
+                f"policy {self.name} returns {found}: it must return a tensor {wanted}, one score "
+                "for each slot"
             )
         return scores  # type: ignore[no-any-return]
 

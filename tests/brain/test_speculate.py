@@ -15,6 +15,7 @@ from brain.record.commands import send
 from brain.record.run_record import RunRecord
 from brain.tick import Step, Tick
 from compiled.lookup import Proposal
+from compiled.state import ROW_COLUMNS
 from fixture_types import OpenTiny
 from killed_runs import ORDERS, RECORD, Killed, power_cut_at, was_sent
 from processes import call
@@ -37,12 +38,12 @@ def pair(open_parrot: OpenTiny, **options: Any) -> tuple[Brain, Brain]:
 def assert_alike(mine: Brain, other: Brain) -> None:
     """The same rows and cursor, but for rounding: other shapes sum float32 in another order."""
     a, b = mine.mirror, other.mirror
-    for name in ("slot", "token_id", "position", "source", "born", "lit", "pinned"):
-        assert getattr(a, name).tolist() == getattr(b, name).tolist(), name
-    for name in ("brightness", "surprise", "novelty"):
-        assert getattr(a, name).tolist() == pytest.approx(
-            getattr(b, name).tolist(), rel=1e-4, abs=1e-4
-        ), name
+    for name in ("slot", *ROW_COLUMNS):
+        one, two = getattr(a, name), getattr(b, name)
+        if one.dtype.kind == "f":
+            assert one.tolist() == pytest.approx(two.tolist(), rel=1e-4, abs=1e-4), name
+        else:
+            assert one.tolist() == two.tolist(), name
     assert (len(mine), mine.ticks) == (len(other), other.ticks)
     assert mine.memory.account.position == other.memory.account.position
     assert int(mine.cursor.token) == int(other.cursor.token)

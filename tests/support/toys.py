@@ -9,7 +9,15 @@ from torch import Tensor
 from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.plan import Plan
 from compiled.rope import inverse_frequencies
-from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
+from compiled.state import (
+    COLUMNS,
+    NOWHERE,
+    ROW_COLUMNS,
+    Cursor,
+    State,
+    allocate_cursor,
+    allocate_state,
+)
 
 CPU = torch.device("cpu")
 
@@ -57,6 +65,10 @@ def toy_state(
     return state
 
 
+UPDATED_BY_TICKS = ("brightness", "lit", "novelty")
+"""Columns that a tick changes for rows that are already there."""
+
+
 def toy_cursor(position: int = NOWHERE, token: int = 0) -> Cursor:
     cursor = allocate_cursor(CPU)
     cursor.position.fill_(position)
@@ -64,30 +76,28 @@ def toy_cursor(position: int = NOWHERE, token: int = 0) -> Cursor:
     return cursor
 
 
+def _some(dtype: torch.dtype, width: int, generator: torch.Generator) -> Tensor:
+    """Random values that a column of this type may hold."""
+    if dtype.is_floating_point:
+        return torch.rand(width, generator=generator).to(dtype)
+    most = {torch.bool: 2, torch.uint8: 5}.get(dtype, 40)
+    return torch.randint(0, most, (width,), generator=generator).to(dtype)
+
+
 def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int = 2) -> Plan:
     """An edit that appends ``length`` random rows, in a plan of ``width``, and nothing else."""
     generator = torch.Generator().manual_seed(seed)
     layers, kv_heads, _, head_dim = state.keys.shape
     shape = (layers, kv_heads, width, head_dim)
-    rows = {
-        "token_id": torch.randint(0, 40, (width,), generator=generator),
-        "position": torch.randint(1000, 1 << 40, (width,), generator=generator),
-        "brightness": torch.rand(width, generator=generator),
-        "surprise": torch.rand(width, generator=generator),
-        "novelty": torch.rand(width, generator=generator),
-        "source": torch.randint(0, 5, (width,), generator=generator, dtype=torch.uint8),
-        "born": torch.randint(0, 99, (width,), generator=generator),
-        "lit": torch.randint(0, 99, (width,), generator=generator),
-        "pinned": torch.randint(0, 2, (width,), generator=generator).bool(),
-    }
-    updated = ("brightness", "lit", "novelty", "pinned")
+    rows = {name: _some(COLUMNS[name].dtype, width, generator) for name in ROW_COLUMNS}
+    rows["position"] = torch.randint(1000, 1 << 40, (width,), generator=generator)
     return Plan(
         keys=torch.randn(shape, generator=generator).to(state.keys.dtype),
         values=torch.randn(shape, generator=generator).to(state.keys.dtype),
         rows=rows,
         length=torch.tensor(length),
         cull=torch.zeros_like(state.valid),
-        updates={name: getattr(state, name).clone() for name in updated},
+        updates={name: getattr(state, name).clone() for name in ("pinned", *UPDATED_BY_TICKS)},
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
         erase=torch.full((width,), NOWHERE),
     )

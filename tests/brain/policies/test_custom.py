@@ -35,6 +35,10 @@ def wrong_shape(state: State, look: Look) -> Tensor:
     return state.brightness[:3]
 
 
+def wrong_type(state: State, look: Look) -> Tensor:
+    return state.born
+
+
 def no_tensor(state: State, look: Look) -> Tensor:
     return 0.5  # type: ignore[return-value]
 
@@ -101,7 +105,8 @@ def test_what_cannot_be_named_is_refused(name: str) -> None:
     ("wrong", "said"),
     [
         (no_such_column, r"failed at .*test_custom\.py:\d+ \(AttributeError: .*glances"),
-        (wrong_shape, r"returns \(3,\): it must return a tensor of shape \(24,\)"),
+        (wrong_shape, r"returns float32 \[3\]: it must return a tensor float32 \[24\]"),
+        (wrong_type, r"returns int64 \[24\]"),
         (no_tensor, "returns float"),
         (writes, "writes to brightness"),
     ],
