@@ -37,6 +37,7 @@ def main() -> None:
     # Without this Hydra prints errors and exits by itself; we print them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.showwarning = _show_warning
+    warnings.simplefilter("always", BrainWarning)  # whatever PYTHONWARNINGS says
     register()
     _write_utf8()
     try:

@@ -27,6 +27,7 @@ from brain.mirror import Mirror
 from compiled.choose import Eviction
 from compiled.graphs import Graphs, Uncaptured
 from compiled.plan import Plan, new_rows
+from compiled.read import ScoredPrefill
 from compiled.sample import surprises
 from compiled.score import echo, running_novelty, seed_brightness
 from compiled.state import NOWHERE, ROW_COLUMNS, Cursor
@@ -142,6 +143,7 @@ def append_in_chunks(
             )
             carry = draft.carry
             _commit(memory, run, draft)
+            del draft  # its keys and values: the next chunk is read without them
         except BaseException:
             done = last and memory.account is not settled  # interrupted after the last patch
             if memory.account is not before and not done:
@@ -180,7 +182,7 @@ def _restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_wa
         plan = _saved(graphs.empty_edit(length), rows, slot, start, length, memory)
         plan = _trimmed(plan, length, culls=False, erases=False)
         account = memory.account.after_edit(start + length, NOWHERE, uncommitted=False)
-        _commit(memory, graphs.uncaptured, _Draft(plan, account, None))
+        _commit(memory, graphs.uncaptured, _Draft(plan, account))
     holes = torch.zeros(memory.state.capacity, dtype=torch.bool)
     holes[:size] = True
     holes[slot] = False
@@ -193,7 +195,7 @@ def _restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_wa
         position=int(cursor.position[0]),
         uncommitted=bool(int(cursor.uncommitted)),
     )
-    _commit(memory, graphs.uncaptured, _Draft(plan, account, None))
+    _commit(memory, graphs.uncaptured, _Draft(plan, account))
 
 
 def _saved(
@@ -230,13 +232,16 @@ class _Draft(NamedTuple):
 
     plan: Plan
     account: Account  # after it
-    carry: Carry | None  # what its last row carries over
+    carry: Carry | None = None  # what its last row carries over
+    scored: ScoredPrefill | None = None  # held until the patch is done, as in the rehearsal
 
 
 def _commit(memory: Memory, run: Graphs | Uncaptured, draft: _Draft) -> None:
     """The patch and the account of it: both or neither."""
+    captured = run.is_captured(draft.plan.keys.shape[2])
+    carrier = run if captured else memory.graphs.uncaptured
     with Uninterrupted():
-        run.patch(draft.plan)
+        carrier.patch(draft.plan)
         memory.account = draft.account
 
 
@@ -334,7 +339,7 @@ def _draft(
         plan = _trimmed(plan, len(rows), culls=bool(edit.cull), erases=bool(edit.erase))
     count = account.count - len(edit.cull) + len(rows)
     after = account.after_edit(count, position, uncommitted=uncommitted)
-    return _Draft(plan, after, carry)
+    return _Draft(plan, after, carry, scored)
 
 
 def _trimmed(plan: Plan, length: int, *, culls: bool, erases: bool) -> Plan:

@@ -101,8 +101,9 @@ class Loop:
                 reading = graphs.read_ahead(proposal, high_water=before.high_water)
             with graphs.ranges(CHOOSE):
                 accepted = graphs.choose_ahead(proposal, reading, forced)
-                copies = host_copies(accepted.tokens, accepted.surprise, accepted.number)
-                tokens, surprise, number = (copy.wait() for copy in copies)
+            plan = accepted.plan(reading)
+            copies = host_copies(accepted.tokens, accepted.surprise, accepted.number)
+            tokens, surprise, number = (copy.wait() for copy in copies)
             nothing = torch.zeros(0, dtype=torch.int64)
             ticks = tuple(
                 Tick(
@@ -116,7 +117,7 @@ class Loop:
                 for count in range(1, int(number) + 1)
             )
             with graphs.ranges(PATCH), Uninterrupted():
-                graphs.patch(accepted.plan(reading))
+                graphs.patch(plan)
                 memory.account = before.after_ticks(len(ticks), before.count + len(ticks))
                 for tick in ticks:
                     self.detokenizer.follow(tick)

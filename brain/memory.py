@@ -14,7 +14,9 @@ from brain.config.settings import Settings
 from brain.machine.cpu_operator import native_decoder
 from brain.machine.signals import Uninterrupted
 from compiled.graphs import Graphs
+from compiled.int8 import Int8
 from compiled.philox import key_of
+from compiled.read_cpu import formats
 from compiled.sample import Sampling
 from compiled.state import NOWHERE, Cursor, State, allocate_cursor, allocate_state
 
@@ -65,7 +67,10 @@ class Memory:
             checkpoint.config, conf.capacity, weights.dtype, self.device
         )
         self.cursor: Cursor = allocate_cursor(self.device)
-        operator = settings.operator
+        int8 = isinstance(weights.head, Int8)
+        built_for = formats(weights.dtype, weights.device, int8=int8)
+        if not (settings.graphs.compiled and conf.engine.native):
+            built_for = None
         sampler = conf.sampler
         self.graphs = Graphs(
             settings.graphs,
@@ -80,7 +85,7 @@ class Memory:
                 repetition_penalty=self.float32(sampler.repetition_penalty),
                 key=key_of(conf.seed).to(self.device),
             ),
-            library=None if operator is None else native_decoder(operator, settings.cache),
+            library=None if built_for is None else native_decoder(built_for, settings.cache),
             ends=checkpoint.tokenizer.eos_ids,
         )
         self.account = EMPTY

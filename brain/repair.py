@@ -5,7 +5,7 @@
 Everything is found out by reading. A read of the row before the pair, as of its own position, tells
 how well the token to the right is predicted with nothing in between, and which tokens the model
 itself would put there. Each candidate (these, and the two old tokens) is then read as of p1, where
-it sees only what precedes it: that tells how well it foretells the token to the right.
+it sees only what precedes it: that tells how well it predicts the token to the right.
 
     gain = log p(right | before, candidate) - log p(right | before)        in nats
 

@@ -21,7 +21,7 @@ def capture_graphs(graphs: Graphs, *, edits: bool = True) -> None:
         return
     total = len(graphs.expected(edits=edits))
     # Collecting garbage after every graph would take a seventh of a second each and find nothing.
-    no_collection = torch_private.without_collection()
+    no_collection = torch_private.compiling_without_collection()
     with no_collection, tqdm(total=total, desc="capturing graphs", unit="graph") as bar:
         for done, name in enumerate(graphs.warm_up(edits=edits)):
             bar.n = done

@@ -42,10 +42,11 @@ class Graph:
         """
         self.name = name
         self.is_direct = False
-        self._function, self._device = function, device
+        self._device = device
         # PyTorch keeps the backend with the code, out of the garbage collector's sight. So the
         # backend knows this list, not the graph.
         self._made: list[tuple[GraphModule, float]] = []
+        self._call: FunctionType = _own_code(name, function)
         self._compiled: Callable[..., Any] | None = None  # holds the code that is entered
         self._enter: Callable[..., Any] = self._first_call
 
@@ -69,21 +70,23 @@ class Graph:
         return self._enter(*arguments)
 
     def _first_call(self, *arguments: Any) -> Any:
-        """Compiles, and lets later calls enter what was made."""
-        call = _own_code(self.name, self._function)
-        strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
-        compiled: Callable[..., Any] = torch.compile(
-            call,
-            fullgraph=True,
-            dynamic=False,
-            backend=_backend(self._made, self._device),
-            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-            **strict,
-        )
-        returned = compiled(*arguments)
-        self._compiled = self._enter = compiled
+        """Compiles, and lets later calls enter what was made. A call that is interrupted after
+        compiling finds what was made when it is repeated.
+        """
+        if self._compiled is None:
+            strict: dict[str, Any] = {"recompile_limit": 1, "isolate_recompiles": True}
+            self._compiled = torch.compile(
+                self._call,
+                fullgraph=True,
+                dynamic=False,
+                backend=_backend(self._made, self._device),
+                options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+                **strict,
+            )
+        returned = self._compiled(*arguments)
+        self._enter = self._compiled
         if self._device.type == "cpu":
-            made = torch_private.compiled_codes(call.__code__)
+            call, made = self._call, torch_private.compiled_codes(self._call.__code__)
             if len(made) == 1:
                 given = (call.__globals__, call.__name__, call.__defaults__, call.__closure__)
                 self._enter = FunctionType(made[0], *given)

@@ -137,7 +137,7 @@ def follow(
     surprise = surprises(reading.logits, token)
     tick = cursor.tick + 1
     bright, lit = brighten(state, tick, reading.mass, eviction.brightness)
-    # The token that was read gets its row now, and the novelty of the rows before it hears of it.
+    # The token that was read gets its row now, and adds to the novelty of the rows before it.
     strength = eviction.novelty.own_share * cursor.surprise[0] * cursor.uncommitted
     novelty = echo(state, cursor.position[0], strength, eviction.novelty)
     updates = {"brightness": bright, "lit": lit, "novelty": novelty}

@@ -251,13 +251,12 @@ class Graphs:
         return choice
 
     def patch(self, plan: Plan) -> None:
-        """Carries a plan out: a tick's, or an edit's where it erases."""
-        width = plan.keys.shape[2]
-        kind = "patch tick" if plan.erase is None else "patch edit"
-        if not self.compiled or (kind == "patch edit" and width > self.widths[-1]):
+        """Carries out a tick's plan, or an edit's of a captured width, which has ``erase``."""
+        if not self.compiled:
             patch(self.state, self.cursor, plan)
             return
-        graph = self.table[kind, width, 0]
+        kind = "patch tick" if plan.erase is None else "patch edit"
+        graph = self.table[kind, plan.keys.shape[2], 0]
         with self.ranges(graph.name):
             graph(self.state, self.cursor, plan)
 

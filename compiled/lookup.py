@@ -47,11 +47,11 @@ class Lookup:
     def __post_init__(self) -> None:
         """Raises ValueError, beginning with the name of what is wrong."""
         if not 1 <= self.width <= WIDEST:
-            raise ValueError(f"width must be between 1 and {WIDEST}, or 0 (off), not {self.width}")
+            raise ValueError(f"width must be between 1 and {WIDEST}, not {self.width}")
         if not 1 <= self.shortest <= self.longest:
             raise ValueError(
-                "shortest must be at least 1 and at most "
-                f"longest={self.longest}, not {self.shortest}"
+                f"shortest must be at least 1 and at most the longest, {self.longest}, not "
+                f"{self.shortest}"
             )
         if self.longest > WIDEST:
             raise ValueError(f"longest must be at most {WIDEST}, not {self.longest}")
@@ -71,15 +71,15 @@ class Proposal(NamedTuple):
 def propose(state: State, cursor: Cursor, lookup: Lookup, ends: tuple[int, ...] = ()) -> Proposal:
     """What followed the latest of the longest matches of the last tokens.
 
+    Tokens match where they stand at consecutive positions: nothing is found across a row that was
+    forgotten, until re-basing closes the gap. What is found may reach up to the cursor's token;
+    then it goes round, as text of that period would.
+
     Args:
         state: The memory.
         cursor: The token that is read next.
         lookup: How to look up.
         ends: Tokens that end a text: none of them is ever proposed.
-
-    Tokens match where they stand at consecutive positions: nothing is found across a row that was
-    forgotten, until re-basing closes the gap. What is found may reach up to the cursor's token;
-    then it goes round, as text of that period would.
     """
     text, position, count = _in_order(state, cursor)
     found, after = _matches(text, position, count, lookup)

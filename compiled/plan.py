@@ -78,7 +78,7 @@ def empty_edit(
     return Plan(
         keys=blank() if scored is None else scored.new_keys,
         values=blank() if scored is None else scored.new_values,
-        rows={
+        rows={  # zeros, not empties: what a restore leaves in holes
             name: torch.zeros(width, dtype=COLUMNS[name].dtype, device=device)
             for name in ROW_COLUMNS
         },

@@ -1,8 +1,8 @@
 """Everything that is used of PyTorch without being promised by it.
 
 Names with an underscore, operators for PyTorch's own use and settings of its compiler may change
-with any release. They are all here, and ``test_torch_private.py`` fails for each that does what it
-did no longer. This module knows nothing of models: whoever calls says why.
+with any release. They are all here, and ``test_torch_private.py`` fails for each one that no
+longer does what it did. This module knows nothing of models: whoever calls says why.
 """
 
 import functools
@@ -78,7 +78,7 @@ def keep_address(tensor: Tensor) -> None:
     torch._dynamo.mark_static_address(tensor)
 
 
-def without_collection() -> AbstractContextManager[Any]:
+def compiling_without_collection() -> AbstractContextManager[Any]:
     """Within this, Dynamo does not collect garbage after every graph that it compiles."""
     patched: AbstractContextManager[Any] = torch._dynamo.config.patch(run_gc_after_compile=False)
     return patched

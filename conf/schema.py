@@ -142,7 +142,7 @@ class GoldenTask:
 
 @dataclass
 class InspectTask:
-    """``task=inspect``: print one captured tick."""
+    """``task=inspect``: show what a run remembers, or one captured tick."""
 
     name: str = "inspect"
     path: str | None = None  # a run folder, or its captures folder
@@ -152,7 +152,7 @@ class InspectTask:
 
 @dataclass
 class CommandTask:
-    """``task=command``: have a running brain change what it remembers."""
+    """``task=command``: change what a running brain remembers."""
 
     name: str = "command"
     path: str | None = None  # the folder of the run
@@ -161,7 +161,7 @@ class CommandTask:
 
 @dataclass
 class GraphsTask:
-    """``task=graphs``: capture every graph and print the account."""
+    """``task=graphs``: capture every graph and list them."""
 
     name: str = "graphs"
 

@@ -37,7 +37,9 @@ def is_intact(folder: Path) -> bool:
     """Whether the folder has every file of its manifest: sizes, and digests of small files."""
     try:
         recorded = read_manifest(folder)
-        return all(is_as_recorded(folder / name, recorded[name], SMALL) for name in recorded)
+        return bool(recorded) and all(
+            is_as_recorded(folder / name, recorded[name], SMALL) for name in recorded
+        )
     except (OSError, ValueError):
         return False
 

@@ -44,9 +44,13 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     """What was recorded. Raises OSError if it cannot be read, ValueError if it is damaged."""
     try:
         files = read_json(folder / MANIFEST, RECORD_BYTES)["files"]
-        return {name: Entry(int(of["size"]), str(of["sha256"])) for name, of in files.items()}
+        entries = {name: Entry(of["size"], of["sha256"]) for name, of in files.items()}
+        sound = all(type(e.size) is int and isinstance(e.sha256, str) for e in entries.values())
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder / MANIFEST} is not a manifest") from None
+        sound = False
+    if not sound:
+        raise ValueError(f"{folder / MANIFEST} is not a manifest")
+    return entries
 
 
 def is_as_recorded(path: Path, entry: Entry, digest_below: float = float("inf")) -> bool:

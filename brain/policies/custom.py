@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -124,8 +125,13 @@ def _described(name: str, function: Any) -> CustomPolicy:
             f"policy {name} has no source that can be read: define it in a file, so that a save "
             "can tell it from another one"
         ) from None
-    if not inspect.isroutine(function):
+    if not inspect.isfunction(function):
         source += repr(function)  # of an instance its numbers count, too
+    if re.search(r" at 0x[0-9a-f]+", source) or getattr(function, "__closure__", None):
+        raise Refused(
+            f"policy {name} holds values that its source does not show: write a function, or a "
+            "class whose repr shows its numbers"
+        )
     return CustomPolicy(name, function, hashlib.sha256(source.encode()).hexdigest())
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
 from brain.brain import Brain
 from brain.errors import Refused, Unwritten, one_line, shown
-from brain.files import open_plain, parse_json
+from brain.files import open_plain, parse_json, require_own
 
 INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
 LONGEST_LINE = 1 << 20  # characters of one batch
@@ -209,6 +209,7 @@ def send(folder: Path, line: str) -> None:
         raise Refused("a command is one line")
     if not (folder / "transcript.txt").is_file():
         raise Refused(f"{folder} is not the folder of a run")
+    require_own([folder / INBOX])
     try:
         with (folder / INBOX).open("a", encoding="utf-8") as file:
             file.write(line.strip() + "\n")

@@ -179,7 +179,7 @@ class RunRecord:
     def _start(self) -> None:
         shutil.rmtree(self._saves.folder, ignore_errors=True)
         self._saves.folder.mkdir(parents=True, exist_ok=True)
-        for name in (ANSWERS, TRANSCRIPT):
+        for name in (ANSWERS, TRANSCRIPT, *REPORTS):
             (self._folder / name).unlink(missing_ok=True)
         self._files.remove_drafts()
         for name in (TOKENS, REPAIRS):

@@ -1,5 +1,6 @@
 """``task=run``: prime with the prompt and speak."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brain.brain import Brain
-from brain.errors import MemoryFull, Refused
+from brain.errors import MemoryFull, Refused, as_line
 from brain.files import given_path
 from brain.machine.environment import environment
 from brain.machine.graph_cache import kept_graphs
@@ -71,8 +72,9 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
     before = record.spoken
     try:
         ended = _speak(brain, conf, record)
-    except Refused as refusal:
-        (run_dir / FAILED).write_text(f"tick {brain.ticks + 1}: {refusal}\n", "utf-8")
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            (run_dir / FAILED).write_text(f"{as_line(str(error))}\n", "utf-8")
         raise
     count, spoken = record.spoken - before, time.perf_counter() - primed
     write_rows(remembered(brain), run_dir / FILE)
@@ -82,11 +84,11 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
         f"{len(brain)} of {brain.capacity} rows remembered, ready after {primed - started:.1f} s; "
         f"{run_dir}"
     )
-    account = brain.lookahead.counts
-    if account.proposed:
+    counts = brain.lookahead.counts
+    if counts.proposed:
         note(
-            f"lookup: {account.tokens / account.passes:.2f} tokens per read, {account.accepted} of "
-            f"{account.proposed} proposed tokens accepted"
+            f"lookup: {counts.tokens / counts.passes:.2f} tokens per read, {counts.accepted} of "
+            f"{counts.proposed} proposed tokens accepted"
         )
     if ended is not None:
         raise ended

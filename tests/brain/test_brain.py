@@ -622,3 +622,22 @@ def test_what_is_forgotten_was_heard(open_tiny: OpenTiny) -> None:
     b.patch([Cull([3, 4, 10, 11, 12])])
     after = zip(b.mirror.position.tolist(), b.mirror.novelty.tolist(), strict=True)
     assert all(before[position] == novelty for position, novelty in after)
+
+
+def test_an_edit_wider_than_every_graph_is_called_directly(open_tiny: OpenTiny) -> None:
+    """As shipped, a chunk is wider than the widths: such edits are neither captured nor refused."""
+    options = {"engine.widths": [1, 4], "engine.chunk": 16, "cull": "none"}
+    captured, plain = (open_tiny(engine=engine, **options) for engine in ("compiled", "eager"))
+    for b in (captured, plain):
+        b.prime(IDS[:6])
+        b.tick()
+        b.patch([Append(IDS[6:16])])
+        b.patch([Replace((2, 3), IDS[16:18]), Append(IDS[18:27])])
+    names = list(captured.graphs.captured)
+    assert not [name for name in names if name.startswith("patch tick") and name[-3:] != "W=1"]
+    for name, column in plain.mirror.columns.items():
+        if column.dtype.kind == "f":
+            np.testing.assert_allclose(captured.mirror.columns[name], column, rtol=1e-4, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(captured.mirror.columns[name], column, name)
+    assert [captured.tick().token for _ in range(4)] == [plain.tick().token for _ in range(4)]

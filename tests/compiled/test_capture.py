@@ -1,12 +1,14 @@
 """What is captured says what is eager says, keeps its outputs apart and allocates little."""
 
 import copy
+from types import CodeType
 
 import pytest
 import torch
 
 from brain import Brain
 from captured_graphs import SYNCING, Watched, allocations
+from compiled import torch_private
 from compiled.capture import Graph
 from compiled.read import Reading
 from fixture_types import OpenTiny
@@ -203,3 +205,22 @@ def test_graphs_of_one_function_are_compiled_apart() -> None:
         assert graph(torch.ones(size)).tolist() == [2.0] * size
     assert [graph.compilations for graph in graphs] == [1, 1]
     assert all(graph.is_direct for graph in graphs)
+
+
+def test_a_first_call_that_is_interrupted_compiles_once_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = Graph("doubled", lambda x: x * 2, torch.device("cpu"))
+    found = torch_private.compiled_codes
+
+    def interrupted(code: CodeType) -> list[CodeType]:
+        monkeypatch.setattr(torch_private, "compiled_codes", found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_private, "compiled_codes", interrupted)
+    x = torch.arange(3.0)
+    with pytest.raises(KeyboardInterrupt):
+        graph(x)
+    assert graph(x).equal(x * 2)
+    assert graph(x).equal(x * 2)
+    assert graph.compilations == 1

@@ -125,7 +125,7 @@ def test_no_collection_after_a_graph() -> None:
 
     import contextlib
 
-    assert collections(torch_private.without_collection()) == 0
+    assert collections(torch_private.compiling_without_collection()) == 0
     assert collections(contextlib.nullcontext()) > 0
 
 

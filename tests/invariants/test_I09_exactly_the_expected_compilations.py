@@ -75,7 +75,7 @@ def test_I9_layers_are_compiled_once(layered_brain: Brain) -> None:
 def test_I9_a_captured_read_on_a_cpu_is_one_call_of_the_operator(warm_brain: Brain) -> None:
     for capture in captured(warm_brain, "read"):
         targets = [str(node.target) for node in capture.modules[0].graph.nodes]
-        assert sum(target.startswith("positronic_brain.decode") for target in targets) == 1
+        assert sum(target.startswith("positronic_brain.read_cpu") for target in targets) == 1
 
 
 def test_I9_no_captured_graph_asks_the_host(warm_brain: Brain) -> None:

@@ -1,7 +1,9 @@
 """Policies that somebody else wrote: named, or handed over, and held to their contract."""
 
+import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +94,28 @@ def test_a_name_and_the_function_are_one_policy(
     assert custom_policy(Halves(0.5)).sha256 != custom_policy(Halves(0.25)).sha256
 
 
+class Nameless:
+    """Calls whose repr shows an address, not what it does."""
+
+    def __call__(self, state: State, look: Look) -> Tensor:
+        return state.brightness
+
+
+def closed_over(share: float) -> Any:
+    def policy(state: State, look: Look) -> Tensor:
+        return state.brightness * share
+
+    return policy
+
+
+@pytest.mark.parametrize(
+    "policy", [Nameless(), closed_over(0.5), functools.partial(oldest_first)], ids=str
+)
+def test_what_its_source_does_not_tell_apart_is_refused(policy: Any) -> None:
+    with pytest.raises(Refused, match="values that its source does not show"):
+        custom_policy(policy)
+
+
 @pytest.mark.parametrize(
     "name",
     ["no.such.module:score", "math:no_such_function", "math:pi", ":score", "torch.nn:functional"],
@@ -148,7 +172,10 @@ def test_a_run_goes_on_only_with_the_policy_that_it_began_with(
     module.write_text("def score(state, look):\n    return state.surprise\n")
     run = ["prompt=hello", "cull.policy=mine_to_run:score", "capacity=24", "hydra.run.dir=run"]
     call(tmp_path, tiny_folder, *run, "ticks=30")
+    said = tmp_path / "run" / "failed.txt"
+    said.write_text("an earlier end")
     call(tmp_path, tiny_folder, *run, "ticks=40")
+    assert not said.exists()
     module.write_text("def score(state, look):\n    return state.surprise + 1\n")
     refused = call(tmp_path, tiny_folder, *run, "ticks=50", status=2)
     assert "mine_to_run:score had another source" in refused.stderr
@@ -164,5 +191,6 @@ def test_a_run_whose_policy_fails_says_so_in_its_folder(tiny_folder: Path, tmp_p
     run = ["prompt=hello", "cull.policy=mine_to_fail:score", "capacity=24", "hydra.run.dir=run"]
     failed = call(tmp_path, tiny_folder, *run, "ticks=50", status=2)
     assert "mine_to_fail.py:3 (ZeroDivisionError: no more)" in failed.stderr
-    folder = tmp_path / "run"
-    assert "mine_to_fail.py:3" in (folder / "failed.txt").read_text()
+    said = (tmp_path / "run" / "failed.txt").read_text()
+    assert "mine_to_fail.py:3" in said
+    assert len(said.splitlines()) == 1
