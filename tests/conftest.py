@@ -53,6 +53,24 @@ def ctrl_c_is_heard() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def headers_are_parsed_once() -> Iterator[None]:
+    """Lets PyTorch's compiler precompile its own headers. The product does not: it compiles a few
+    graphs in a process, the tests some hundred.
+    """
+    from torch._inductor import compile_fx
+
+    compile_ = compile_fx.compile_fx
+
+    def with_headers(*arguments: Any, config_patches: dict[str, Any], **named: Any) -> Any:
+        patches = {**config_patches, "cpp_cache_precompile_headers": True}
+        return compile_(*arguments, config_patches=patches, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compile_fx, "compile_fx", with_headers)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2 as a Hugging Face folder, in the user's cache; skips where it cannot be had."""
