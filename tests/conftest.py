@@ -62,9 +62,11 @@ def headers_are_parsed_once() -> Iterator[None]:
 
     compile_ = compile_fx.compile_fx
 
-    def with_headers(*arguments: Any, config_patches: dict[str, Any], **named: Any) -> Any:
-        patches = {**config_patches, "cpp_cache_precompile_headers": True}
-        return compile_(*arguments, config_patches=patches, **named)
+    def with_headers(*arguments: Any, **named: Any) -> Any:
+        patches = named.get("config_patches")
+        if patches:  # it calls itself again without
+            named["config_patches"] = {**patches, "cpp_cache_precompile_headers": True}
+        return compile_(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compile_fx, "compile_fx", with_headers)
