@@ -28,11 +28,14 @@ from brain.measure.golden.reference import load_reference, seeded_reference
 from brain.measure.golden.seeded import SEEDED
 from brain.opening import checkpoint_of
 from fixture_types import CommandLine, EditJson, OpenTiny, Reference, RoomyBrain, SaveLlama
+from precompiled_headers import precompile_headers
 from toy_models import PARROT_OPTIONS, TRAINED
 
 # The same examples on every run, however slow the machine.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+precompile_headers()
 
 THREADS = torch.get_num_threads()
 INVARIANT = re.compile(r"test_I\d+_")
@@ -51,26 +54,6 @@ def ctrl_c_is_heard() -> None:
     it in what they run in the background.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def headers_are_parsed_once() -> Iterator[None]:
-    """Lets PyTorch's compiler precompile its own headers. The product does not: it compiles a few
-    graphs in a process, the tests some hundred.
-    """
-    from torch._inductor import compile_fx
-
-    compile_ = compile_fx.compile_fx
-
-    def with_headers(*arguments: Any, **named: Any) -> Any:
-        patches = named.get("config_patches")
-        if patches:  # it calls itself again without
-            named["config_patches"] = {**patches, "cpp_cache_precompile_headers": True}
-        return compile_(*arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compile_fx, "compile_fx", with_headers)
-        yield
 
 
 @pytest.fixture(scope="session")
