@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
+WORKERS ?= 2
 
 .PHONY: help run test invariants lint format bench fuzz clean
 
@@ -13,8 +14,8 @@ run: $(VENV)/.installed  ## install what is needed and speak (ARGS='prompt="Once
 
 # Tests start many short multi-threaded jobs; threads that spin while they wait would fight over few
 # cores.
-test: $(VENV)/.installed-test  ## run the tests (ARGS="tests/compiled -k patch")
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-test  ## run the tests in WORKERS=2 processes (ARGS="tests/compiled -k patch")
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 invariants: $(VENV)/.installed-test  ## run the tests of the invariants alone
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m invariant $(ARGS)

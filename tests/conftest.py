@@ -28,11 +28,14 @@ from brain.measure.golden.reference import load_reference, seeded_reference
 from brain.measure.golden.seeded import SEEDED
 from brain.opening import checkpoint_of
 from fixture_types import CommandLine, EditJson, OpenTiny, Reference, RoomyBrain, SaveLlama
+from precompiled_headers import precompile_headers
 from toy_models import PARROT_OPTIONS, TRAINED
 
 # The same examples on every run, however slow the machine.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+precompile_headers()
 
 THREADS = torch.get_num_threads()
 INVARIANT = re.compile(r"test_I\d+_")

@@ -70,11 +70,6 @@ def test_multirun_runs_every_combination(tmp_path: Path, tiny_folder: Path) -> N
     assert (tmp_path / "all" / "1" / "run.json").exists()
 
 
-def test_graphs_prints_an_account_that_comes_out(tmp_path: Path, tiny_folder: Path) -> None:
-    done = call(tmp_path, tiny_folder, "task=graphs", "capacity=16", "engine.widths=[1,4]")
-    assert done.stdout.splitlines()[-1] == "6 graphs, 6 compilations, 6 expected"
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

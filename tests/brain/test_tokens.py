@@ -1,6 +1,5 @@
 """The contracts of ``brain.tokens``: nothing added, nothing dropped, no broken characters."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,55 +12,9 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, processors
 
 from brain.errors import Refused
-from brain.tokenizers.gguf_vocabulary import tokenizer_files
 from brain.tokenizers.tokenizer_json import read_tokenizer_json
 from brain.tokens import StreamDecoder, Tokenizer, load_tokenizer, with_special_tokens
-
-CORPUS = """It is a truth universally acknowledged, that a single man in possession of a good
-fortune, must be in want of a wife. However little known the feelings or views of such a man may be
-on his first entering a neighbourhood, this truth is so well fixed in the minds of the surrounding
-families, that he is considered the rightful property of some one or other of their daughters."""
-
-TEXTS = [
-    "",
-    " ",
-    "Hello, world!",
-    " leading",
-    "trailing ",
-    "two  spaces\n\n\nand\ttabs",
-    "numbers 1234567890 3.14",
-    "it's we'll I'm THEY'RE",
-    "naïve café — “quotes”",
-    "漢字かな交じり文。한국어",
-    "👩‍👩‍👧‍👦 🤖🏽 e\u0301\u0323",
-    "\u202eעברית العربية",
-    "def f(x):\n    return x ** 2\n",
-]
-
-
-def train_sentencepiece(*, add_dummy_prefix: bool = True) -> bytes:
-    """A small SentencePiece BPE model in Llama's style."""
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.split("\n")),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=350,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-        add_dummy_prefix=add_dummy_prefix,
-    )
-    return out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def spm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("spm")
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
-    return folder
+from texts import TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -317,92 +270,6 @@ def test_stream_waits_for_a_character_and_gives_up_only_when_certain(
     assert stream.push(byte_level.encode("x")[0]) == "\ufffdx"
     assert stream.push(robot[0]) == ""
     assert stream.finish() == "\ufffd"
-
-
-# GGUF vocabularies -------------------------------------------------------------------------------
-
-
-def byte_level_fields(byte_level_json: str, pre: str) -> dict[str, object]:
-    spec = json.loads(byte_level_json)
-    tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
-        "tokenizer.ggml.eos_token_id": 0,
-    }
-
-
-def save_files(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", "llama-bpe"])
-def test_I10_gguf_byte_level_vocabulary(tmp_path: Path, byte_level_json: str, pre: str) -> None:
-    folder = save_files(
-        tmp_path, tokenizer_files(byte_level_fields(byte_level_json, pre), "x.gguf")
-    )
-    tokenizer = load_tokenizer(folder)
-    for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode("<|end|>") == [0]
-    assert tokenizer.eos_ids == {0}
-    assert not tokenizer.wants_bos
-    assert tokenizer.bos_id is None
-
-
-@pytest.mark.parametrize("dummy_prefix", [True, False])
-def test_I10_gguf_sentencepiece_vocabulary(
-    spm_folder: Path, tmp_path: Path, dummy_prefix: bool
-) -> None:
-    model = train_sentencepiece(add_dummy_prefix=dummy_prefix)
-    original = sentencepiece.SentencePieceProcessor(model_proto=model)
-    size = original.get_piece_size()
-
-    def kind(index: int) -> int:
-        if original.is_unknown(index):
-            return 2
-        if original.is_control(index):
-            return 3
-        return 6 if original.is_byte(index) else 1
-
-    fields: dict[str, object] = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in range(size)],
-        "tokenizer.ggml.scores": [original.get_score(i) for i in range(size)],
-        "tokenizer.ggml.token_type": [kind(i) for i in range(size)],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.add_space_prefix": dummy_prefix,
-    }
-    tokenizer = load_tokenizer(save_files(tmp_path, tokenizer_files(fields, "x.gguf")))
-    assert (tokenizer.bos_id, tokenizer.wants_bos) == (1, True)
-    assert tokenizer.eos_ids == {2}
-    for text in [*TEXTS, CORPUS]:
-        assert tokenizer.encode(text) == original.encode(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer 'qwen2'"),
-        ({"tokenizer.ggml.model": "bert"}, "vocabulary 'bert'"),
-        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
-        ({"tokenizer.ggml.merges": [1]}, "tokenizer.ggml.merges"),
-        ({"tokenizer.ggml.token_type": [1]}, "token types"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores"),
-    ],
-)
-def test_unusable_gguf_vocabularies_are_refused(
-    byte_level_json: str, changes: dict[str, object], message: str
-) -> None:
-    with pytest.raises(Refused, match=message):
-        tokenizer_files(byte_level_fields(byte_level_json, "gpt-2") | changes, "x.gguf")
 
 
 # Files that cannot be used ------------------------------------------------------------------------

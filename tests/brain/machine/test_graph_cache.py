@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import precompiled_headers
 from brain.errors import BrainWarning
 from brain.machine.graph_cache import LOCK, NAME, VARIABLE, kept_graphs
 from brain.machine.integrity import MANIFEST
@@ -154,10 +155,20 @@ def test_a_folder_that_cannot_be_made_is_done_without(
         assert VARIABLE not in os.environ
 
 
+BRAIN = """
+from precompiled_headers import precompile_headers
+precompile_headers()
+from brain.app import main
+main()
+"""
+
+
 def test_a_run_says_the_same_after_every_kept_file_was_damaged(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
     """PyTorch alone ends in a bus error, or an exception, on a library that is cut short."""
+    support = str(Path(precompiled_headers.__file__).parent)
+    named = {VARIABLE: str(tmp_path / "inductor"), "PYTHONPATH": support}
 
     def say() -> tuple[str, str]:
         options = [
@@ -166,9 +177,9 @@ def test_a_run_says_the_same_after_every_kept_file_was_damaged(
             *("hydra.run.dir=out", f"cache_dir={tmp_path / 'cache'}"),
         ]
         done = subprocess.run(
-            [sys.executable, "-m", "brain.app", *options],
+            [sys.executable, "-c", BRAIN, *options],
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: str(tmp_path / "inductor")},
+            env={**os.environ, **named, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             encoding="utf-8",
             check=False,

@@ -1,7 +1,6 @@
 """Step captures tell what happened, and cost nothing when off."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from brain.record.captures import TOP_IN_JSON, CaptureWriter
 from brain.tick import Step
-from fixture_types import CommandLine, OpenTiny
+from fixture_types import OpenTiny
 
 
 def test_captures_hold_what_every_step_received_and_returned(
@@ -98,107 +97,3 @@ def test_an_observer_that_fails_leaves_the_tick_undone(open_tiny: OpenTiny) -> N
     b.observer = None
     ticks = [(t.token, t.text) for t in b.stream(5)]
     assert ticks == [(t.token, t.text) for t in expected.stream(5)]
-
-
-# Shown by task=inspect ----------------------------------------------------------------------------
-
-Call = Callable[..., str]
-
-
-@pytest.fixture
-def call(tiny_folder: Path, command_line: CommandLine) -> Call:
-    """``call(*arguments)`` on the tiny model → its standard output or, if it is refused, its last
-    line on standard error.
-    """
-    model = ["model=folder", f"model.path={tiny_folder}", "capacity=64", "prompt=abc"]
-
-    def call_(*arguments: str) -> str:
-        status, out, err = command_line(*model, *arguments)
-        assert status in (0, 2)
-        return err.splitlines()[-1] if status else out
-
-    return call_
-
-
-SHOW = ("task=inspect", "task.path=run", "hydra.run.dir=seen")
-RUN = ("hydra.run.dir=run", "ticks=3")
-
-
-def test_captures_are_in_the_order_of_their_ticks(tmp_path: Path, call: Call) -> None:
-    call(*RUN, "capture=true")
-    for old, new in (("000002", "999999"), ("000003", "1000000")):
-        for path in sorted((tmp_path / "run" / "captures").glob(f"tick_{old}.*")):
-            path.rename(path.with_name(f"tick_{new}{path.suffix}"))
-    assert call(*SHOW).startswith("tick 3\n")  # in the file of the millionth
-    assert call(*SHOW, "task.tick=1").startswith("tick 1\n")
-    assert call(*SHOW, "task.tick=2") == (
-        "refused: task.tick=2 was not captured: run has 3 captures, of ticks 1 to 1000000"
-    )
-
-
-def test_what_is_newer_is_shown(tmp_path: Path, call: Call) -> None:
-    call(*RUN, "capture=true")
-    assert call(*SHOW).startswith("tick 3\n")
-    call(*RUN, "ticks=5")
-    assert "what run remembers at its end" in call(*SHOW)
-    assert call(*SHOW, "task.tick=3").startswith("tick 3\n")
-    assert call(*SHOW, "task.path=run/captures").startswith("tick 3\n")
-    call(*RUN, "ticks=6", "capture=true")
-    assert call(*SHOW).startswith("tick 6\n")
-    (tmp_path / "run" / "memory.json").unlink()  # as when it is killed
-    assert call(*SHOW).startswith("tick 6\n")
-
-
-def test_without_a_save_that_can_be_read_the_last_capture_is_shown(
-    tmp_path: Path, call: Call
-) -> None:
-    call(*RUN, "capture=true")
-    call(*RUN, "ticks=5")
-    for path in (tmp_path / "run" / "saves").glob("*/state.safetensors"):
-        path.write_bytes(b"no tensors")
-    assert call(*SHOW).startswith("tick 3\n")
-
-
-def test_a_folder_with_nothing_to_show_says_why(tmp_path: Path, call: Call) -> None:
-    assert call(*SHOW) == (
-        "refused: run does not exist: give task.path=RUN_FOLDER, the folder of a run"
-    )
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "eval.json").write_text("{}")
-    assert call(*SHOW) == (
-        "refused: run is not the folder of a run: it has neither memory.json nor captures"
-    )
-    assert call(*SHOW, "task.path=run/eval.json") == (
-        "refused: run/eval.json is not a folder: give task.path=RUN_FOLDER, the folder of a run"
-    )
-
-
-def test_a_run_without_captures_says_so(call: Call) -> None:
-    call(*RUN)
-    assert "what run remembers at its end" in call(*SHOW)
-    assert call(*SHOW, "task.tick=2") == (
-        "refused: task.tick=2 was not captured: the run in run has no captures; leave out "
-        "task.tick, or run brain with capture=true in another folder"
-    )
-
-
-def test_a_run_that_has_not_ended_says_so(tmp_path: Path, call: Call) -> None:
-    call(*RUN)
-    (tmp_path / "run" / "memory.json").unlink()
-    told = "refused: the run in run has not ended: there is no memory.json yet; wait for its end "
-    told += "or, if it was killed, give the same command again"
-    assert call(*SHOW) == told
-    assert "has no captures" in call(*SHOW, "task.tick=2")
-    (tmp_path / "run" / "captures").mkdir()
-    assert call(*SHOW, "task.tick=2") == told
-
-
-def test_more_rows_than_a_capture_keeps_are_refused(call: Call) -> None:
-    call(*RUN, "capture=true", "capture_top=30")
-    lines = call(*SHOW, "task.tick=3", "task.top=30").splitlines()
-    table = lines[lines.index("            likeliest next            probability") + 1 :]
-    assert table.index("") == 30
-    assert call(*SHOW, "task.top=31") == (
-        "refused: task.top must be at most 30, the rows that run/captures/tick_000003.json keeps "
-        "of each table, not 31: run brain with capture_top=31 to keep as many"
-    )

@@ -2,7 +2,6 @@
 
 import html
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from brain.record.heatmap import (
     remembered,
     write_rows,
 )
-from processes import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,18 +128,3 @@ def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="damaged"):
         read_rows(tmp_path / "memory.json")
-
-
-Call = Callable[..., object]
-
-
-def test_inspect_shows_what_a_run_remembers(tiny_folder: Path, tmp_path: Path) -> None:
-    call(tmp_path, tiny_folder, "prompt=Hello there", "ticks=5", "hydra.run.dir=out")
-    rows = read_rows(tmp_path / "out" / "memory.json")
-    done = call(tmp_path, tiny_folder, "task=inspect", "task.path=out", "hydra.run.dir=seen")
-    assert f"{len(rows)} rows" in done.stdout
-    assert any(bar in done.stdout for bar in BARS)
-    assert "\033" not in done.stdout  # not a terminal
-    assert "memory.html" in done.stderr
-    shown = (tmp_path / "seen" / "memory.html").read_text("utf-8")
-    assert shown.count('title="position') == len(rows)
