@@ -144,7 +144,8 @@ class Graphs:
         self.table: dict[Key, Graph] = {}
         self._of_edits: set[Key] = set()
         if spec.compiled:
-            functions, edits = dict(self._tick_functions()), dict(self._edit_functions())
+            functions: dict[Key, Callable[..., Any]] = dict(self._tick_functions())
+            edits = dict(self._edit_functions())
             self._of_edits = edits.keys() - functions.keys()
             functions |= edits
             # Captured on CUDA, it would keep room for a second cache of keys; called, for a layer.

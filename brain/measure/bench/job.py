@@ -41,7 +41,7 @@ def result_of(job: Job) -> dict[str, Any]:
     """What the process of a job measured. Raises Failed."""
     arguments = [sys.executable, "-m", "brain.measure.bench.timed", json.dumps(asdict(job))]
     # The code that is running here, whatever is installed.
-    found = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    found = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         arguments,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))},

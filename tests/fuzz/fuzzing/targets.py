@@ -25,6 +25,7 @@ from brain.measure.evaluation.texts import read_text
 from brain.measure.golden.check import check
 from brain.measure.golden.files import golden_names
 from brain.opening import load, open_brain
+from brain.policies import CustomPolicy
 from brain.record.commands import INBOX, Inbox, parse_batch
 from brain.record.heatmap import in_terminal, remembered
 from brain.record.journal import read_journal
@@ -216,10 +217,10 @@ class _WouldCompileError(Exception):
     """
 
 
-def _open_uncompiled(conf: Conf) -> Brain:
+def _open_uncompiled(conf: Conf, policy: CustomPolicy | None = None) -> Brain:
     if conf.engine.compiled:
         raise _WouldCompileError
-    return open_brain(conf)
+    return open_brain(conf, policy)
 
 
 def save(case: Case) -> None:
