@@ -109,7 +109,9 @@ def closed_over(share: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    "policy", [Nameless(), closed_over(0.5), functools.partial(oldest_first)], ids=str
+    "policy",
+    [Nameless(), closed_over(0.5), functools.partial(oldest_first)],
+    ids=["instance", "closure", "partial"],
 )
 def test_what_its_source_does_not_tell_apart_is_refused(policy: Any) -> None:
     with pytest.raises(Refused, match="values that its source does not show"):
