@@ -129,7 +129,7 @@ def test_a_batch_that_fails_after_it_rebased_says_so(
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(b.memory, "commit", fail)
+    monkeypatch.setattr("brain.edits.edit", fail)
     with pytest.raises(MemoryError) as failed:
         b.patch([Append([1, 2])])
     assert failed.value.__notes__ == [

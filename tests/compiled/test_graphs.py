@@ -110,7 +110,7 @@ def test_a_chunk_wider_than_the_widths_is_not_captured() -> None:
     scored = graphs.scored_prefill(tokens, positions, torch.tensor(5), tokens, high_water=1)
     assert scored.new_keys.shape[2] == 5
     plan = graphs.empty_edit(5)
-    graphs.patch(
+    graphs.uncaptured.patch(
         plan._replace(
             keys=scored.new_keys,
             values=scored.new_values,

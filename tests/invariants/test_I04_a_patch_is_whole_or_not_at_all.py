@@ -125,16 +125,15 @@ def test_I4_an_append_interrupted_between_chunks_is_taken_back(
     twin = mixed_up(open_tiny(**{"engine.widths": [1, 4]}))
     before = b.mirror
     done: list[Any] = []
-    patch = b.graphs.patch
 
-    def interrupted(plan: Any, **how: Any) -> None:
-        if len(done) == survives:
-            done.append(plan)
-            raise Interruption
+    def interrupted(patch: Callable[..., None], plan: Any) -> None:
         done.append(plan)
-        patch(plan, **how)
+        if len(done) == survives + 1:
+            raise Interruption
+        patch(plan)
 
-    monkeypatch.setattr(b.graphs, "patch", interrupted)
+    for owner in (b.graphs, b.graphs.uncaptured):
+        monkeypatch.setattr(owner, "patch", functools.partial(interrupted, owner.patch))
     with pytest.raises(Interruption):
         b.patch([Append(IDS[:11])])
     after = b.mirror

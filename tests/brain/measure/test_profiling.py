@@ -56,12 +56,12 @@ def calls_of(run: Callable[[], object]) -> set[str]:
 
 
 def test_names_cost_nothing_while_nobody_looks(open_tiny: OpenTiny) -> None:
-    """No range is made, entered or left."""
+    """No range is made, entered or left: a null context stands in the place of each."""
 
     def ranges(b: brain.Brain) -> set[str]:
         b.prime([1, 2, 3, 4, 5])
         b.tick()
-        return {n for n in calls_of(b.tick) if "annotate" in n or "nullcontext" in n}
+        return {n for n in calls_of(b.tick) if "annotate" in n}
 
     assert ranges(open_tiny()) == set()
     assert ranges(open_tiny(nvtx=True))  # the check can fail
