@@ -72,6 +72,8 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
     before = record.spoken
     try:
         ended = _speak(brain, conf, record)
+    except BrokenPipeError:  # the reader of the text has left: nothing has failed
+        raise
     except Exception as error:
         with contextlib.suppress(OSError):  # the disk may be what failed
             (run_dir / FAILED).write_text(f"{as_line(str(error))}\n", "utf-8")

@@ -192,6 +192,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, tiny_folder: Path) -> None:
         assert process.wait(timeout=60) == 0
     assert b"Traceback" not in told
     assert b"BrokenPipe" not in told
+    assert not list(tmp_path.rglob("failed.txt"))  # a reader who leaves is no failure
 
 
 def test_help_reads_like_a_manual(tmp_path: Path, tiny_folder: Path) -> None:
