@@ -175,19 +175,9 @@ def _attend_in_tiles(
     visible: Visibility,
     mass: Callable[[Tensor, slice], Tensor] | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Attends tile by tile.
-
-    Args:
-        query: This and all up to ``visible`` as for ``attend``.
-        keys: …
-        values: …
-        new_keys: …
-        new_values: …
-        visible: …
-        mass: What a tile's probabilities [kv_heads, group, tile, bucket + T] and its queries say of
-            the mass; None where the new tokens come in text order and nobody asks for it.
-    Returns:
-        The attended values [T, heads * head_dim], and what ``mass`` returned for every tile.
+    """``attend``, tile by tile: the attended values [T, heads * head_dim], and for every tile what
+    ``mass`` makes of its probabilities [kv_heads, group, tile, bucket + T] and its queries. Without
+    ``mass`` the new tokens come in text order.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[0]
