@@ -68,9 +68,7 @@ class Memory:
         )
         self.cursor: Cursor = allocate_cursor(self.device)
         int8 = isinstance(weights.head, Int8)
-        built_for = formats(weights.dtype, weights.device, int8=int8)
-        if not (settings.graphs.compiled and conf.engine.native):
-            built_for = None
+        known = formats(weights.dtype, weights.device, int8=int8) if settings.native else None
         sampler = conf.sampler
         self.graphs = Graphs(
             settings.graphs,
@@ -85,7 +83,7 @@ class Memory:
                 repetition_penalty=self.float32(sampler.repetition_penalty),
                 key=key_of(conf.seed).to(self.device),
             ),
-            library=None if built_for is None else native_decoder(built_for, settings.cache),
+            library=None if known is None else native_decoder(known, settings.cache),
             ends=checkpoint.tokenizer.eos_ids,
         )
         self.account = EMPTY

@@ -59,9 +59,14 @@ class Settings:
         return keep_score.sha256 if isinstance(keep_score, CustomPolicy) else None
 
     @property
+    def native(self) -> bool:
+        """Whether captured reads use the CPU operator, where there is one for the model."""
+        return self.graphs.compiled and self.conf.engine.native
+
+    @property
     def operator(self) -> Formats | None:
         """The CPU operator that captured reads use; None where they use the layers in PyTorch."""
-        if not (self.graphs.compiled and self.conf.engine.native):
+        if not self.native:
             return None
         return formats(self.dtype, self.device, int8=self.conf.weights is WeightFormat.int8)
 
