@@ -69,10 +69,11 @@ def replace_all(memory: Memory, rows: Sequence[Row], nothing: Mirror) -> None:
         nothing: An empty mirror: no old row is seen by a new one.
     """
     known = [FIRST, *[None] * (len(rows) - 1)]
-    draft = _draft(memory, memory.graphs.uncaptured, EMPTY, rows, known, None, [], Edit(), nothing)
+    uncaptured = memory.graphs.uncaptured
+    draft = _draft(memory, uncaptured, EMPTY, rows, known, None, [], Edit(), nothing)
     plan = draft.plan._replace(cull=memory.state.valid.logical_or(memory.state.valid))
     plan = _trimmed(plan, len(rows), culls=memory.account.count > 0, erases=False)
-    _commit(memory, memory.graphs.uncaptured, draft._replace(plan=plan))
+    _commit(memory, draft._replace(plan=plan))
 
 
 def edit(memory: Memory, edit: Edit, mirror: Mirror) -> None:
@@ -100,7 +101,7 @@ def edit(memory: Memory, edit: Edit, mirror: Mirror) -> None:
         append_in_chunks(memory, run, rows, edit, mirror, pending)
         return
     known = _known_arrivals(memory, rows, mirror, pending)
-    _commit(memory, run, _draft(memory, run, memory.account, rows, known, None, [], edit, mirror))
+    _commit(memory, _draft(memory, run, account, rows, known, None, [], edit, mirror))
 
 
 def append_in_chunks(
@@ -142,7 +143,7 @@ def append_in_chunks(
                 mirror,
             )
             carry = draft.carry
-            _commit(memory, run, draft)
+            _commit(memory, draft)
             del draft  # its keys and values: the next chunk is read without them
         except BaseException:
             done = last and memory.account is not settled  # interrupted after the last patch
@@ -182,7 +183,7 @@ def _restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_wa
         plan = _saved(graphs.empty_edit(length), rows, slot, start, length, memory)
         plan = _trimmed(plan, length, culls=False, erases=False)
         account = memory.account.after_edit(start + length, NOWHERE, uncommitted=False)
-        _commit(memory, graphs.uncaptured, _Draft(plan, account))
+        _commit(memory, _Draft(graphs.uncaptured, plan, account))
     holes = torch.zeros(memory.state.capacity, dtype=torch.bool)
     holes[:size] = True
     holes[slot] = False
@@ -195,7 +196,7 @@ def _restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_wa
         position=int(cursor.position[0]),
         uncommitted=bool(int(cursor.uncommitted)),
     )
-    _commit(memory, graphs.uncaptured, _Draft(plan, account))
+    _commit(memory, _Draft(graphs.uncaptured, plan, account))
 
 
 def _saved(
@@ -230,18 +231,17 @@ def _saved(
 class _Draft(NamedTuple):
     """A patch that is ready to be made."""
 
+    run: Graphs | Uncaptured  # who makes it
     plan: Plan
     account: Account  # after it
     carry: Carry | None = None  # what its last row carries over
     scored: ScoredPrefill | None = None  # held until the patch is done, as in the rehearsal
 
 
-def _commit(memory: Memory, run: Graphs | Uncaptured, draft: _Draft) -> None:
+def _commit(memory: Memory, draft: _Draft) -> None:
     """The patch and the account of it: both or neither."""
-    captured = run.is_captured(draft.plan.keys.shape[2])
-    carrier = run if captured else memory.graphs.uncaptured
     with Uninterrupted():
-        carrier.patch(draft.plan)
+        draft.run.patch(draft.plan)
         memory.account = draft.account
 
 
@@ -285,7 +285,7 @@ def _draft(
 
     Args:
         memory: The memory.
-        run: How the work is called.
+        run: How the work is called, if it has graphs of this width; otherwise it is not captured.
         account: What the rows are read against.
         rows: Rows to add, at most ``chunk``.
         known: How each comes; None where the row before it tells.
@@ -295,7 +295,11 @@ def _draft(
         mirror: What is remembered, but for new rows of the same text.
     """
     graphs, eviction = memory.graphs, memory.graphs.spec.eviction
-    width = run.edit_width(max(1, len(rows), len(edit.erase)))
+    needed = max(1, len(rows), len(edit.erase))
+    captured = run.is_captured(needed)
+    if not captured:
+        run = graphs.uncaptured
+    width = run.edit_width(needed)
     scored, arrivals = None, []
     graphs.begin_step()
     if rows:
@@ -335,11 +339,11 @@ def _draft(
         novelty = echo(memory.state, at, memory.float32(strength), eviction.novelty)
         plan = plan._replace(updates=plan.updates | {"novelty": novelty})
     plan = _with_edit(plan, memory, edit, mirror)
-    if not run.is_captured(width):
+    if not captured:
         plan = _trimmed(plan, len(rows), culls=bool(edit.cull), erases=bool(edit.erase))
     count = account.count - len(edit.cull) + len(rows)
     after = account.after_edit(count, position, uncommitted=uncommitted)
-    return _Draft(plan, after, carry, scored)
+    return _Draft(run, plan, after, carry, scored)
 
 
 def _trimmed(plan: Plan, length: int, *, culls: bool, erases: bool) -> Plan:

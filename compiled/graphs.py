@@ -307,16 +307,12 @@ class Graphs:
         """Reads a text that is to be committed, and scores what follows each of its tokens.
 
         Args:
-            tokens: [T] int64, T an ``edit_width``.
+            tokens: [T] int64, T a captured ``edit_width``.
             positions: [T] int64, ascending.
             length: [] int64, how many of them are asked for.
             targets: [T] int64, the token after each.
             high_water: One more than the highest slot that may hold a row.
         """
-        if not self.is_captured(len(tokens)):
-            return self.uncaptured.scored_prefill(
-                tokens, positions, length, targets, high_water=high_water
-            )
         reading = self.read(tokens, positions, length, high_water=high_water)
         nats = self.surprises(reading.logits, targets)
         return ScoredPrefill(nats, reading.new_keys, reading.new_values)

@@ -107,7 +107,9 @@ def test_a_chunk_wider_than_the_widths_is_not_captured() -> None:
     assert [graphs.read_width(n) for n in (2, 5, 20, 40)] == [4, 5, 20, 40]
     assert [graphs.edit_width(n) for n in (1, 4, 5)] == [4, 4, 5]
     tokens, positions = torch.arange(5), torch.arange(5)
-    scored = graphs.scored_prefill(tokens, positions, torch.tensor(5), tokens, high_water=1)
+    scored = graphs.uncaptured.scored_prefill(
+        tokens, positions, torch.tensor(5), tokens, high_water=1
+    )
     assert scored.new_keys.shape[2] == 5
     plan = graphs.empty_edit(5)
     graphs.uncaptured.patch(
