@@ -48,7 +48,7 @@ class Brain:
         self.tokenizer = checkpoint.tokenizer
         settings.check_against(checkpoint.config)
         self.memory = Memory(checkpoint, settings)
-        self.loop = Loop(self.memory, checkpoint, settings)
+        self.loop = Loop(self.memory, settings)
         self.lookahead = Lookahead(self.memory, settings, checkpoint.config.max_position_embeddings)
         self._unforced = self._forced([UNFORCED], "model")
         self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
@@ -134,6 +134,7 @@ class Brain:
         Raises:
             Refused: There is nothing to read, or the tokens or positions cannot be read.
         """
+        self.loop.settle()
         memory, graphs = self.memory, self.graphs
         if tokens is None:
             if positions is not None:
@@ -293,6 +294,7 @@ class Brain:
         self.loop.require_room(len(checked))
         # Of each tick no more is kept than is asked for: a text may be long.
         nats = [self.loop.tick(self._forced([token], source)).arriving for token in checked]
+        self.loop.settle()
         return torch.tensor([float(copy.wait()[0]) for copy in nats], dtype=torch.float32)
 
     def finish_text(self) -> str:
@@ -318,6 +320,7 @@ class Brain:
         Where appending would leave the trained range, positions are renumbered first, and stay so
         whatever comes after: an exception then has a note that says it.
         """
+        self.loop.settle()
         mirror, account = self.mirror, self.memory.account
         limits = Limits(
             vocab_size=self.checkpoint.config.vocab_size,
@@ -375,6 +378,7 @@ class Brain:
 
     def snapshot(self) -> saves.Snapshot:
         """Copies on the host of everything that the brain is at this moment."""
+        self.loop.settle()
         return saves.Snapshot(
             model_sha256=self.checkpoint.sha256,
             rows=saves.occupied_rows(self.state),
@@ -439,6 +443,7 @@ class Brain:
         ``patch([repair.action])`` does.
         """
         self.loop.require_primed()
+        self.loop.settle()
         return self.loop.repairs.best()
 
     def _forced(self, tokens: Sequence[int], source: str) -> Forced:

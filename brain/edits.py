@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from brain.actions import Edit
+from brain.diagnosis import not_finite_error
 from brain.machine.signals import Uninterrupted
 from brain.memory import EMPTY, Account, Memory
 from brain.mirror import Mirror
 from compiled.choose import Eviction
+from compiled.finite import not_finite
 from compiled.graphs import Graphs, Uncaptured
 from compiled.plan import Plan, new_rows
 from compiled.read import ScoredPrefill
@@ -265,9 +267,20 @@ def _known_arrivals(
 def _arrival_after(memory: Memory, mirror: Mirror, index: int, token: int) -> Arrival:
     """How a token comes behind the remembered row at an index of the mirror: reads that row."""
     logits = memory.logits_after(int(mirror.token_id[index]), int(mirror.position[index]))
-    nats = float(surprises(logits, memory.int64([token]))[0])
+    surprise = surprises(logits, memory.int64([token]))
+    _require_finite(memory, surprise)
+    nats = float(surprise[0])
     constants = memory.graphs.spec.eviction.novelty
     return Arrival(nats, running_novelty(float(mirror.novelty[index]), nats, constants))
+
+
+def _require_finite(memory: Memory, *parts: Tensor) -> None:
+    """Raises NotFinite, before anything is written, unless all of these numbers are finite; they
+    are named by ``compiled.finite.PARTS``.
+    """
+    flag = int(not_finite(*parts))
+    if flag:
+        raise not_finite_error(flag, "reading what is to be remembered", memory.checkpoint)
 
 
 def _draft(
@@ -311,6 +324,13 @@ def _draft(
             memory.int64(len(rows)),
             memory.int64(targets + [0] * (width - len(targets))),
             high_water=account.high_water,
+        )
+        count = len(rows)
+        _require_finite(
+            memory,
+            scored.surprises[:count],
+            scored.new_keys[:, :, :count],
+            scored.new_values[:, :, :count],
         )
         for arrival, next_surprise in zip(known, scored.surprises.tolist(), strict=False):
             if arrival is None:

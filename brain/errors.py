@@ -19,6 +19,10 @@ class MemoryFull(Refused):
     """A memory with cull=none has no room for another row."""
 
 
+class NotFinite(Refused):
+    """A read made NaN or infinity. Nothing of it is remembered: the memory is as before it."""
+
+
 LONGEST = 4000  # characters of a refusal
 
 

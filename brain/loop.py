@@ -7,10 +7,13 @@ host's account follows from what each patch does. This module knows the memory a
 forgotten; it knows no text but the queue of tokens to be decoded, and no files.
 """
 
+from typing import NoReturn
+from weakref import WeakMethod
+
 import torch
 
-from brain.checkpoints import Checkpoint
 from brain.config.settings import Settings
+from brain.diagnosis import not_finite_error
 from brain.errors import MemoryFull, Refused, warn
 from brain.machine.signals import Uninterrupted
 from brain.memory import Memory
@@ -32,7 +35,8 @@ class Loop:
     ``observer``, called in every tick before its patch, if there is one.
     """
 
-    def __init__(self, memory: Memory, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(self, memory: Memory, settings: Settings) -> None:
+        checkpoint = memory.checkpoint
         self.memory = memory
         self.observer: Observer | None = None
         self.detokenizer = Detokenizer(checkpoint.tokenizer)
@@ -40,8 +44,9 @@ class Loop:
         self._culling = settings.culling
         self._rebases = settings.graphs.rebases
         self._trained = checkpoint.config.max_position_embeddings
-        self._name = checkpoint.name
         self._warned = False
+        # Weak, because a tick that somebody keeps must not keep the memory.
+        self._when_void = WeakMethod(self._take_back)
 
     def tick(self, forced: Forced) -> Tick:
         """Reads the cursor's token, speaks one, forgets, remembers.
@@ -56,6 +61,8 @@ class Loop:
             self.require_room(1)
             self.detokenizer.make_room()
             rebased = self.stay_in_range(1)
+            if self.repairs.due:
+                self.settle()
             repairs = self.repairs.make()
             before = memory.account
             culled = cull_count(before.count, self._culling)
@@ -68,15 +75,16 @@ class Loop:
                 choice = graphs.choose(reading, forced)
             plan = choice.plan(reading)
             tick = Tick(
-                after.tick,
-                after.position,
-                after.count,
+                before,
+                after,
                 choice,
                 self.detokenizer,
+                self._when_void,
                 repairs,
                 rebased=rebased,
             )
             if self.observer is not None:
+                tick.prove()
                 self.observer(Step(tick, memory.cursor, reading, choice, plan))
             with graphs.ranges(PATCH), Uninterrupted():
                 graphs.patch(plan)
@@ -102,26 +110,48 @@ class Loop:
             with graphs.ranges(CHOOSE):
                 accepted = graphs.choose_ahead(proposal, reading, forced)
             plan = accepted.plan(reading)
-            copies = host_copies(accepted.tokens, accepted.surprise, accepted.number)
-            tokens, surprise, number = (copy.wait() for copy in copies)
+            copies = host_copies(
+                accepted.tokens, accepted.surprise, accepted.number, accepted.not_finite
+            )
+            tokens, surprise, number, flag = (copy.wait() for copy in copies)
             nothing = torch.zeros(0, dtype=torch.int64)
             ticks = tuple(
                 Tick(
-                    before.tick + count,
-                    before.position + count,
-                    before.count + count,
-                    AcceptedToken(tokens[count - 1 : count], surprise[count - 1 : count], nothing),
+                    before,
+                    before.after_ticks(count, before.count + count),
+                    AcceptedToken(
+                        tokens[count - 1 : count], surprise[count - 1 : count], nothing, flag
+                    ),
                     self.detokenizer,
+                    self._when_void,
                     width=len(tokens),
                 )
                 for count in range(1, int(number) + 1)
             )
+            ticks[0].prove()
             with graphs.ranges(PATCH), Uninterrupted():
                 graphs.patch(plan)
                 memory.account = before.after_ticks(len(ticks), before.count + len(ticks))
                 for tick in ticks:
                     self.detokenizer.follow(tick)
             return ticks
+
+    def settle(self) -> None:
+        """Waits for every tick. Raises NotFinite if one of them has not happened."""
+        self.detokenizer.decode_all()
+
+    def _take_back(self, tick: Tick) -> NoReturn:
+        """Raises NotFinite for a tick whose patch refused its plan; those after it read the same
+        and were refused as well. The account becomes what it was before the first of them.
+        """
+        void = [*tick.detokenizer.drop_void(), tick]
+        first = void[0]
+        fault = not_finite_error(first.not_finite, f"tick {first.number}", self.memory.checkpoint)
+        for each in void:
+            each.fault = fault
+        if tick.detokenizer is self.detokenizer:  # nothing has replaced the memory since
+            self.memory.account = first.before
+        raise fault
 
     def require_room(self, ticks: int) -> None:
         """Raises Refused if there is nothing to read; MemoryFull if there is no room for the rows
@@ -150,12 +180,13 @@ class Loop:
         if last < self._trained:
             return False
         if self._rebases:
+            self.settle()
             self.memory.rebase()
             return True
         if not self._warned:
             self._warned = True
             warn(
-                f"position {last} is past the range {self._name} was trained on "
+                f"position {last} is past the range {self.memory.checkpoint.name} was trained on "
                 f"({self._trained}): expect the text to degrade; positions=rebase renumbers the "
                 "rows"
             )

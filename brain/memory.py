@@ -61,6 +61,7 @@ class Memory:
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.checkpoint = checkpoint
         weights, conf = checkpoint.weights, settings.conf
         self.device = weights.device
         self.state: State = allocate_state(

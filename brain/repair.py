@@ -124,11 +124,19 @@ class Repairs:
         self._keep_score = settings.graphs.eviction.keep_score
         self._made: _Made | None = None
 
+    @property
+    def due(self) -> bool:
+        """Whether the next tick is one of those that may begin with a repair."""
+        every = self._conf.every
+        return every > 0 and (self._memory.account.tick + 1) % every == 0
+
     def make(self) -> tuple[Repair, ...]:
-        """Every so many ticks, once there is something to forget: a repair, if one is worth it."""
-        account, every = self._memory.account, self._conf.every
-        if every == 0 or (account.tick + 1) % every:
+        """Every so many ticks, once there is something to forget: a repair, if one is worth it.
+        Every tick before has been waited for.
+        """
+        if not self.due:
             return ()
+        account = self._memory.account
         made = self._made
         if made is None or made.account is not account:
             if cull_count(account.count, self._culling) == 0:

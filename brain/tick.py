@@ -6,12 +6,15 @@ Only asking a ``Tick`` for its token, text or surprise does.
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from itertools import takewhile
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from brain.errors import NotFinite
 from brain.machine.signals import Uninterrupted
+from brain.memory import Account
 from brain.repair import Repair
 from brain.tokens import StreamDecoder, Tokenizer
 from compiled.choose import Choice
@@ -75,20 +78,28 @@ class Detokenizer:
         while tick._text is None:
             self._decode_one()
 
+    def decode_all(self) -> None:
+        """Gives every tick its text."""
+        while self._waiting:
+            self._decode_one()
+
+    def drop_void(self) -> "list[Tick]":
+        """Takes the first tick that has not happened, and those after it, out of the queue."""
+        happened = list(takewhile(lambda tick: not tick.not_finite, self._waiting))
+        void = list(self._waiting)[len(happened) :]
+        self._waiting = deque(happened)
+        return void
+
     @property
     def unfinished(self) -> bytes:
         """The bytes of a character that has begun and is not complete."""
-        self._decode_all()
+        self.decode_all()
         return self._decoder.unfinished
 
     def finish(self) -> str:
         """What is left of an unfinished character."""
-        self._decode_all()
+        self.decode_all()
         return self._decoder.finish()
-
-    def _decode_all(self) -> None:
-        while self._waiting:
-            self._decode_one()
 
     def _decode_one(self) -> None:
         tick = self._waiting[0]
@@ -118,6 +129,10 @@ class Outcome(Protocol):
     def culled(self) -> Tensor:
         """Positions of the rows that were forgotten; NOWHERE is padding."""
 
+    @property
+    def not_finite(self) -> Tensor:
+        """What was not finite (``compiled/finite.py``): [] int64."""
+
 
 class AcceptedToken(NamedTuple):
     """The outcome of one of several ticks of one pass, which forget nothing."""
@@ -125,6 +140,7 @@ class AcceptedToken(NamedTuple):
     token: Tensor  # [1] int64
     surprise: Tensor  # [1] float32
     culled: Tensor  # [0] int64
+    not_finite: Tensor  # [] int64
 
 
 class Tick:
@@ -133,40 +149,64 @@ class Tick:
     Attributes: ``number`` (1 for the first tick after a prime), ``position`` of the token that was
     spoken, ``count`` of rows remembered after the tick's patch; before this tick's read:
     ``repairs`` that were made, ``rebased``, whether all positions were renumbered; ``width``, how
-    many tokens were read in its pass, of which it may be one of several to come true.
+    many tokens were read in its pass, of which it may be one of several to come true; ``before``,
+    the host's account before it, and ``fault``, why it has not happened, once that is known.
+
+    Asking for anything else waits for it. It raises NotFinite if the read made NaN or infinity:
+    then neither this tick nor any after it has happened.
     """
 
     def __init__(
         self,
-        number: int,
-        position: int,
-        count: int,
+        before: Account,
+        after: Account,
         outcome: Outcome,
         detokenizer: Detokenizer,
+        when_void: "Callable[[], Callable[[Tick], NoReturn] | None]",
         repairs: tuple[Repair, ...] = (),
         *,
         rebased: bool = False,
         width: int = 1,
     ) -> None:
-        self.number = number
-        self.position = position
-        self.count = count
+        self.number = after.tick
+        self.position = after.position
+        self.count = after.count
+        self.before = before
+        self.detokenizer = detokenizer
+        self.fault: NotFinite | None = None
         self.rebased = rebased
         self.repairs = repairs
         self.width = width
-        copies = host_copies(outcome.token, outcome.surprise, outcome.culled)
-        self._token, self._surprise, self._culled = copies
+        copies = host_copies(outcome.token, outcome.surprise, outcome.culled, outcome.not_finite)
+        self._token, self._surprise, self._culled, self._not_finite = copies
+        self._when_void = when_void
         self._text: str | None = None
-        self._detokenizer = detokenizer
+
+    def prove(self) -> None:
+        """Waits for the tick. Raises NotFinite if it has not happened."""
+        if self.fault is not None:
+            raise self.fault
+        if self.not_finite:
+            take_back = self._when_void()
+            if take_back is None:  # its brain is gone
+                raise NotFinite(f"tick {self.number}: NaN or infinity in its read")
+            take_back(self)
+
+    @property
+    def not_finite(self) -> int:
+        """What was not finite in its read (``compiled/finite.py``); else 0."""
+        return int(self._not_finite.wait().item())
 
     @property
     def token(self) -> int:
         """The token that was spoken, or fed."""
+        self.prove()
         return int(self._token.wait().item())
 
     @property
     def surprise(self) -> float:
         """Its negative log-likelihood in nats."""
+        self.prove()
         return float(self._surprise.wait().item())
 
     @property
@@ -177,6 +217,7 @@ class Tick:
     @property
     def culled(self) -> tuple[int, ...]:
         """Positions of the rows that were forgotten."""
+        self.prove()
         return tuple(int(p) for p in self._culled.wait() if p != NOWHERE)
 
     @property
@@ -187,7 +228,8 @@ class Tick:
     @property
     def text(self) -> str:
         """The characters that this token completed, often a word, sometimes none."""
-        self._detokenizer.decode_until(self)
+        self.prove()
+        self.detokenizer.decode_until(self)
         assert self._text is not None
         return self._text
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled.finite import not_finite
 from compiled.plan import Plan, new_rows
 from compiled.read import Reading
 from compiled.sample import Sampling, SamplingMethod, draw, penalize_some, surprises
@@ -67,6 +68,7 @@ class Choice(NamedTuple):
     culled: Tensor  # int64: positions of those rows, filled up with NOWHERE
     updates: dict[str, Tensor]  # [capacity] each: columns of the rows that are already there
     cursor: Cursor  # standing at ``token``
+    not_finite: Tensor  # [] int64: what of the reading was not (compiled/finite.py)
 
     def plan(self, reading: Reading) -> Plan:
         """The patch of this tick: this choice with the keys and values that were read."""
@@ -78,6 +80,7 @@ class Choice(NamedTuple):
             cull=self.cull,
             updates=self.updates,
             cursor=self.cursor,
+            not_finite=self.not_finite,
         )
 
 
@@ -175,4 +178,7 @@ def follow(
         culled=culled,
         updates=updates,
         cursor=following,
+        not_finite=not_finite(
+            surprise, reading.new_keys, reading.new_values, reading.logits, reading.mass
+        ),
     )

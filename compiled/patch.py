@@ -169,6 +169,19 @@ def _writes(
     return [*writes, _column(state.valid, valid, slots, there, live, None, 0)]
 
 
+def _unless(void: Tensor, state: State, cursor: Cursor, plan: Plan) -> Plan:
+    """The plan, or where ``void`` [] bool is true one that changes nothing."""
+    return plan._replace(
+        length=plan.length.masked_fill(void, 0),
+        cull=plan.cull & ~void,
+        updates={
+            name: torch.where(void, getattr(state, name), updated)
+            for name, updated in plan.updates.items()
+        },
+        cursor=Cursor(*map(partial(torch.where, void), cursor, plan.cursor)),  # type: ignore[arg-type]
+    )
+
+
 def _put(held: Tensor, slots: Tensor | None, content: Tensor) -> None:
     """Copies a finished tensor into place. Allocates nothing."""
     if slots is None:
@@ -183,8 +196,10 @@ def patch(state: State, cursor: Cursor, plan: Plan) -> None:
     Args:
         state: The memory.
         cursor: Its cursor.
-        plan: What to change; it is only read.
+        plan: What to change; it is only read. Nothing, if its ``not_finite`` says so.
     """
+    if plan.not_finite is not None:
+        plan = _unless(plan.not_finite != 0, state, cursor, plan)
     erasure = None if plan.erase is None else _erasure(plan.erase, state.valid)
     writes = [] if erasure is None else _erasures(state, plan, erasure)
     if torch.compiler.is_compiling():

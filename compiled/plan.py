@@ -18,8 +18,9 @@ class Plan(NamedTuple):
     """Everything that one patch changes. Replacing is culling and appending in the same plan.
 
     ``updates`` holds the columns that change for the rows that are already there; every other
-    column is written for new rows alone. ``erase`` is None in the plan of an ordinary tick. The
-    last two say what is known of a plan that no graph carries out: it then needs less room.
+    column is written for new rows alone. ``erase`` is None in the plan of an ordinary tick, and
+    ``not_finite`` (compiled/finite.py) in that of an edit, whose host has looked already. The last
+    two say what is known of a plan that no graph carries out: it then needs less room.
     """
 
     keys: Tensor  # [layers, kv_heads, W, head_dim] of the rows to append, RoPE applied
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
     updates: dict[str, Tensor]  # [capacity] each
     cursor: Cursor  # where the next read stands
     erase: Tensor | None = None  # [E] int64: slots to overwrite; NOWHERE is padding
+    not_finite: Tensor | None = None  # [] int64: nothing is changed unless it is 0
     padded: bool = True  # whether ``length`` may be less than W
     only_appends: bool = False  # nothing padded, culled or erased: all rows go to free slots
 

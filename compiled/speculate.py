@@ -40,6 +40,7 @@ class Accepted(NamedTuple):
     length: Tensor  # [] int64
     updates: dict[str, Tensor]  # [capacity] each: columns of the rows that are already there
     cursor: Cursor  # standing at the last token that was accepted
+    not_finite: Tensor  # [] int64: what of the first token's reading was not
 
     def plan(self, reading: AheadReading) -> Plan:
         """The patch of these ticks: the choices with the keys and values that were read."""
@@ -51,6 +52,7 @@ class Accepted(NamedTuple):
             cull=torch.zeros_like(self.updates["brightness"], dtype=torch.bool),
             updates=self.updates,
             cursor=self.cursor,
+            not_finite=self.not_finite,
         )
 
 
@@ -93,6 +95,8 @@ def choose_ahead(
         spoken = Forced(tokens[i : i + 1], forced.source[i : i + 1])
         choice = follow(state, cursor, _reading_of(reading, slots, i), spoken, eviction)
         choices.append(choice)
+        if i:  # what is not finite is told by the pass that begins with it
+            alive = alive & (choice.not_finite == 0)
         later = _with_row(state, choice, slots[i : i + 1])
         state, cursor = _where(alive, later, state), _where(alive, choice.cursor, cursor)
         number = number + alive
@@ -114,6 +118,7 @@ def choose_ahead(
         length=number + 0,
         updates={name: getattr(state, name) + 0 for name in updated},
         cursor=Cursor(*(tensor + 0 for tensor in cursor)),
+        not_finite=choices[0].not_finite,
     )
 
 

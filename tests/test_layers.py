@@ -25,6 +25,7 @@ LAYERS = (
     "brain.tokenizers",
     "brain.tokens",
     "brain.checkpoints",
+    "brain.diagnosis",
     "brain.config",
     "brain.memory",
     "brain.edits",

@@ -157,6 +157,34 @@ def test_a_passage_that_is_told_again_is_the_same_to_the_bit() -> None:
     assert changed.tokens[:3].tolist() == other
 
 
+@pytest.mark.parametrize("row", range(WIDTH))
+def test_a_pass_ends_before_what_is_not_finite(row: int) -> None:
+    how: dict[str, Any] = {"method": METHODS["sampled"], "eviction": CONDUCT}
+    state, cursor = situation()
+    tokens = one_by_one(*copied(state, cursor), WIDTH, **how)[0]
+    proposal = Proposal(torch.tensor(tokens[:-1]), torch.tensor(WIDTH - 1))
+    sound = read_ahead(CONFIG, WEIGHTS, state, cursor, *proposal, bucket=CAPACITY)
+    for name in ("new_keys", "new_values", "logits"):
+        damaged = getattr(sound, name).clone()
+        (damaged if name == "logits" else damaged.movedim(2, 0))[row] = float("nan")
+        reading = sound._replace(**{name: damaged})
+        unforced = forced([UNFORCED] * WIDTH)
+        said = choose_ahead(state, cursor, proposal, reading, sampling(), unforced, **how)
+        assert (int(said.not_finite) != 0) == (row == 0)
+        assert int(said.number) == max(row, 1)
+        assert said.tokens[:row].tolist() == tokens[:row]
+        mine, plain = copied(state, cursor), copied(state, cursor)
+        patch(*mine, said.plan(reading))
+        if row == 0:
+            assert digest(*mine[0], *mine[1]) == digest(*state, *cursor)
+        else:
+            assert int(said.number) == row
+            one_by_one(*plain, row, **how)
+            assert torch.equal(mine[0].valid, plain[0].valid)
+            assert mine[0].keys.isfinite().all()
+            assert mine[0].values.isfinite().all()
+
+
 @pytest.mark.parametrize("bucket", [12, CAPACITY])
 @pytest.mark.parametrize("length", range(WIDTH))
 def test_I8_reading_ahead_is_reading_with_the_attention_of_each_token(
