@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +15,8 @@ import brain
 from brain import Append, Brain, Refused
 from brain.diagnosis import damaged_tensor
 from brain.errors import NotFinite
+from brain.measure.evaluation.contestants import Contestant
+from brain.measure.evaluation.streams import Streams
 from compiled.int8 import Matrix
 from fixture_types import OpenTiny, SaveLlama
 from histories import IDS, everything, said
@@ -155,3 +158,11 @@ def test_float16_that_overflows_says_what_helps(tmp_path: Path, save_llama: Save
     b = brain.open("folder", path=str(tmp_path), capacity=48, dtype="float16")
     with pytest.raises(Refused, match=r"overflows float16: use dtype=bfloat16 or float32"):
         b.prime(IDS[:4])
+
+
+def test_an_evaluation_stops_at_it(open_tiny: OpenTiny) -> None:
+    checkpoint = open_tiny().checkpoint
+    streams = Streams(checkpoint, Contestant("novelty").eviction(16), torch.tensor([IDS[:40]]))
+    streams.feed_until(5, lambda _: None)
+    with damaged(checkpoint.weights.down), pytest.raises(NotFinite, match=r"^feeding texts"):
+        streams.feed_until(9, lambda _: None)

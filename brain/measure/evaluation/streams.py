@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from brain.checkpoints import Checkpoint
+from brain.diagnosis import not_finite_error
 from brain.mirror import SOURCES
 from compiled.batched import Memories, advance, allocate_memories, last_logits
 from compiled.choose import Eviction
@@ -24,6 +25,7 @@ class Streams:
     """
 
     def __init__(self, checkpoint: Checkpoint, eviction: Eviction, texts: Tensor) -> None:
+        self._checkpoint = checkpoint
         self._config, self._weights = checkpoint.config, checkpoint.weights
         self._eviction = eviction
         weights = checkpoint.weights
@@ -54,12 +56,15 @@ class Streams:
 
     def feed_until(self, index: int, progress: Progress) -> Tensor:
         """Feeds the tokens up to ``index``; their negative log-likelihoods in nats:
-        [streams, index - at] float32 on the host.
+        [streams, index - at] float32 on the host. Raises NotFinite.
         """
         surprises = list(self._feed(index, progress))
         if not surprises:
             return torch.zeros(self._texts.shape[0], 0)
-        return torch.stack(surprises, 1).cpu()
+        nats = torch.stack(surprises, 1).cpu()
+        if not nats.isfinite().all():
+            raise not_finite_error(1, f"feeding texts up to token {index}", self._checkpoint)
+        return nats
 
     def _feed(self, index: int, progress: Progress) -> Iterator[Tensor]:
         with warnings.catch_warnings():
