@@ -22,8 +22,13 @@ MAX_SIZE, MAX_LAYERS = 1 << 24, 4096
 
 def read_config(path: Path) -> LlamaConfig:
     """The model's dimensions. Raises Refused naming the key that cannot be used, and why."""
+    return parse_config(read_settings(path), str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object of a folder's config.json. Raises Refused."""
     try:
-        return parse_config(read_object(path), str(path))
+        return read_object(path)
     except FileNotFoundError:
         raise Refused(
             f"{path}: no such file; a model folder holds config.json, safetensors and a tokenizer"
