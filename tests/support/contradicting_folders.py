@@ -5,6 +5,7 @@ whose logits are not those of transformers though no line names both places.
 """
 
 import argparse
+import importlib
 import json
 import random
 import shutil
@@ -131,8 +132,6 @@ def table(draw: random.Random) -> dict[str, Any]:
         made["original_max_position_embeddings"] = draw.choice([16, 64, 128])
     if draw.random() < 0.5:
         made["rope_theta"] = draw.choice([500.0, 10000.0, 1e6])
-    if draw.random() < 0.2:
-        made["partial_rotary_factor"] = draw.choice([0.5, 1.0])
     return made
 
 
@@ -382,16 +381,16 @@ def our_logits(path: Path) -> tuple[Tensor | None, list[str]]:
 
 def their_logits(path: Path) -> Tensor | None:
     """[T, vocab] of transformers, or None where it raises."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    library: Any = importlib.import_module("transformers")
+    chatter = library.utils.logging
+    chatter.set_verbosity(chatter.CRITICAL)
+    chatter.disable_progress_bar()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-            return model(IDS[None]).logits[0]
+            model = library.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            logits: Tensor = model.eval()(IDS[None]).logits[0]
+            return logits
     except Exception:
         return None
 
