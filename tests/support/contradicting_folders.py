@@ -147,7 +147,9 @@ def the_table(folder: Folder) -> tuple[str, dict[str, Any]]:
 
 def rope_tables(folder: Folder) -> tuple[str, str]:
     folder.config["rope_scaling"] = table(folder.draw)
-    folder.config["rope_parameters"] = table(folder.draw)
+    while (other := table(folder.draw)) == folder.config["rope_scaling"]:
+        pass
+    folder.config["rope_parameters"] = other
     return "rope_scaling", "rope_parameters"
 
 
@@ -199,7 +201,7 @@ def head_alone(folder: Folder) -> tuple[str, str]:
         head = holder.pop(EMBEDDING)
         (folder.holder(HEAD) or holder)[HEAD] = head
     folder.config["tie_word_embeddings"] = folder.draw.random() < 0.8
-    return EMBEDDING, "config.json"
+    return ".weight", "config.json"
 
 
 def no_head(folder: Folder) -> tuple[str, str]:
