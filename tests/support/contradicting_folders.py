@@ -146,10 +146,10 @@ def the_table(folder: Folder) -> tuple[str, dict[str, Any]]:
 
 
 def rope_tables(folder: Folder) -> tuple[str, str]:
-    folder.config["rope_scaling"] = table(folder.draw)
-    while (other := table(folder.draw)) == folder.config["rope_scaling"]:
-        pass
-    folder.config["rope_parameters"] = other
+    one = other = table(folder.draw)
+    while list(other.values()) == list(one.values()):  # their keys may be spelt differently
+        other = table(folder.draw)
+    folder.config |= {"rope_scaling": one, "rope_parameters": other}
     return "rope_scaling", "rope_parameters"
 
 
