@@ -2,20 +2,25 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from brain.checkpoints.checkpoint import Checkpoint
-from brain.checkpoints.hf_config import read_config
+from brain.checkpoints.hf_config import read_config, read_settings
 from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import TensorFile
-from brain.errors import Refused, one_line, shown
+from brain.checkpoints.stored import Stored, model_tensors
+from brain.errors import Refused, one_line, shown, warn
 from brain.files import TOKENIZER_BYTES, read_json
 from brain.machine.integrity import files_sha256
 from brain.machine.memory import give_back_freed
 from brain.tokens import load_tokenizer
+from compiled.llama import LlamaConfig
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+EXPLICIT = "transformers_weights"  # in config.json: the weight file, or its index
 
 
 def open_folder(
@@ -34,44 +39,98 @@ def open_folder(
     path = Path(path)
     if not path.is_dir():
         raise Refused(f"{path}: no such folder; give the folder that holds config.json")
-    config = read_config(path / "config.json")
+    model = stored_model(path)
     tokenizer = load_tokenizer(path)
     give_back_freed()  # before weights are allocated above it
-    paths = weight_files(path)
-    files = [TensorFile(file) for file in paths]
-    weights = load_weights(config, files, dtype=dtype, device=torch.device(device), int8=int8)
+    weights = load_weights(
+        model.config, model.tensors, dtype=dtype, device=torch.device(device), int8=int8
+    )
     return Checkpoint(
         name=name or path.resolve().name,
-        config=config,
+        config=model.config,
         weights=weights,
         tokenizer=tokenizer,
-        hash_weights=lambda: files_sha256(paths, progress=True),
+        hash_weights=lambda: files_sha256(model.paths, progress=True),
     )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, from its index where it has one. Raises Refused where
-    there are none, or the index names anything but files of the folder.
+class StoredModel(NamedTuple):
+    """A folder's model as it lies in its files: checked, and nothing of it in memory."""
+
+    config: LlamaConfig
+    tensors: dict[str, Stored]  # by the names in ``llama_names``
+    paths: list[Path]
+
+
+def stored_model(folder: Path) -> StoredModel:
+    """The model of a folder. Raises Refused where it is malformed or not supported."""
+    config = read_config(folder / CONFIG)
+    if (folder / ADAPTER).exists():
+        raise Refused(
+            f"{folder / ADAPTER}: an adapter changes the weights that {CONFIG} describes; "
+            "merge it into them, or remove it"
+        )
+    named_by, names, weight_map, unused = weight_files(folder)
+    for name in names:
+        if not os.path.exists(folder / name):  # also false for an impossible file name
+            raise Refused(f"{named_by}: {name} is missing from {folder}; fetch it")
+    for name in unused:
+        warn(f"{folder}: {name} is overruled by {' and '.join(names)}, as in transformers")
+    paths = [folder / name for name in names]
+    config, tensors = model_tensors(config, [TensorFile(path) for path in paths], weight_map)
+    return StoredModel(config, tensors, paths)
+
+
+class WeightFiles(NamedTuple):
+    """Which files of a folder hold its weights, whether they are there or not."""
+
+    named_by: Path
+    names: list[str]
+    weight_map: dict[str, str]
+    """What the index says about who holds which tensor; empty without one."""
+    unused: list[str]
+    """Files that name or hold weights too and do not count."""
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """The weight files of a folder. ``transformers_weights`` in config.json names a file or an
+    index; else the whole file counts, else the index. Raises Refused where there are none, or a
+    name is not that of a safetensors file of the folder.
     """
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / SINGLE).exists():
-            return [folder / SINGLE]
+    named = read_settings(folder / CONFIG).get(EXPLICIT)
+    if named is not None:
+        _require_plain(named, (".safetensors", ".safetensors.index.json"), folder / CONFIG)
+    there = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
+    order = list(dict.fromkeys([named, *there] if named is not None else there))
+    if not order:
         raise Refused(f"{folder}: no weights; put {SINGLE} or {INDEX} with its shards there")
+    chosen, *unused = order
+    if not chosen.endswith(".json") or not (folder / chosen).exists():
+        if INDEX in unused and set(_weight_map(folder / INDEX).values()) == {chosen}:
+            unused.remove(INDEX)
+        named_by = folder if named is None else folder / CONFIG
+        return WeightFiles(named_by, [chosen], {}, unused)
+    weight_map = _weight_map(folder / chosen)
+    return WeightFiles(folder / chosen, sorted(set(weight_map.values())), weight_map, unused)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor. Raises Refused."""
     try:
-        names = set(read_json(index, TOKENIZER_BYTES)["weight_map"].values())
+        shards = dict(read_json(index, TOKENIZER_BYTES)["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(
             f"{index}: not a safetensors index ({one_line(error)}); expected a weight_map"
         ) from None
-    for name in names:
-        plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
-        if not plain or not name.endswith(".safetensors"):
-            raise Refused(
-                f"{index}: shard name {shown(name)} is not a plain *.safetensors file name"
-            )
-        if not os.path.exists(folder / name):  # also false for an impossible file name
-            raise Refused(f"{index}: shard {name} is missing from {folder}; fetch it")
-    if not names:
+    if not shards:
         raise Refused(f"{index}: weight_map is empty; fetch the index again")
-    return [folder / name for name in sorted(names)]
+    for name in shards.values():
+        _require_plain(name, (".safetensors",), index)
+    return shards
+
+
+def _require_plain(name: object, endings: tuple[str, ...], where: Path) -> None:
+    """Refuses what is not the name of such a file in the same folder."""
+    plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
+    if not plain or not str(name).endswith(endings):
+        raise Refused(f"{where}: weight file {shown(name)} is not a plain *{endings[0]} file name")

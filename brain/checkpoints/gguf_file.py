@@ -20,7 +20,7 @@ from brain.checkpoints.gguf_header import GgufFile, StoredTensor
 from brain.checkpoints.hf_config import parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.safetensors_file import write_safetensors
-from brain.errors import Refused, shown
+from brain.errors import Refused, shown, warn
 from brain.tokenizers.gguf_vocabulary import tokenizer_files
 from compiled.llama import LlamaConfig
 
@@ -40,6 +40,14 @@ RENAMED_IN_LAYER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+SCALING_TYPE = "llama.rope.scaling.type"
+SCALING_FACTORS = ("llama.rope.scaling.factor", "llama.rope.scale_linear")
+PLAIN = {
+    **{"llama.expert_count": 0, "llama.expert_used_count": 0},
+    **{"llama.attention.causal": True, "llama.attention.sliding_window": 0},
+    "llama.rope.scaling.attn_factor": 1.0,
+}
+"""Metadata that would change the arithmetic, and the value at which it does not."""
 READABLE = frozenset(
     GGMLQuantizationType[name]
     for name in (
@@ -83,7 +91,8 @@ def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
     """Refuses, before anything is written, tensors that are not exactly the model's."""
     unexpected = set(file.tensors) - {gguf_name(name) for name, _ in parts}
     if unexpected:
-        raise Refused(f"{path}: unexpected tensor {min(unexpected)}: it cannot be converted")
+        why = "it is not Llama's, or more than llama.block_count says"
+        raise Refused(f"{path}: unexpected tensor {min(unexpected)}: {why}")
     for name, shape in parts:
         stored, what = file.tensors.get(gguf_name(name)), f"{path}: tensor {gguf_name(name)}"
         if stored is None:
@@ -103,14 +112,19 @@ def _hf_settings(
         raise Refused(
             f"{where}: GGUF architecture {shown(architecture)} is not supported; use llama"
         )
-    scaling = fields.get("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        raise Refused(f"{where}: GGUF with RoPE scaling is not supported; use a safetensors folder")
-    if fields.get("llama.expert_count"):
-        raise Refused(f"{where}: mixture of experts is not supported; use a dense llama model")
+    if "rope_freqs.weight" in tensors:
+        raise Refused(
+            f"{where}: GGUF with RoPE factors in a tensor, rope_freqs.weight, is not supported; "
+            "use a safetensors folder"
+        )
+    for key, plain in PLAIN.items():
+        if fields.get(key, plain) != plain:
+            raise Refused(f"{where}: GGUF metadata {key} is {shown(fields[key])}; use {plain}")
 
     def required(key: str) -> Any:
         value = fields.get(f"llama.{key}")
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]  # the same in every block
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise Refused(f"{where}: GGUF metadata llama.{key} is missing or is not one number")
         return value
@@ -122,14 +136,19 @@ def _hf_settings(
         return value
 
     hidden, heads = whole("embedding_length"), whole("attention.head_count")
-    head_dim = fields.get("llama.attention.key_length") or hidden // heads
-    rotated = fields.get("llama.rope.dimension_count", head_dim)
-    if rotated != head_dim:
-        of = f"{shown(rotated)} of {shown(head_dim)}"
-        raise Refused(f"{where}: {of} head dimensions rotated; use all of them")
+    kv_heads = heads
+    if "llama.attention.head_count_kv" in fields:
+        kv_heads = whole("attention.head_count_kv")
+    head_dim = _head_dim(fields, hidden // heads, where)
     tokens = fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise Refused(f"{where}: GGUF metadata tokenizer.ggml.tokens is missing or is not a list")
+    if fields.get("llama.vocab_size", len(tokens)) != len(tokens):
+        told = shown(fields["llama.vocab_size"])
+        raise Refused(
+            f"{where}: GGUF metadata llama.vocab_size is {told}, tokenizer.ggml.tokens has "
+            f"{len(tokens)}; they must agree"
+        )
     theta = required("rope.freq_base") if "llama.rope.freq_base" in fields else 10000.0
     settings = {
         "architectures": ["LlamaForCausalLM"],
@@ -139,13 +158,13 @@ def _hf_settings(
         "intermediate_size": required("feed_forward_length"),
         "num_hidden_layers": required("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": required("context_length"),
         "rms_norm_eps": _shortest(required("attention.layer_norm_rms_epsilon")),
         "rope_theta": _shortest(theta),
-        "rope_scaling": None,
+        "rope_scaling": _rope_scaling(fields, where),
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": RENAMED[HEAD] not in tensors,
@@ -156,6 +175,45 @@ def _hf_settings(
         if isinstance(index, int):
             settings[f"{role}_token_id"] = index
     return settings
+
+
+def _head_dim(fields: dict[str, Any], size: int, where: str) -> int:
+    """Numbers of a head's query, key and value, all of them rotated; ``size`` by default."""
+    key = fields.get("llama.attention.key_length", size)
+    value = fields.get("llama.attention.value_length", size)
+    rotated = fields.get("llama.rope.dimension_count", key)
+    if not key == value == rotated:
+        raise Refused(
+            f"{where}: GGUF metadata llama.attention.key_length is {shown(key)}, "
+            f"llama.attention.value_length {shown(value)} and llama.rope.dimension_count "
+            f"{shown(rotated)} (where absent, by embedding_length and head_count); use a model "
+            "in which they agree"
+        )
+    return key  # type: ignore[no-any-return]  # what is no size is refused with the settings
+
+
+def _rope_scaling(fields: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """As in llama.cpp: the type is linear where it is absent, ``none`` overrules a factor, and
+    ``scale_linear`` is the old name of the factor.
+    """
+    kind = fields.get(SCALING_TYPE, "linear")
+    said = [(key, fields[key]) for key in SCALING_FACTORS if key in fields]
+    if len(said) == 2 and said[0][1] != said[1][1]:
+        warn(_overruled(where, said[0], said[1]))
+    key, factor = said[0] if said else (SCALING_FACTORS[0], 0)
+    if kind == "none":
+        if factor not in (0, 1):
+            warn(_overruled(where, (SCALING_TYPE, kind), (key, factor)))
+        return None
+    if kind != "linear":
+        told = f"{SCALING_TYPE} is {shown(kind)} ({key} {shown(factor)})"
+        raise Refused(f"{where}: GGUF metadata {told}; use a model with none or linear")
+    return None if factor in (0, 1) else {"rope_type": "linear", "factor": factor}
+
+
+def _overruled(where: str, first: tuple[str, Any], other: tuple[str, Any]) -> str:
+    counts, does_not = (f"{key} {shown(value)}" for key, value in (first, other))
+    return f"{where}: GGUF metadata {counts} counts; {does_not} is overruled, as in llama.cpp"
 
 
 def _shortest(value: float) -> float:

@@ -1,6 +1,8 @@
 """``config.json`` of a Hugging Face folder, checked value by value, as a ``LlamaConfig``.
 
-Defaults for absent keys are those of transformers' ``LlamaConfig`` and ``MistralConfig``.
+One function for each fact, which reads every key that speaks of it. Where two keys disagree, that
+one counts which counts in transformers, and one line says what is overruled. Defaults for absent
+keys are those of transformers' ``LlamaConfig`` and ``MistralConfig``.
 """
 
 import math
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brain.errors import Refused, shown
+from brain.errors import Refused, shown, warn
 from brain.files import read_object
 from compiled.llama import LlamaConfig
 from compiled.rope import RopeScaling
@@ -20,8 +22,13 @@ MAX_SIZE, MAX_LAYERS = 1 << 24, 4096
 
 def read_config(path: Path) -> LlamaConfig:
     """The model's dimensions. Raises Refused naming the key that cannot be used, and why."""
+    return parse_config(read_settings(path), str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object of a folder's config.json. Raises Refused."""
     try:
-        return parse_config(read_object(path), str(path))
+        return read_object(path)
     except FileNotFoundError:
         raise Refused(
             f"{path}: no such file; a model folder holds config.json, safetensors and a tokenizer"
@@ -31,13 +38,7 @@ def read_config(path: Path) -> LlamaConfig:
 def parse_config(settings: Mapping[str, Any], where: str) -> LlamaConfig:
     """As :func:`read_config`, from the parsed JSON object; ``where`` names it in errors."""
     read = _Settings(settings, where)
-    model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise read.refuse("model_type", "use a llama or mistral model")
-    wanted = ARCHITECTURES[model_type]
-    if settings.get("architectures") not in (None, [], [wanted]):
-        raise read.refuse("architectures", f"use [{wanted!r}]")
-    mistral = model_type == "mistral"
+    mistral = _model_type(read) == "mistral"
     _refuse_unsupported(read, mistral)
 
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
@@ -95,6 +96,18 @@ class _Settings:
                 return number
         raise self.refuse(key, "use a positive number")
 
+    def table(self, key: str) -> "_Settings":
+        """What is below a key that holds a JSON object, or nothing."""
+        values = self.values.get(key) or {}
+        if not isinstance(values, dict):
+            raise self.refuse(key, "use a JSON object or null")
+        return _Settings(values, self.where, f"{self.prefix}{key}.")
+
+    def overrule(self, why: str, key: str) -> None:
+        """Says that a key does not count, and why."""
+        value = shown(self.values[key])
+        warn(f"{self.where}: {why}; {self.prefix}{key} {value} is overruled, as in transformers")
+
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
@@ -115,39 +128,91 @@ def _refuse_unsupported(read: _Settings, mistral: bool) -> None:
     if settings.get("sliding_window", 4096 if mistral else None) is not None:
         default = "" if "sliding_window" in settings else " (4096, mistral's default)"
         raise read.refuse("sliding_window", f"use a model with sliding_window null{default}")
-    if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise read.refuse("partial_rotary_factor", "use a model that rotates whole heads")
+    if settings.get("is_causal") not in (None, True):
+        raise read.refuse("is_causal", "use a model in which tokens see only what is before them")
+    for key in ("per_layer_config", "kv_sharing_modes"):
+        if settings.get(key) is not None:
+            raise read.refuse(key, "use a model whose layers are alike")
+    kinds = settings.get("layer_types")
+    alike = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    if kinds is not None and (mistral or not alike):  # transformers calls such a mistral ministral
+        raise read.refuse("layer_types", "use a llama model with full_attention everywhere")
+
+
+def _first(*places: tuple[_Settings, str]) -> tuple[_Settings, str]:
+    """The first place that says anything, by the object and its key. One line for each place after
+    it that says something else.
+    """
+    said = [(read, key) for read, key in places if read.values.get(key) is not None]
+    if not said:
+        return places[0]
+    (first, key), *others = said
+    value = first.values[key]
+    for read, other in others:
+        if read.values[other] != value:
+            read.overrule(f"{first.prefix}{key} {shown(value)} counts", other)
+    return first, key
+
+
+def _model_type(read: _Settings) -> str:
+    """``model_type`` counts; ``architectures`` and ``auto_map`` may name other classes."""
+    model_type = read.values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise read.refuse("model_type", "use a llama or mistral model")
+    wanted = ARCHITECTURES[model_type]
+    named = read.values.get("architectures") or wanted
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise read.refuse("architectures", f"use [{wanted!r}]")
+    why = f"model_type {model_type!r} counts, so this is a {wanted}"
+    if wanted.casefold() not in (name.casefold() for name in names):
+        read.overrule(why, "architectures")
+    if read.values.get("auto_map"):
+        read.overrule(why, "auto_map")
+    return model_type
 
 
 def _rope(read: _Settings, context: int) -> tuple[float, RopeScaling | None]:
     """RoPE base and scaling. ``rope_parameters`` (transformers 5) holds both; earlier,
     ``rope_theta`` stood by itself and ``rope_scaling`` named its kind ``rope_type`` or ``type``.
     """
-    key = "rope_parameters" if read.values.get("rope_parameters") else "rope_scaling"
-    values = read.values.get(key)
-    if values is None or values == {}:
-        return read.number("rope_theta", 10000.0), None
-    if not isinstance(values, dict):
-        raise read.refuse(key, "use a JSON object or null")
-    rope = _Settings(values, read.where, f"{key}.")
-    theta = (rope if values.get("rope_theta") is not None else read).number("rope_theta", 10000.0)
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise rope.refuse("partial_rotary_factor", "use a model that rotates whole heads")
-    kind_key = "rope_type" if "rope_type" in values else "type"
-    kind = values.get(kind_key, "default")
+    rope, other = read.table("rope_scaling"), read.table("rope_parameters")
+    if not rope.values:
+        rope = other
+    elif other.values and _turns(read, rope) != _turns(read, other):
+        read.overrule(f"rope_scaling {shown(rope.values)} counts", "rope_parameters")
+    source, key = _first((rope, "rope_theta"), (read, "rope_theta"))
+    theta = source.number(key, 10000.0)
+    source, key = _first((rope, "partial_rotary_factor"), (read, "partial_rotary_factor"))
+    if source.values.get(key) not in (None, 1, 1.0):
+        raise source.refuse(key, "use a model that rotates whole heads")
+    return theta, _rope_scaling(read, rope, context)
+
+
+def _turns(read: _Settings, rope: _Settings) -> dict[str, Any]:
+    """What a table comes to, to be compared with another one."""
+    unsaid = {"rope_type": rope.values.get("type", "default")}
+    unsaid["rope_theta"] = read.values.get("rope_theta", 10000.0)
+    return {key: value for key, value in {**unsaid, **rope.values}.items() if key != "type"}
+
+
+def _rope_scaling(read: _Settings, rope: _Settings, context: int) -> RopeScaling | None:
+    """The scaling that a table asks for."""
+    source, key = _first((rope, "rope_type"), (rope, "type"))
+    kind = source.values.get(key, "default")
     if kind == "default":
-        if any(isinstance(value, dict) for value in values.values()):
-            raise read.refuse(key, "use one set of RoPE parameters for all layers")
-        return theta, None
+        if any(isinstance(value, dict) for value in rope.values.values()):
+            raise read.refuse(rope.prefix[:-1], "use one set of RoPE parameters for all layers")
+        return None
     if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor"))
+        return RopeScaling("linear", rope.number("factor"))
     if kind == "llama3":
         original = "original_max_position_embeddings"
-        source = read if read.values.get(original) is not None else rope
+        source, _ = _first((read, original), (rope, original))
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if low >= high:
             raise rope.refuse("low_freq_factor", f"use less than high_freq_factor, {high}")
-        return theta, RopeScaling(
+        return RopeScaling(
             "llama3", rope.number("factor"), low, high, source.size(original, context)
         )
-    raise rope.refuse(kind_key, "use default, linear or llama3")
+    raise source.refuse(key, "use default, linear or llama3")

@@ -1,19 +1,20 @@
 """Models from the Hugging Face hub, through its own cache."""
 
+import glob
 from pathlib import Path
 
 import torch
 
 from brain.checkpoints.checkpoint import Checkpoint
-from brain.checkpoints.folder import open_folder
+from brain.checkpoints.folder import INDEX, SINGLE, open_folder, weight_files
 from brain.errors import Refused, one_line
 
 PATTERNS = [
-    *("config.json", "generation_config.json", "tokenizer_config.json", "added_tokens.json"),
-    *("tokenizer.model", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer.model", "tokenizer.json"),
+    *(SINGLE, INDEX),
 ]
-
-
+"""What is fetched first; shards, whatever they are called, when the index has named them."""
 ELSEWHERE = "or download it elsewhere and use model=folder path=FOLDER"
 
 
@@ -39,11 +40,22 @@ def hub_folder(repo: str, *, revision: str | None = None, cache_dir: Path | None
     # Imported here because it takes a fifth of a second and most models come from elsewhere.
     from huggingface_hub import errors, snapshot_download
 
-    try:
-        folder = snapshot_download(
-            repo, revision=revision, cache_dir=cache_dir, allow_patterns=PATTERNS
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
         )
-        return Path(folder)
+
+    try:
+        folder = fetch(revision, PATTERNS)
+        asked: set[str] = set()
+        while wanted := set(weight_files(folder).names) - asked:
+            asked |= wanted
+            if not all((folder / name).exists() for name in wanted):
+                # Of the same commit, which is what the folder is called.
+                fetch(folder.name, [glob.escape(name) for name in sorted(wanted)])
+        return folder
+    except Refused:
+        raise
     except errors.GatedRepoError:
         reason = "access must be granted on the hub; log in with 'hf auth login'"
     except errors.RepositoryNotFoundError:

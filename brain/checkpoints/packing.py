@@ -1,38 +1,36 @@
 """From named tensors in files to the packed tensors of ``Weights``, copying only where needed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from brain.checkpoints.llama_names import EMBEDDING, HEAD, packed_parts
-from brain.checkpoints.safetensors_file import DTYPES, Entry, TensorFile
+from brain.checkpoints.llama_names import EMBEDDING, packed_parts
+from brain.checkpoints.safetensors_file import DTYPES
+from brain.checkpoints.stored import Stored
 from brain.errors import Refused
 from brain.machine.memory import free_bytes
 from compiled.int8 import Int8, Matrix, quantize
 from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.rope import inverse_frequencies
 
-IGNORED_SUFFIX = "rotary_emb.inv_freq"  # a buffer of old checkpoints, computed here
 CACHE_LINE = 64
-ROWS_AT_ONCE = 1024
-"""Rows that are rounded at a time: in float32, several times over, they must not weigh much."""
 
 
 def load_weights(
     config: LlamaConfig,
-    files: Sequence[TensorFile],
+    tensors: Mapping[str, Stored],
     *,
     dtype: torch.dtype,
     device: torch.device,
     int8: bool = False,
 ) -> Weights:
     """The packed weights: views of the mapped files where possible, else one copy each. Raises
-    Refused, before allocating, where a tensor is missing, unexpected or misshapen.
+    Refused, before allocating, where they do not fit. ``config`` and ``tensors`` are those of
+    :func:`brain.checkpoints.stored.model_tensors`.
 
     A packed tensor is a view where its parts lie one after the other in one file, in ``dtype``,
     and ``device`` is the CPU. Otherwise it is allocated once and filled part by part, each part's
@@ -41,16 +39,14 @@ def load_weights(
     """
     if dtype not in DTYPES.values():
         raise Refused(f"dtype {dtype} is not supported; use float32, bfloat16 or float16")
-    owners = checked_owners(config, files)
     shapes = weight_shapes(config)
-    plain: dict[str, list[_Stored]] = {}
-    rounded: dict[str, list[_Stored]] = {}
+    plain: dict[str, list[Stored]] = {}
+    rounded: dict[str, list[Stored]] = {}
     for field, parts in packed_parts(config).items():
         is_rounded = int8 and all(len(shape) == 2 for _, shape in parts)
-        (rounded if is_rounded else plain)[field] = [
-            _Stored(owners[name], name, owners[name].entries[name]) for name, _ in parts
-        ]
-    _require_room(plain.values(), rounded.values(), files[0].path, dtype, device)
+        (rounded if is_rounded else plain)[field] = [tensors[name] for name, _ in parts]
+    path = tensors[EMBEDDING].file.path
+    _require_room(plain.values(), rounded.values(), path, dtype, device)
     packed: dict[str, Matrix] = {
         field: _pack(stored, dtype, device).view(shapes[field]) for field, stored in plain.items()
     }
@@ -61,20 +57,12 @@ def load_weights(
     return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
 
 
-class _Stored(NamedTuple):
-    """A tensor as it lies in a file."""
-
-    file: TensorFile
-    name: str
-    entry: Entry
-
-
-def _count(parts: Sequence[_Stored]) -> int:
+def _count(parts: Sequence[Stored]) -> int:
     """Elements of all of them."""
     return sum(prod(part.entry.shape) for part in parts)
 
 
-def _in_place(parts: Sequence[_Stored], dtype: torch.dtype, device: torch.device) -> bool:
+def _in_place(parts: Sequence[Stored], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the parts lie in the file as they are packed, so that no copy is needed."""
     first = parts[0]
     return (
@@ -86,8 +74,8 @@ def _in_place(parts: Sequence[_Stored], dtype: torch.dtype, device: torch.device
 
 
 def _require_room(
-    plain: Iterable[Sequence[_Stored]],
-    rounded: Iterable[Sequence[_Stored]],
+    plain: Iterable[Sequence[Stored]],
+    rounded: Iterable[Sequence[Stored]],
     path: Path,
     dtype: torch.dtype,
     device: torch.device,
@@ -103,7 +91,7 @@ def _require_room(
         )
 
 
-def _pack(parts: list[_Stored], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _pack(parts: list[Stored], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The parts flattened, one after the other: [elements]."""
     first, count = parts[0], _count(parts)
     if _in_place(parts, dtype, device):
@@ -118,15 +106,13 @@ def _pack(parts: list[_Stored], dtype: torch.dtype, device: torch.device) -> Ten
     return packed
 
 
-def _quantized(parts: list[_Stored], shape: tuple[int, ...], device: torch.device) -> Int8:
+def _quantized(parts: list[Stored], shape: tuple[int, ...], device: torch.device) -> Int8:
     """The parts in eight bits, their rows one after the other, as a matrix of this shape."""
     values = torch.empty(shape, dtype=torch.int8, device=device)
     scale = torch.empty(shape[:-1], dtype=torch.float32, device=device)
     offset = 0
     for part in parts:
-        tensor = part.file.tensor(part.name)
-        for first in range(0, len(tensor), ROWS_AT_ONCE):
-            stored = tensor[first : first + ROWS_AT_ONCE]
+        for stored in part.rows():
             rows = quantize(stored)
             after = offset + len(stored)
             values.view(-1, shape[-1])[offset:after].copy_(rows.values)
@@ -134,45 +120,3 @@ def _quantized(parts: list[_Stored], shape: tuple[int, ...], device: torch.devic
             offset = after
         part.file.release(part.name)
     return Int8(values, scale)
-
-
-def checked_owners(config: LlamaConfig, files: Sequence[TensorFile]) -> dict[str, TensorFile]:
-    """The file that holds each of the model's tensors. Raises Refused for weights whose names,
-    shapes or dtypes are not exactly the model's.
-    """
-    owners: dict[str, TensorFile] = {}
-    for file in files:
-        for name in file.entries:
-            if name in owners:
-                raise Refused(f"{file.path}: tensor {name} is also in {owners[name].path.name}")
-            owners[name] = file
-    expected = {name: shape for parts in packed_parts(config).values() for name, shape in parts}
-    if config.tie_word_embeddings:
-        # Some checkpoints store the tied head a second time.
-        expected[HEAD] = (config.vocab_size, config.hidden_size)
-    for name, file in owners.items():
-        if name not in expected:
-            if name.endswith(IGNORED_SUFFIX):
-                continue
-            reason = "biases are not supported" if name.endswith(".bias") else "it is not Llama's"
-            raise Refused(f"{file.path}: unexpected tensor {name}: {reason}")
-        entry = file.entries[name]
-        if entry.shape != expected[name]:
-            raise Refused(
-                f"{file.path}: tensor {name} has shape {list(entry.shape)}, "
-                f"config.json implies {list(expected[name])}"
-            )
-        if entry.dtype not in DTYPES:
-            raise Refused(
-                f"{file.path}: tensor {name} has dtype {entry.dtype}; use {', '.join(DTYPES)}"
-            )
-    for name in expected:
-        if name not in owners and not (name == HEAD and config.tie_word_embeddings):
-            found = sorted({str(file.path) for file in owners.values()})
-            where = found[0] + (f" and {len(found) - 1} more shards" if len(found) > 1 else "")
-            hint = " (or set tie_word_embeddings)" if name == HEAD and EMBEDDING in owners else ""
-            raise Refused(
-                f"{where}: tensor {name} is missing, config.json implies "
-                f"{list(expected[name])}{hint}"
-            )
-    return owners

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from brain.checkpoints.hf_config import read_config
+from brain.checkpoints.folder import stored_model
 from brain.config.settings import device_of
 from brain.errors import Refused
 from brain.machine.environment import environment
@@ -62,7 +62,7 @@ class Comparison:
         self.conf, self.task, self.asked, self.precisions = conf, task, asked, precisions
         self.run_dir = run_dir
         self.folder = model_folder(conf.model, conf.cache_dir)
-        self.config = read_config(self.folder / "config.json")
+        self.config = stored_model(self.folder).config
         self.threads = torch.get_num_threads() if conf.threads is None else conf.threads
         self.missing: dict[str, str] = {}
         self._gguf: dict[str, Path] = {}

@@ -16,12 +16,9 @@ from platformdirs import user_cache_path
 from torch import Tensor
 from tqdm import tqdm
 
-from brain.checkpoints.folder import weight_files
+from brain.checkpoints.folder import stored_model
 from brain.checkpoints.gguf_file import gguf_name
-from brain.checkpoints.hf_config import read_config
 from brain.checkpoints.llama_names import Part, packed_parts
-from brain.checkpoints.packing import checked_owners
-from brain.checkpoints.safetensors_file import TensorFile
 from brain.errors import Refused
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import files_sha256
@@ -54,7 +51,7 @@ def converted_gguf(folder: Path, kind: str, *, cache_dir: Path | None = None) ->
         Refused: the model cannot be converted.
     """
     root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
-    weights = files_sha256(weight_files(folder), progress=True)
+    weights = files_sha256(stored_model(folder).paths, progress=True)
     config = (folder / "config.json").read_text("utf-8")
     key = hashlib.sha256(f"{weights}{config}".encode()).hexdigest()[:12]
 
@@ -74,8 +71,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     """
     if kind not in FILE_TYPES:
         raise Refused(f"GGUF type {kind} is unknown; use {', '.join(FILE_TYPES)}")
-    config = read_config(folder / "config.json")
-    owners = checked_owners(config, [TensorFile(file) for file in weight_files(folder)])
+    config, tensors, _ = stored_model(folder)
     types = tensor_types(config, kind)
     writer = GGUFWriter(path, "llama")
     writer.add_file_type(FILE_TYPES[kind])
@@ -94,9 +90,11 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
         if factors is not None:
             writer.write_tensor_data(factors)
         for (name, _), stored_as in tqdm(types.items(), desc=f"writing GGUF {kind}", unit="tensor"):
-            tensor = _permuted(owners[name].tensor(name).to(torch.float32), name, config)
+            stored = tensors[name]
+            tensor = stored.file.tensor(stored.name).to(torch.float32)
+            tensor = _permuted(tensor, name, config)
             writer.write_tensor_data(quantize(tensor.contiguous().numpy(), stored_as))
-            owners[name].release(name)
+            stored.file.release(stored.name)
     finally:
         writer.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from brain.checkpoints.hf_config import read_config
+from brain.checkpoints.folder import stored_model
 from brain.checkpoints.llama_names import EMBEDDING
 from brain.measure.bench.contestants import PRECISIONS, row_bytes
 from brain.measure.bench.gguf_writer import tensor_bytes
@@ -35,7 +35,7 @@ class LlamaCpp:
             type_v=cache_type,
             verbose=False,
         )
-        config = read_config(Path(job.folder) / "config.json")
+        config = stored_model(Path(job.folder)).config
         self.vocab_size = config.vocab_size
         sizes = tensor_bytes(config, PRECISIONS[job.precision].gguf)
         unread = 0 if config.tie_word_embeddings else sizes[EMBEDDING]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from brain.checkpoints.hf_config import read_config
+from brain.checkpoints.folder import stored_model
 from brain.measure.bench.contestants import PRECISIONS, STATIC, row_bytes, weight_bytes
 from brain.measure.bench.job import Job
 
@@ -27,7 +27,7 @@ class Transformers:
         dtype = getattr(torch, PRECISIONS[job.precision].dtype)
         model: Any = library.AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype)
         self._model = model.to(self._device).eval()
-        config = read_config(Path(job.folder) / "config.json")
+        config = stored_model(Path(job.folder)).config
         self.vocab_size = config.vocab_size
         self.weight_bytes = weight_bytes(config, job.precision)
         self.row_bytes = row_bytes(config, job.precision)

@@ -1,9 +1,11 @@
 """Model folders: what loads, where it lies in memory, and what is refused."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from brain.checkpoints import open_folder
 from brain.checkpoints.llama_names import packed_parts
 from brain.checkpoints.safetensors_file import TensorFile, write_safetensors
-from brain.errors import Refused
+from brain.errors import BrainWarning, Refused
 from compiled.int8 import dequantize
 from compiled.llama import Weights, weight_shapes
 
@@ -49,6 +51,14 @@ def refusal_of(folder: Path, dtype: torch.dtype = torch.float32) -> str:
     assert "\n" not in message
     assert str(folder) in message
     return message
+
+
+def said_of(folder: Path) -> list[str]:
+    """What opening a folder warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_folder(folder, dtype=torch.float32)
+    return [str(warning.message) for warning in caught]
 
 
 # What loads ----------------------------------------------------------------------------------
@@ -147,12 +157,16 @@ def test_mistral_without_sliding_window(
     assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_ignored(
-    save_llama: SaveLlama, tmp_path: Path
+@pytest.mark.parametrize(("base", "agrees"), [(10000.0, True), (500.0, False)])
+def test_rotary_buffers_of_old_checkpoints_are_not_used(
+    save_llama: SaveLlama, tmp_path: Path, base: float, agrees: bool
 ) -> None:
     state = save_llama(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    rewrite(tmp_path / "model.safetensors", lambda t: t.update({name: torch.ones(4)}))
+    buffer = (base ** -(torch.arange(0, 8, 2) / 8)).to(torch.bfloat16)
+    rewrite(tmp_path / "model.safetensors", lambda t: t.update({name: buffer}))
+    said = said_of(tmp_path)
+    assert said == [] if agrees else name in said[0] and "rope_theta" in said[0]
     assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
 
 
@@ -273,7 +287,12 @@ def test_loading_never_holds_a_second_copy(
         ({"model_type": "gpt_neox"}, "model_type 'gpt_neox'"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": ["llama"]}, "model_type"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": [3]}, "architectures [3]"),
+        ({"is_causal": False}, "is_causal False"),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"transformers_weights": "../x.safetensors"}, "not a plain"),
+        ({"transformers_weights": "x.safetensors"}, "config.json: x.safetensors is missing"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
@@ -290,7 +309,7 @@ def test_loading_never_holds_a_second_copy(
         ({"num_hidden_layers": True}, "num_hidden_layers True"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
         ({"num_hidden_layers": 4}, "model.layers.3.self_attn.q_proj.weight is missing"),
-        ({"num_hidden_layers": 2}, "unexpected tensor model.layers.2"),
+        ({"num_hidden_layers": 2}, "more than config.json's 2 layers"),
         ({"hidden_size": 2**23, "head_dim": 8}, "config.json implies [300, 8388608]"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, "hidden_size 32"),
@@ -417,14 +436,176 @@ def test_malformed_indexes_are_refused(save_llama: SaveLlama, tmp_path: Path, co
     assert "index" in refusal_of(tmp_path)
 
 
-def test_missing_and_doubled_shards_are_refused(save_llama: SaveLlama, tmp_path: Path) -> None:
+def test_missing_shards_are_refused(save_llama: SaveLlama, tmp_path: Path) -> None:
     save_llama(tmp_path, max_shard_size="20KB")
     first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
-    content = first.read_bytes()
     first.unlink()
-    assert f"shard {first.name} is missing" in refusal_of(tmp_path)
-    second_content = second.read_bytes()
-    first.write_bytes(second_content)
-    assert "is also in" in refusal_of(tmp_path)
-    first.write_bytes(content)
-    open_folder(tmp_path, dtype=torch.float32)
+    assert f"{first.name} is missing" in refusal_of(tmp_path)
+    shutil.copy(second, first)
+    assert f"the index puts it in {first.name}" in refusal_of(tmp_path)
+
+
+def test_adapters_are_refused(save_llama: SaveLlama, tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "config.json describes; merge it" in refusal_of(tmp_path)
+
+
+# What says the same thing twice ------------------------------------------------------------------
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    **{"original_max_position_embeddings": 64, "rope_theta": 10000.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("edit", "counts", "overruled"),
+    [
+        ({"rope_scaling": LINEAR}, "rope_scaling {", "rope_parameters {"),
+        ({"rope_theta": 5.0}, "rope_parameters.rope_theta 10000.0", "rope_theta 5.0"),
+        ({"rope_parameters": {**LINEAR, "type": "llama3"}}, "rope_type 'linear'", "type 'llama3'"),
+        (
+            {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+            "original_max_position_embeddings 32",
+            "rope_parameters.original_max_position_embeddings 64",
+        ),
+        ({"architectures": ["LlamaModel"]}, "model_type 'llama'", "architectures ['LlamaModel']"),
+        ({"auto_map": {"AutoModel": "a.B"}}, "model_type 'llama'", "auto_map {"),
+    ],
+    ids=str,
+)
+def test_what_config_json_overrules_is_said(
+    save_llama: SaveLlama, tmp_path: Path, edit: dict[str, Any], counts: str, overruled: str
+) -> None:
+    save_llama(tmp_path, edit=edit)
+    (line,) = said_of(tmp_path)
+    assert line.startswith(f"{tmp_path}/config.json: ")
+    assert line.index(counts) < line.index(overruled)
+    assert line.endswith("is overruled, as in transformers")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"rope_scaling": {"type": "default"}},
+        {"rope_parameters": {**LINEAR, "rope_theta": 10000}, "rope_scaling": LINEAR},
+        {"rope_theta": 10000},
+        {"rope_parameters": {**LINEAR, "type": "linear"}},
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
+        {"partial_rotary_factor": 1.0},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"architectures": ["LlamaModel", "LlamaForCausalLM"]},
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": None},
+        {"layer_types": ["full_attention"] * 3},
+        {"transformers_weights": "model.safetensors"},
+    ],
+    ids=str,
+)
+def test_what_agrees_is_silent(save_llama: SaveLlama, tmp_path: Path, edit: dict[str, Any]) -> None:
+    save_llama(tmp_path, edit=edit)
+    assert said_of(tmp_path) == []
+
+
+def test_a_whole_file_counts_before_an_index(save_llama: SaveLlama, tmp_path: Path) -> None:
+    state = save_llama(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "model.safetensors")}))
+    assert said_of(tmp_path) == []
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "a.safetensors")}))
+    (line,) = said_of(tmp_path)
+    assert f"{index.name} is overruled by model.safetensors" in line
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+
+
+def test_config_json_may_name_the_weights(
+    save_llama: SaveLlama, tmp_path: Path, edit_json: EditJson
+) -> None:
+    state = save_llama(tmp_path)
+    whole = tmp_path / "model.safetensors"
+    shutil.copy(whole, tmp_path / "mine.safetensors")
+    rewrite(whole, lambda t: t["model.norm.weight"].add_(1))
+    edit_json(tmp_path / "config.json", {"transformers_weights": "mine.safetensors"})
+    (line,) = said_of(tmp_path)
+    assert "model.safetensors is overruled by mine.safetensors" in line
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+    index = {"weight_map": dict.fromkeys(state, "mine.safetensors")}
+    (tmp_path / "mine.safetensors.index.json").write_text(json.dumps(index))
+    edit_json(tmp_path / "config.json", {"transformers_weights": "mine.safetensors.index.json"})
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+
+
+def test_of_a_tensor_in_two_shards_the_last_counts(save_llama: SaveLlama, tmp_path: Path) -> None:
+    state = save_llama(tmp_path, max_shard_size="20KB")
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    name = "model.norm.weight"
+    assert name in load_file(last)
+    rewrite(first, lambda t: t.update({name: state[name].clone()}))
+    assert said_of(tmp_path) == []
+    rewrite(first, lambda t: t.update({name: state[name] + 1}))
+    (line,) = said_of(tmp_path)
+    assert all(part in line for part in (str(last), name, first.name, "the last shard counts"))
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+
+
+def test_a_tensor_may_lie_where_the_index_does_not_say(
+    save_llama: SaveLlama, tmp_path: Path
+) -> None:
+    state = save_llama(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first, *_, last = sorted(set(weight_map.values()))
+    index.write_text(json.dumps({"weight_map": {**weight_map, "model.norm.weight": first}}))
+    (line,) = said_of(tmp_path)
+    assert line.startswith(f"{tmp_path / last}: tensor model.norm.weight is here, and used")
+    assert line.endswith(f"the index says {first}")
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+
+
+def test_names_may_begin_with_model_or_not(save_llama: SaveLlama, tmp_path: Path) -> None:
+    state = save_llama(tmp_path)
+    whole, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+
+    def respell(tensors: dict[str, Tensor]) -> None:
+        for full in list(tensors):
+            spelling = full.removeprefix("model.") if full in state else full
+            tensors[spelling if full != "lm_head.weight" else f"model.{full}"] = tensors.pop(full)
+
+    rewrite(whole, respell)
+    assert said_of(tmp_path) == []
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+    rewrite(whole, lambda t: t.update({name: state[name] + 1}))
+    (line,) = said_of(tmp_path)
+    assert line.index(f"tensor {name[6:]} counts") < line.index(name)
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_stored_head_of_its_own_counts(save_llama: SaveLlama, tmp_path: Path, int8: bool) -> None:
+    state = save_llama(tmp_path, tie_word_embeddings=True)
+    head = torch.randn_like(state["lm_head.weight"])
+    rewrite(tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": head.clone()}))
+    with pytest.warns(BrainWarning, match=r"lm_head.weight is stored .* tie_word_embeddings true"):
+        checkpoint = open_folder(tmp_path, dtype=torch.float32, int8=int8)
+    assert not checkpoint.config.tie_word_embeddings
+    tolerance = 0.02 if int8 else 0.0
+    torch.testing.assert_close(dequantize(checkpoint.weights.head), head, rtol=0, atol=tolerance)
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head(save_llama: SaveLlama, tmp_path: Path) -> None:
+    state = save_llama(tmp_path, tie_word_embeddings=True)
+    whole = tmp_path / "model.safetensors"
+    rewrite(whole, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert said_of(tmp_path) == []
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)
+
+
+def test_other_heads_are_not_used(save_llama: SaveLlama, tmp_path: Path) -> None:
+    state = save_llama(tmp_path)
+    rewrite(tmp_path / "model.safetensors", lambda t: t.update({"score.weight": torch.ones(2)}))
+    (line,) = said_of(tmp_path)
+    assert "tensor score.weight is no part of the model in config.json" in line
+    assert_same(open_folder(tmp_path, dtype=torch.float32).weights, state, tmp_path)

@@ -1,6 +1,7 @@
 """GGUF conversion: the folder it writes is the model it was given."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,22 @@ def add(_: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     ("change", "message"),
     [
         (put(general__architecture="qwen2"), "architecture 'qwen2'"),
-        (put(llama__rope__scaling__type="yarn"), "RoPE scaling"),
-        (put(llama__expert_count=8), "mixture of experts"),
-        (put(llama__rope__dimension_count=4), "4 of 8 head dimensions"),
+        (put(llama__rope__scaling__type="yarn"), "llama.rope.scaling.type is 'yarn'"),
+        (put(llama__rope__scaling__attn_factor=1.5), "llama.rope.scaling.attn_factor is 1.5"),
+        (put(llama__expert_count=8), "llama.expert_count is 8; use 0"),
+        (put(llama__attention__sliding_window=64), "llama.attention.sliding_window is 64"),
+        (
+            put(llama__rope__dimension_count=4),
+            "key_length is 8, llama.attention.value_length 8 and llama.rope.dimension_count 4",
+        ),
+        (put(llama__attention__key_length=16), "key_length is 16, llama.attention.value_length 8"),
+        (put(llama__attention__value_length=4), "key_length is 8, llama.attention.value_length 4"),
+        (put(llama__vocab_size=299), "llama.vocab_size is 299, tokenizer.ggml.tokens has 260"),
+        (
+            put(llama__block_count=2),
+            "blk.2.attn_k.weight: it is not Llama's, or more than llama.bl",
+        ),
+        (put(llama__attention__head_count_kv=[2, 1, 2]), "llama.attention.head_count_kv"),
         (put(tokenizer__ggml__pre="qwen2"), "pre-tokenizer 'qwen2'"),
         (drop("llama.block_count"), "llama.block_count"),
         (drop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
@@ -146,6 +160,49 @@ def test_unusable_gguf_is_refused(
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "factor", "said"),
+    [
+        (put(llama__rope__scaling__factor=4.0), 4.0, []),  # no type means linear
+        (put(llama__rope__scale_linear=4.0), 4.0, []),  # its old name
+        (
+            put(llama__rope__scaling__factor=4.0, llama__rope__scale_linear=2.0),
+            4.0,
+            ["llama.rope.scaling.factor 4.0 counts", "llama.rope.scale_linear 2.0"],
+        ),
+        (
+            put(llama__rope__scaling__factor=4.0, llama__rope__scaling__type="none"),
+            1.0,
+            ["llama.rope.scaling.type 'none' counts", "llama.rope.scaling.factor 4.0"],
+        ),
+        (put(llama__rope__scaling__factor=1.0, llama__rope__scaling__type="linear"), 1.0, []),
+        (put(llama__rope__scaling__type="linear"), 1.0, []),
+        (put(llama__attention__head_count_kv=[2, 2, 2]), 1.0, []),
+    ],
+)
+def test_metadata_count_as_in_llama_cpp(
+    save_llama: SaveLlama,
+    tmp_path: Path,
+    byte_level_json: str,
+    change: Change,
+    factor: float,
+    said: list[str],
+) -> None:
+    vocab_size = len(json.loads(byte_level_json)["model"]["vocab"])
+    scaling = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
+    state = save_llama(tmp_path / "hf", vocab_size=vocab_size, rope_parameters=scaling)
+    write_gguf(tmp_path / "x.gguf", state, byte_level_json, change)
+    (tmp_path / "out").mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert all(part in str(caught[0].message) for part in said)
+    assert len(caught) == bool(said)
+    ours, original = (open_folder(tmp_path / f, dtype=torch.float32) for f in ("out", "hf"))
+    for field in ours.weights._fields:
+        assert torch.equal(getattr(ours.weights, field), getattr(original.weights, field)), field
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, 2000, -100])
