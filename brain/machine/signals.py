@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM between two ticks, never in the middle of one; and no signal at all between a
-patch and the account of it.
+"""Ctrl-C, SIGTERM and a terminal that goes away: between two ticks, never in the middle of one; and
+no signal at all between a patch and the account of it.
 """
 
 import signal
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal has gone; Windows has none
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name)))
 """Signals whose handlers may raise: Ctrl-C, SIGTERM, and a time limit."""
 
@@ -16,7 +17,8 @@ HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasatt
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Gives a function that returns whether the program was asked to stop. A second request is a
-    KeyboardInterrupt at once. Only the main thread gets signals; elsewhere it returns False.
+    KeyboardInterrupt at once, unless it is that the terminal has gone, which shell and system both
+    say. Only the main thread gets signals; elsewhere it returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -24,11 +26,11 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if asked.is_set() and number != HANGUP:
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in SIGNALS if _is_heard(number)}
     try:
         yield asked.is_set
     finally:
@@ -37,16 +39,31 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def sigterm_is_ctrl_c() -> Iterator[None]:
-    """Makes SIGTERM a KeyboardInterrupt, as Ctrl-C is, within a ``with`` statement."""
+def endings_are_ctrl_c() -> Iterator[None]:
+    """Makes SIGTERM, and the first word that the terminal has gone, a KeyboardInterrupt, as Ctrl-C
+    is, within a ``with`` statement.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
+    if HANGUP and _is_heard(HANGUP):
+        before[HANGUP] = signal.signal(HANGUP, hang_up)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_heard(number: signal.Signals) -> bool:
+    """False where ``nohup`` has the program outlive its terminal."""
+    return number != HANGUP or signal.getsignal(number) != signal.SIG_IGN
 
 
 class Uninterrupted:
