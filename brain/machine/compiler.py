@@ -9,10 +9,11 @@ from compiled import torch_private
 from compiled.capture import NotCaptured
 
 SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
 REMEDIES = {
-    "Python.h": "install the headers of this Python (python3-dev), or use engine=eager",
-    "No space left": "free some space there or choose another cache folder, or use engine=eager",
-    "No working C++ compiler": "install g++, or name another one by CXX, or use engine=eager",
+    **dict.fromkeys(FULL_DISK, "free some space there, or choose another cache folder"),
+    "Python.h": "install the headers of this Python (python3-dev)",
+    "No working C++ compiler": "install g++, or name another one by CXX",
 }
 """By what the reason holds."""
 
@@ -23,7 +24,7 @@ def require_capture() -> None:
     """
     for switch in SWITCHES:
         if os.environ.get(switch) == "1":
-            raise Refused(f"engine=compiled needs {switch} unset, not 1: or use engine=eager")
+            raise Refused(f"{switch}=1 leaves nothing compiled: unset it, or use engine=eager")
 
 
 @contextmanager
@@ -35,18 +36,19 @@ def capturing(graph: str) -> Iterator[None]:
     try:
         yield
     except failures as error:
-        reason = complaint(str(error))
+        cause = getattr(error, "inner_exception", error)  # of a backend's
+        reason = complaint(str(cause) or type(cause).__name__)
         helps = (remedy for sign, remedy in REMEDIES.items() if sign in reason)
-        remedy = next(helps, "use engine=eager")
+        remedy = "".join(f"{remedy}, or " for remedy in helps) + "use engine=eager"
         raise Refused(f"the graph {graph!r} cannot be compiled ({reason}): {remedy}") from error
 
 
 def complaint(output: str) -> str:
     """The line in which a compiler says why it failed: at most 200 characters, never empty."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    signs = ("No space left", "fatal error:", "error:", "cannot find", "Error", "error")
+    signs = (*FULL_DISK, "fatal error:", "error:", "cannot find", "Error", "error")
     for sign in signs:
         for line in lines:
-            if sign in line and not line.startswith(("collect2:", "Command")):
+            if sign in line and not line.startswith(("collect2:", "C++ compile error")):
                 return line[:200]
-    return lines[0][:200] if lines else "it does not say why"
+    return lines[0][:200] if lines else "without a reason"

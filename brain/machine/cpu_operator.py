@@ -1,7 +1,6 @@
 """The CPU's decode operator, built for this machine once and kept in the cache folder."""
 
 import contextlib
-import errno
 import hashlib
 import os
 import platform
@@ -14,7 +13,7 @@ from threading import Thread
 from brain.errors import Refused, one_line
 from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
-from brain.machine.compiler import complaint
+from brain.machine.compiler import FULL_DISK, complaint
 from compiled.read_cpu import SOURCE, Formats, load
 
 FLAGS = (
@@ -52,7 +51,7 @@ def built_library(
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             reason = complaint(done.stderr)
-            if os.strerror(errno.ENOSPC) in reason:
+            if any(sign in reason for sign in FULL_DISK):
                 raise OSError(reason)
             raise Refused(
                 f"{compiler} cannot build {source.name} ({reason}): "

@@ -4,9 +4,10 @@ no signal at all between a patch and the account of it.
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal has gone; Windows has none
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
@@ -17,8 +18,8 @@ HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasatt
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Gives a function that returns whether the program was asked to stop. A second request is a
-    KeyboardInterrupt at once, unless it is that the terminal has gone, which shell and system both
-    say. Only the main thread gets signals; elsewhere it returns False.
+    KeyboardInterrupt at once, but that the terminal has gone is heard once: shell and system both
+    say so. Only the main thread gets signals; elsewhere it returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -26,7 +27,9 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if asked.is_set() and number != HANGUP:
+        if number == HANGUP:
+            signal.signal(number, signal.SIG_IGN)
+        elif asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
@@ -34,8 +37,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     try:
         yield asked.is_set
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _hear_as(before)
 
 
 @contextmanager
@@ -57,7 +59,13 @@ def endings_are_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
+        _hear_as(before)
+
+
+def _hear_as(before: Mapping[int, Any]) -> None:
+    """Gives signals the handlers that they had. That the terminal has gone is heard once."""
+    for number, handler in before.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

@@ -80,9 +80,12 @@ def take_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    closed = sys.stdout is None
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr)
+    )
     sys.stderr = cast(TextIO, Notes(sys.stderr))
-    if sys.stdout is None:
-        sys.stdout = cast(TextIO, Notes(None))
+    if closed:
         raise Refused("standard output is closed: the text goes there, so give it a file or a pipe")
     if hasattr(os, "set_blocking"):
         with suppress(*UNWRITABLE):  # what is written to no file

@@ -117,11 +117,13 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
         record.save()
         remainder = brain.finish_text()
         record.finish(remainder)
-        lost = isinstance(ended, OutputLost)
-        if lost and asked():  # what was lost is the terminal
+        if record.spoken > before and not isinstance(ended, OutputLost):
+            try:
+                _print(remainder + "\n" if sys.stdout.isatty() else remainder)
+            except OutputLost as error:
+                ended = ended or error
+        if isinstance(ended, OutputLost) and asked():  # what was lost is the terminal
             ended = KeyboardInterrupt()
-    if record.spoken > before and not lost:
-        _print(remainder + "\n" if sys.stdout.isatty() else remainder)
     return ended
 
 
