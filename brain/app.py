@@ -1,10 +1,11 @@
 """The command line: one Hydra application, ``brain GROUP=CHOICE KEY=VALUE …``.
 
 Standard output carries the text alone; everything else goes to standard error and into the run
-folder. Exit codes: 0 done, 2 refused input, 130 interrupted.
+folder. Exit codes: 0 done, 2 refused, 130 interrupted.
 """
 
 import codecs
+import contextlib
 import importlib
 import inspect
 import io
@@ -25,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from brain.config.compose import configuration_error, typed
 from brain.config.overrides import literal_arguments
-from brain.errors import BrainWarning, Refused, as_line, one_line
-from brain.machine.signals import sigterm_is_ctrl_c
+from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
+from brain.machine.signals import endings_are_ctrl_c
+from brain.machine.streams import take_streams
 from conf.schema import register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -41,9 +43,13 @@ def main() -> None:
     register()
     _write_utf8()
     try:
-        with _in_one_line(), sigterm_is_ctrl_c():
-            sys.argv[1:] = literal_arguments(sys.argv[1:])
-            _application()
+        with _in_one_line(), endings_are_ctrl_c():
+            take_streams()
+            try:
+                sys.argv[1:] = literal_arguments(sys.argv[1:])
+                _application()
+            finally:
+                sys.stdout.flush()  # here, where somebody hears that it cannot be done
     except Exception as error:
         if _has_begun(error):
             raise
@@ -65,9 +71,6 @@ def _application(composed: DictConfig) -> None:
             conf = typed(composed)
             run_dir = Path(HydraConfig.get().runtime.output_dir)
             importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
-        except BrokenPipeError:
-            # The reader of our output has closed it. Nothing more can be printed there.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except RuntimeError as error:
             import torch  # takes a second, which --help need not wait for
 
@@ -84,6 +87,8 @@ def _in_one_line() -> Iterator[None]:
         yield
     except Refused as refusal:
         _leave(f"refused: {refusal}", REFUSED)
+    except BrokenPipeError:
+        pass  # whoever read our output has left
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _leave(f"refused: {where}{error.strerror or one_line(error)}", REFUSED)
@@ -102,6 +107,8 @@ def _write_utf8() -> None:
 
 def _leave(message: str, status: int) -> None:
     print(as_line(message), file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError, OutputLost):  # there is a reason to leave already
+        sys.stdout.flush()
     sys.exit(status)
 
 

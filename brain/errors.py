@@ -26,6 +26,10 @@ class NotFinite(Refused):
 LONGEST = 4000  # characters of a refusal
 
 
+class OutputLost(Refused):
+    """Standard output cannot be written."""
+
+
 class Unwritten(Refused):
     """The record of a run could not be written: only what was written before counts."""
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from platformdirs import user_cache_path
+
 from brain.errors import Refused, one_line
 
 SETTINGS_BYTES = 1 << 22  # the most that a small JSON file may have, like config.json
@@ -111,6 +113,16 @@ def require_own(paths: Iterable[Path]) -> None:
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
             raise Refused(f"{path} is {kind}: remove it, or choose another folder")
+
+
+def cache_folder(given: Path | None = None) -> Path:
+    """Where to keep what is fetched and built: the folder that is given, or the user's. Raises
+    Refused if no home folder is known.
+    """
+    folder = user_cache_path("positronic-brain") if given is None else given
+    if given is None and folder.parts[0] == "~":
+        raise Refused("no home folder is known to keep files in: set HOME or give cache_dir=FOLDER")
+    return folder
 
 
 def given_path(path: str | Path) -> Path:

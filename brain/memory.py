@@ -11,6 +11,7 @@ from torch import Tensor
 
 from brain.checkpoints import Checkpoint
 from brain.config.settings import Settings
+from brain.machine.compiler import capturing
 from brain.machine.cpu_operator import native_decoder
 from brain.machine.signals import Uninterrupted
 from compiled.graphs import Graphs
@@ -86,6 +87,7 @@ class Memory:
             ),
             library=None if known is None else native_decoder(known, settings.cache),
             ends=checkpoint.tokenizer.eos_ids,
+            capturing=capturing,
         )
         self.account = EMPTY
         self.one = self.int64(1)

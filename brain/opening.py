@@ -19,6 +19,7 @@ from brain.config.settings import Settings, settings_of
 from brain.errors import Refused, one_line
 from brain.files import given_path
 from brain.machine.cpu_operator import begin_native_decoder
+from brain.machine.graph_cache import name_graph_folder
 from brain.policies import CustomPolicy, custom_policy
 from brain.saves import read_description
 from compiled.capture import prepared
@@ -93,6 +94,7 @@ def open_brain(conf: Conf, policy: CustomPolicy | None = None) -> Brain:
     settings = settings_of(conf, policy)
     use_threads(conf.threads)
     if settings.graphs.compiled and settings.device.type == "cpu":
+        name_graph_folder()
         # Both run while weights are loaded.
         if settings.operator is not None:
             begin_native_decoder(settings.operator, settings.cache)

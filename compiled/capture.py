@@ -1,10 +1,12 @@
 """One function, one graph, one compilation."""
 
+import contextlib
 import functools
 import importlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from threading import Thread
 from types import FunctionType
 from typing import Any
@@ -14,6 +16,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from compiled import torch_private
+
+Capturing = Callable[[str], AbstractContextManager[Any]]
+
+
+class NotCaptured(RuntimeError):
+    """A function was called as it is."""
 
 
 class Graph:
@@ -32,15 +40,23 @@ class Graph:
         is_direct: Whether calls enter the graph directly.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        device: torch.device,
+        capturing: Capturing = contextlib.nullcontext,
+    ) -> None:
         """Names what is to be compiled. Costs nothing: nothing is imported or compiled yet.
 
         Args:
             name: See the attribute.
             function: What is compiled: of tensors, and tuples of them, alone.
             device: Where the tensors are.
+            capturing: Opened around compilation, with the name.
         """
         self.name = name
+        self._capturing = capturing
         self.is_direct = False
         self._device = device
         # PyTorch keeps the backend with the code, out of the garbage collector's sight. So the
@@ -83,7 +99,10 @@ class Graph:
                 options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
                 **strict,
             )
-        returned = self._compiled(*arguments)
+        with self._capturing(self.name):
+            returned = self._compiled(*arguments)
+            if not self.compilations:
+                raise NotCaptured("PyTorch was told to compile nothing")
         self._enter = self._compiled
         if self._device.type == "cpu":
             call, made = self._call, torch_private.compiled_codes(self._call.__code__)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from compiled import torch_private
-from compiled.capture import Graph
+from compiled.capture import Capturing, Graph
 from compiled.choose import Choice, Eviction, Forced, choose
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
@@ -110,6 +110,7 @@ class Graphs:
         *,
         library: Path | None = None,
         ends: frozenset[int] = frozenset(),
+        capturing: Capturing = contextlib.nullcontext,
     ) -> None:
         """Binds the functions; compiles nothing yet.
 
@@ -122,6 +123,7 @@ class Graphs:
             sampling: Settings of the draw.
             library: The CPU operator that stands for the layers in captured reads, if any.
             ends: Tokens that end a text: none of them is ever proposed.
+            capturing: Opened around the compilation of every graph, with its name.
         """
         self.spec, self.config = spec, config
         self.weights, self.state, self.cursor, self.sampling = weights, state, cursor, sampling
@@ -152,7 +154,8 @@ class Graphs:
             if spec.rebases and self.device.type != "cuda":
                 functions[REBASE] = rebase
             self.table = {
-                key: Graph(_name(key), function, self.device) for key, function in functions.items()
+                key: Graph(_name(key), function, self.device, capturing)
+                for key, function in functions.items()
             }
             # Without the mark, replays would copy these into graph memory, cache included.
             for tensor in (*weights.tensors(), *state, *cursor, *sampling):

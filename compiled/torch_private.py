@@ -6,6 +6,7 @@ longer does what it did. This module knows nothing of models: whoever calls says
 """
 
 import functools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import CodeType
@@ -73,6 +74,13 @@ def compiled_codes(code: CodeType) -> list[CodeType]:
     return [entry.code for entry in _debug_get_cache_entry_list(code)]
 
 
+def compiler_error() -> type[Exception]:
+    """What Dynamo raises for all that fails while it compiles, in it and in its backend."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def keep_address(tensor: Tensor) -> None:
     """Tells CUDA graphs that this tensor never moves, so that they use it where it lies."""
     torch._dynamo.mark_static_address(tensor)
@@ -89,6 +97,18 @@ def with_kernel_profile() -> AbstractContextManager[Any]:
     patched: AbstractContextManager[Any]
     patched = torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
     return patched
+
+
+def graph_folder() -> str:
+    """Where Inductor keeps what it compiles, made where it is absent. Raises OSError."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+def silence_profiler() -> None:
+    """Has the profiler keep from standard error when it begins and ends."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above USDT, its highest
 
 
 def computes(operator: str) -> bool:

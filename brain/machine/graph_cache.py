@@ -6,17 +6,19 @@ is given a folder of our own, whose files are recorded in a manifest and checked
 """
 
 import contextlib
+import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
-from brain.errors import warn
+from brain.errors import Refused, one_line, warn
+from brain.files import cache_folder
 from brain.machine.integrity import MANIFEST, is_as_recorded, read_manifest, write_manifest
 from brain.machine.lock import shared
+from compiled import torch_private
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 NAME = "positronic-brain-graphs"
@@ -34,7 +36,7 @@ def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
     ``cache_dir`` holds ours, unless ``TORCHINDUCTOR_CACHE_DIR`` names another; None: the user's.
     """
     named = os.environ.get(VARIABLE)
-    root = Path(named) if named else cache_dir or user_cache_path("positronic-brain")
+    root = Path(named) if named else cache_folder(cache_dir)
     folder = root if root.name == NAME else root / NAME  # our parent process may have named ours
     with contextlib.ExitStack() as stack:
         try:
@@ -63,6 +65,41 @@ def kept_graphs(cache_dir: Path | None = None) -> Iterator[Callable[[], None]]:
             else:
                 os.environ[VARIABLE] = named
             record()
+
+
+def name_graph_folder() -> None:
+    """Has the compiler find its folder, wherever that is, by a path that it can use: it quotes none
+    when it calls the C++ compiler. Raises Refused if it cannot.
+    """
+    try:
+        folder = Path(torch_private.graph_folder())
+        if os.name == "nt" or not _needs_quotes(folder):
+            return
+        os.environ[VARIABLE] = str(_link_to(folder))
+    except OSError as error:
+        raise Refused(
+            f"the graphs cannot be kept ({one_line(error)}): set {VARIABLE} to a folder of yours "
+            "whose path has no space or quote, or use engine=eager"
+        ) from None
+
+
+def _needs_quotes(path: Path) -> bool:
+    return any(character.isspace() or character in "'\"\\" for character in str(path))
+
+
+def _link_to(folder: Path) -> Path:
+    """A link to the folder, in one of the user's own for such links. Raises OSError."""
+    places = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
+    place = next(place for place in places if not _needs_quotes(place))
+    links = place / f"positronic-brain-{os.getuid()}"
+    links.mkdir(mode=0o700, exist_ok=True)
+    _require_private(links)
+    link = links / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    if not link.is_symlink() or link.readlink() != folder:
+        draft = link.with_suffix(f".{os.getpid()}")
+        draft.symlink_to(folder, target_is_directory=True)
+        draft.replace(link)  # in one step: another process may be doing the same
+    return link
 
 
 def _require_private(folder: Path) -> None:

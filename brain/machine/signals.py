@@ -1,14 +1,16 @@
-"""Ctrl-C and SIGTERM between two ticks, never in the middle of one; and no signal at all between a
-patch and the account of it.
+"""Ctrl-C, SIGTERM and a terminal that goes away: between two ticks, never in the middle of one; and
+no signal at all between a patch and the account of it.
 """
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal has gone; Windows has none
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasattr(signal, name)))
 """Signals whose handlers may raise: Ctrl-C, SIGTERM, and a time limit."""
 
@@ -16,7 +18,8 @@ HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasatt
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Gives a function that returns whether the program was asked to stop. A second request is a
-    KeyboardInterrupt at once. Only the main thread gets signals; elsewhere it returns False.
+    KeyboardInterrupt at once, but that the terminal has gone is heard once: shell and system both
+    say so. Only the main thread gets signals; elsewhere it returns False.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -24,29 +27,51 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if number == HANGUP:
+            signal.signal(number, signal.SIG_IGN)
+        elif asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in SIGNALS if _is_heard(number)}
     try:
         yield asked.is_set
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _hear_as(before)
 
 
 @contextmanager
-def sigterm_is_ctrl_c() -> Iterator[None]:
-    """Makes SIGTERM a KeyboardInterrupt, as Ctrl-C is, within a ``with`` statement."""
+def endings_are_ctrl_c() -> Iterator[None]:
+    """Makes SIGTERM, and the first word that the terminal has gone, a KeyboardInterrupt, as Ctrl-C
+    is, within a ``with`` statement.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
+    if HANGUP and _is_heard(HANGUP):
+        before[HANGUP] = signal.signal(HANGUP, hang_up)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _hear_as(before)
+
+
+def _hear_as(before: Mapping[int, Any]) -> None:
+    """Gives signals the handlers that they had. That the terminal has gone is heard once."""
+    for number, handler in before.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _is_heard(number: signal.Signals) -> bool:
+    """False where ``nohup`` has the program outlive its terminal."""
+    return number != HANGUP or signal.getsignal(number) != signal.SIG_IGN
 
 
 class Uninterrupted:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brain.brain import Brain
-from brain.errors import MemoryFull, Refused, as_line
+from brain.errors import MemoryFull, OutputLost, Refused, as_line
 from brain.files import given_path
 from brain.machine.environment import environment
 from brain.machine.graph_cache import kept_graphs
@@ -82,7 +82,7 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
     write_rows(remembered(brain), run_dir / FILE)
     _write_report(brain, conf, run_dir / "run.json", record.tokens(), primed - started, spoken)
     note(
-        f"{count} tokens in {spoken:.1f} s ({count / spoken:.1f} per second), "
+        f"{count} tokens in {spoken:.1f} s ({count / max(spoken, 1e-9):.1f} per second), "
         f"{len(brain)} of {brain.capacity} rows remembered, ready after {primed - started:.1f} s; "
         f"{run_dir}"
     )
@@ -98,7 +98,8 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
 
 def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
     """Prints and records every token until there are enough. Returns what ended it before that (a
-    request to stop, or a full memory), to be raised when everything is written.
+    request to stop, a full memory, or output that is lost), to be raised when everything is
+    written.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
     before = record.spoken
@@ -111,13 +112,18 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
                 record.inbox.poll()
                 record.save_if_due()
                 ended = KeyboardInterrupt() if asked() else None
-        except MemoryFull as full:  # the end of a run with cull=none
-            ended = full
+        except (MemoryFull, OutputLost) as error:  # the end of a run with cull=none, or of a disk
+            ended = error
         record.save()
         remainder = brain.finish_text()
         record.finish(remainder)
-    if record.spoken > before:
-        _print(remainder + "\n" if sys.stdout.isatty() else remainder)
+        if record.spoken > before and not isinstance(ended, OutputLost):
+            try:
+                _print(remainder + "\n" if sys.stdout.isatty() else remainder)
+            except OutputLost as error:
+                ended = ended or error
+        if isinstance(ended, OutputLost) and asked():  # what was lost is the terminal
+            ended = KeyboardInterrupt()
     return ended
 
 

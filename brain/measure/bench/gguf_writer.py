@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
-from platformdirs import user_cache_path
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from brain.checkpoints.folder import stored_model
 from brain.checkpoints.gguf_file import gguf_name
 from brain.checkpoints.llama_names import Part, packed_parts
 from brain.errors import Refused
+from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import files_sha256
 from brain.tokenizers.gguf_vocabulary import vocabulary_fields
@@ -50,7 +50,6 @@ def converted_gguf(folder: Path, kind: str, *, cache_dir: Path | None = None) ->
     Raises:
         Refused: the model cannot be converted.
     """
-    root = user_cache_path("positronic-brain") if cache_dir is None else cache_dir
     weights = files_sha256(stored_model(folder).paths, progress=True)
     config = (folder / "config.json").read_text("utf-8")
     key = hashlib.sha256(f"{weights}{config}".encode()).hexdigest()[:12]
@@ -58,7 +57,7 @@ def converted_gguf(folder: Path, kind: str, *, cache_dir: Path | None = None) ->
     def build(target: Path) -> None:
         write_gguf(folder, target / FILE, kind)
 
-    return ensure_built(root / f"gguf-v{FORMAT}-{key}-{kind}", build) / FILE
+    return ensure_built(cache_folder(cache_dir) / f"gguf-v{FORMAT}-{key}-{kind}", build) / FILE
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> None:

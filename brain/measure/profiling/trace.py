@@ -31,6 +31,7 @@ def record(run: Callable[[], None], device: torch.device, path: Path) -> list[Ra
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+    torch_private.silence_profiler()
     with torch.profiler.profile(activities=activities) as profile:
         run()
         if device.type == "cuda":
