@@ -12,8 +12,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, processors
 
 from brain.errors import Refused
-from brain.tokenizers.tokenizer_json import read_tokenizer_json
-from brain.tokens import StreamDecoder, Tokenizer, load_tokenizer, with_special_tokens
+from brain.tokens import StreamDecoder, Tokenizer, load_tokenizer
 from texts import TEXTS
 
 
@@ -46,7 +45,7 @@ def byte_level(greedy_json_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def llama_json() -> Tokenizer:
+def llama_json(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A Llama 2 style tokenizer.json: Prepend and Replace, byte fallback, Strip."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁", "h", "e", "l", "o", "he", "ll", "▁he", "▁hell", "▁hello"]
@@ -70,8 +69,11 @@ def llama_json() -> Tokenizer:
     library.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    vocabulary = read_tokenizer_json(library.to_str(), "tokenizer.json")
-    return with_special_tokens(vocabulary, {"bos_token": "<s>", "eos_token": "</s>"}, [])
+    folder = tmp_path_factory.mktemp("llama")
+    library.save(str(folder / "tokenizer.json"))
+    settings_file = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    return load_tokenizer(folder)
 
 
 # I10: tokenizing adds nothing ---------------------------------------------------------------
