@@ -41,6 +41,7 @@ from brain.tokenizers.sentencepiece_model import puts_space as sentencepiece_put
 from brain.tokenizers.tokenizer_json import (
     as_gpt2,
     as_llama,
+    is_byte_level,
     load_library,
     overruled_parts,
     parse_tokenizer_json,
@@ -203,6 +204,11 @@ def _from_library(said: Folder, reader: str | None) -> Vocabulary:
     stated = stated_tokens(said, spec.get("added_tokens"))
     prefix = prefix_space(said, reader, file_says=puts_space(spec, where))
     made = spec
+    if reader == GPT2 and said.vocabulary == LIBRARY and not is_byte_level(spec, where):
+        raise Refused(
+            f"{where}: not byte-level, as {reader} of the folder's settings is; name "
+            "PreTrainedTokenizerFast there"
+        )
     if reader is not None:
         made = {LLAMA: as_llama, GPT2: as_gpt2}[reader](spec, prefix)
         if not isinstance(made["model"]["vocab"], dict):

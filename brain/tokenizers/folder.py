@@ -221,10 +221,13 @@ def tokens_to_add(
     config, path = folder.config, folder.path
     named: dict[str, Any] = {**DEFAULTS.get(reader, {})}
     named |= {k: v for k, v in config.items() if k.endswith("_token") and (_is_token(v) or not v)}
-    extra = config.get(LISTED[0]) or config.get(LISTED[1])
-    more = list(extra) if isinstance(extra, list) else None
+    extra, more = config.get(LISTED[0]), None
     if isinstance(extra, dict):
         named |= extra
+    elif isinstance(extra, list) and extra:
+        more = list(extra)
+    if more is None and isinstance(config.get(LISTED[1]), list):
+        more = list(config[LISTED[1]])
     by_id = {s.index: s for s in stated if s.place == CONFIG and s.index is not None}
     if "added_tokens_decoder" not in config:
         for key, value in folder.settings[SPECIAL_MAP].items():
@@ -252,7 +255,7 @@ def tokens_to_add(
         if s.token.content not in known:
             token = s.token if isinstance(value, dict) else AddedToken(value, special=True)
             token.special = True
-            added.setdefault(token.content, replace(s, token=token))
+            added[token.content] = replace(s, token=token)  # the last one wins
     for token in listed if more is None else ():
         if token.content not in known:
             added.setdefault(token.content, Stated(SENTENCEPIECE, token))

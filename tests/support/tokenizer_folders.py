@@ -210,9 +210,7 @@ class Drawn:
         if not self.llama:
             self.library["pre_tokenizer"] = byte_level(prefix=self.rng.random() < 0.5)
         elif self.rng.random() < 0.7:
-            self.library["pre_tokenizer"] = metaspace(
-                self.rng.choice(["first", "always", "never"])
-            )
+            self.library["pre_tokenizer"] = metaspace(self.rng.choice(["first", "always", "never"]))
         else:
             replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
             steps = [{"type": "Prepend", "prepend": "▁"}, replaced]

@@ -19,7 +19,9 @@ from brain.tokens import load_tokenizer
 from tokenizer_folders import SAID, Drawn, Json, Specimens, write_folder
 
 DRAWN = 40
-PROTOBUF = importlib.util.find_spec("google.protobuf") if importlib.util.find_spec("google") else None
+PROTOBUF = (
+    importlib.util.find_spec("google.protobuf") if importlib.util.find_spec("google") else None
+)
 PLACES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 PLACES += ("added_tokens.json", "generation_config.json", "config.json", "transformers", "settings")
 
