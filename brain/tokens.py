@@ -256,7 +256,9 @@ def _from_sentencepiece(said: Folder, reader: str | None) -> Vocabulary:
     stated = stated_tokens(said, None)
     ids = {piece: index for index, piece in enumerate(piece_list(processor, where))}
     listed = listed_pieces(model, where)
-    added = tokens_to_add(said, reader, stated, {}, listed.values())
+    # LlamaTokenizer has its own name for the unknown piece.
+    known = [t for index, t in listed.items() if reader is None or index != processor.unk_id()]
+    added = tokens_to_add(said, reader, stated, {}, known)
     cut: dict[int, AddedToken] = dict(listed)
     theirs: dict[str, int] = {}  # the ids that transformers gives
     for text in added:

@@ -258,7 +258,7 @@ def tokens_to_add(
             added[token.content] = replace(s, token=token)  # the last one wins
     for token in listed if more is None else ():
         if token.content not in known:
-            added.setdefault(token.content, Stated(SENTENCEPIECE, token))
+            added[token.content] = Stated(SENTENCEPIECE, token)
     return added
 
 
