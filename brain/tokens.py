@@ -25,6 +25,7 @@ from brain.tokenizers.folder import (
     read_folder,
     reading_class,
     report_tokens,
+    report_unheeded,
     stated_tokens,
     tokens_to_add,
 )
@@ -185,6 +186,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     said = read_folder(folder)
     reader = reading_class(said)
+    report_unheeded(said)
     if said.vocabulary == SENTENCEPIECE:
         vocabulary = _from_sentencepiece(said, reader)
     else:

@@ -144,6 +144,21 @@ def reading_class(folder: Folder) -> str | None:
     return None
 
 
+def report_unheeded(folder: Folder) -> None:
+    """Says which settings of tokenizer_config.json are not followed, though transformers would."""
+    unheeded = {
+        "split_special_tokens": "special tokens written in a text become their id",
+        "fix_mistral_regex": "text is cut as the vocabulary says",
+        "auto_map": "no code of a folder is run",
+        "add_eos_token": "nothing is put after a text, which can so go on",
+    }
+    for key, instead in unheeded.items():
+        # With tokenizer.json its template decides what is put around a text.
+        heeded = key == "add_eos_token" and folder.vocabulary != SENTENCEPIECE
+        if folder.config.get(key) and not heeded:
+            folder.warn(f"{key} in {CONFIG} is not followed as in transformers: {instead}")
+
+
 def stated_tokens(folder: Folder, in_library: object) -> list[Stated]:
     """What every place says of added tokens, in no order. ``in_library``: the added_tokens of
     tokenizer.json. Raises Refused where one of them is malformed.
@@ -390,6 +405,11 @@ def ends(folder: Folder, vocabulary: Vocabulary) -> frozenset[int]:
     own = vocabulary.id_of(vocabulary.eos_text) if vocabulary.eos_text is not None else None
     said.append((SENTENCEPIECE, set() if own is None else {own}))
     said = [(place, ids) for place, ids in said if ids]
+    if vocabulary.appended:
+        folder.warn(
+            f"the template of {folder.vocabulary} puts {list(vocabulary.appended)} after a text; "
+            "unlike in transformers nothing is put there, so that it can go on"
+        )
     if any(not ids <= said[0][1] for _, ids in said):
         listed = "; ".join(f"{sorted(ids)} by {place}" for place, ids in said)
         folder.warn(f"EOS is {listed}: each of them ends a text")

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Library
 
-from brain.errors import Refused, one_line, shown
+from brain.errors import Refused, one_line, shown, warn
 from brain.files import parse_json
 from brain.tokenizers.byte_level import byte_of_character, is_byte_token
 from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary, WarnOnce
@@ -38,7 +38,7 @@ def parse_tokenizer_json(content: str, where: str) -> dict[str, Any]:
 
 
 def load_library(spec: dict[str, Any], where: str) -> Library:
-    """The library's tokenizer. Truncation, padding and BPE dropout, which the file may ask for, are
+    """The library's tokenizer. Truncation, padding and dropout, which the file may ask for, are
     off. Raises Refused where it cannot be loaded, or its tokens would not give a text back.
     """
     kind = spec["model"].get("type")  # files of the library's early days have none
@@ -50,6 +50,8 @@ def load_library(spec: dict[str, Any], where: str) -> Library:
         if spec["model"].get(key) not in (None, ""):
             raise Refused(f"{where}: {key} {shown(spec['model'][key])} is not supported; use none")
     model = {**spec["model"], "dropout": None} if "dropout" in spec["model"] else spec["model"]
+    if spec["model"].get("dropout"):
+        warn(f"{where}: its dropout is off; transformers would split texts at random")
     is_byte_level(spec, where)
     _check_growth(spec, where)
     _check_templates(spec, where)

@@ -27,19 +27,21 @@ TEXTS = [
 ]
 
 
-def train_sentencepiece(*, add_dummy_prefix: bool = True) -> bytes:
-    """A small SentencePiece BPE model in Llama's style."""
+def train_sentencepiece(**options: object) -> bytes:
+    """A small SentencePiece BPE model in Llama's style; ``options`` are those of its trainer."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.split("\n")),
         model_writer=out,
-        model_type="bpe",
-        vocab_size=350,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-        add_dummy_prefix=add_dummy_prefix,
+        **{
+            "model_type": "bpe",
+            "vocab_size": 350,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True,
+            "minloglevel": 2,
+            **options,
+        },
     )
     return out.getvalue()

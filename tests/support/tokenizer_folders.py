@@ -66,9 +66,15 @@ class Specimens:
     """What is trained once."""
 
     model: bytes = field(default_factory=train_sentencepiece)
-    spaceless: bytes = field(default_factory=lambda: train_sentencepiece(add_dummy_prefix=False))
 
     def __post_init__(self) -> None:
+        self.models = [
+            self.model,
+            train_sentencepiece(add_dummy_prefix=False),
+            train_sentencepiece(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
+            train_sentencepiece(user_defined_symbols=["<tool>"], control_symbols=["<|user|>"]),
+            train_sentencepiece(model_type="unigram", vocab_size=300, hard_vocab_limit=False),
+        ]
         self.llama_json = llama_json(self.model)
         self.byte_json = byte_json()
 
@@ -155,13 +161,21 @@ class Drawn:
         self.others: dict[str, Json | bytes] = {}
         changes = [
             *(self._reader, self._prefix, self._beside, self._bos, self._eos, self._form),
-            *(self._library_tokens, self._declared, self._added, self._special_map, self._listed),
+            *(
+                self._settings,
+                self._normalizer,
+                self._library_tokens,
+                self._declared,
+                self._added,
+                self._special_map,
+                self._listed,
+            ),
         ]
         for change in rng.sample(changes, rng.randint(1, 4)):
             change()
         self.alone = alone and self.llama and rng.random() < 0.25
         if self.alone:
-            self.others.setdefault("tokenizer.model", specimens.model)
+            self.others.setdefault("tokenizer.model", rng.choice(specimens.models))
 
     def files(self) -> dict[str, Json | bytes]:
         """The files, by name."""
@@ -218,8 +232,21 @@ class Drawn:
             self.library["pre_tokenizer"] = None
 
     def _beside(self) -> None:
-        model = [self.specimens.model, self.specimens.spaceless, tiktoken_list(), b"none at all"]
+        model = [*self.specimens.models, tiktoken_list(), b"none at all"]
         self.others["tokenizer.model"] = self.rng.choice(model)
+        if self.rng.random() < 0.2:
+            self.others["vocab.json"] = self.library["model"]["vocab"] | {"new": 900}
+            self.others["merges.txt"] = b"#version: 0.2\n"
+
+    def _settings(self) -> None:
+        keys = ["split_special_tokens", "add_eos_token", "use_default_system_prompt"]
+        self.tokenizer_config[self.rng.choice(keys)] = self.rng.random() < 0.7
+
+    def _normalizer(self) -> None:
+        if self.llama:
+            self.library["model"]["byte_fallback"] = self.rng.random() < 0.5
+        else:
+            self.library["normalizer"] = {"type": self.rng.choice(["NFC", "NFKC", "Lowercase"])}
 
     def _form(self) -> None:
         model = self.library["model"]
