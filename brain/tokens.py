@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 
 from brain.errors import Refused, shown
 from brain.tokenizers.folder import (
+    DEFAULTS,
     GPT2,
     LIBRARY,
     LLAMA,
@@ -223,7 +224,9 @@ def _from_library(said: Folder, reader: str | None) -> Vocabulary:
             said.warn(f"{reader}, named in the settings, overrules {', '.join(parts)} of {LIBRARY}")
     library = load_library(made, where)
     with refusing(f"{where}: tokenizer cannot be loaded"):
-        added = tokens_to_add(said, reader, stated, library.get_added_tokens_decoder())
+        added = tokens_to_add(
+            said, DEFAULTS.get(reader, {}), stated, library.get_added_tokens_decoder()
+        )
         library.add_tokens([s.token for s in added.values()])
     cut = library.get_added_tokens_decoder()
     report_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
@@ -248,7 +251,7 @@ def _from_sentencepiece(said: Folder, reader: str | None) -> Vocabulary:
         both = load_sentencepiece(own, where), load_sentencepiece(model, where)
         if any(both[0].encode(text) != both[1].encode(text) for text in PROBES):
             said.warn(f"{reader} changes no text and overrules the normalizer of {SENTENCEPIECE}")
-        if merges_otherwise(processor):
+        if merges_otherwise(model, processor):
             said.warn(
                 f"{SENTENCEPIECE} counts; {reader}, named in the settings, would merge its pieces "
                 "in the order of their ids"
@@ -256,11 +259,19 @@ def _from_sentencepiece(said: Folder, reader: str | None) -> Vocabulary:
     elif reader is not None:
         raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
     stated = stated_tokens(said, None)
-    ids = {piece: index for index, piece in enumerate(piece_list(processor, where))}
     listed = listed_pieces(model, where)
-    # LlamaTokenizer has its own name for the unknown piece.
-    known = [t for index, t in listed.items() if reader is None or index != processor.unk_id()]
-    added = tokens_to_add(said, reader, stated, {}, known)
+    pieces = piece_list(processor, where)
+    roles = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    roles["unk_token"] = unknown = processor.unk_id()
+    defaults = {role: pieces[index] for role, index in roles.items() if index >= 0}
+    added = tokens_to_add(
+        said,
+        DEFAULTS.get(reader, defaults),
+        stated,
+        {},
+        [token for index, token in listed.items() if index != unknown],
+    )
+    ids = {piece: index for index, piece in enumerate(pieces)}
     cut: dict[int, AddedToken] = dict(listed)
     theirs: dict[str, int] = {}  # the ids that transformers gives
     for text in added:

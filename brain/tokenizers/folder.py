@@ -170,16 +170,29 @@ def stated_tokens(folder: Folder, in_library: object) -> list[Stated]:
 
     for text, index in folder.settings[ADDED].items():
         add(ADDED, text, shown(index) if not isinstance(index, int | str) else index)
-    declared = folder.config.get("added_tokens_decoder")
-    for index, value in declared.items() if isinstance(declared, dict) else ():
+    for index, value in _declared(folder).items():
         add(CONFIG, value, index)
     for value in in_library if isinstance(in_library, list) else []:
         index = value.get("id") if isinstance(value, dict) else None
         add(LIBRARY, value, "none" if index is None else index)
     for place in (CONFIG, SPECIAL_MAP):
+        for key in LISTED:
+            if not isinstance(folder.settings[place].get(key, []), list | dict | None):
+                raise Refused(f"{folder.path / place}: {key} is no list of tokens; use one")
         for _, value in _special(folder.settings[place]):
             add(place, value)
     return found
+
+
+def _declared(folder: Folder) -> dict[str, Any]:
+    """``added_tokens_decoder`` of tokenizer_config.json."""
+    declared = folder.config.get("added_tokens_decoder", {})
+    if not isinstance(declared, dict):
+        raise Refused(
+            f"{folder.path / CONFIG}: added_tokens_decoder is {shown(declared)}; use an object of "
+            "tokens by id"
+        )
+    return declared
 
 
 def _special(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -220,7 +233,7 @@ def _stated(path: Path, place: str, value: object, index: object) -> Stated:
 
 def tokens_to_add(
     folder: Folder,
-    reader: str | None,
+    defaults: Mapping[str, str],
     stated: Iterable[Stated],
     held: Mapping[int, AddedToken],
     listed: Iterable[AddedToken] = (),
@@ -230,31 +243,32 @@ def tokens_to_add(
 
     Places: ``added_tokens_decoder`` of tokenizer_config.json; without it special_tokens_map.json,
     added_tokens.json and the added_tokens of tokenizer.json, the later ones winning. Then the
-    tokens that have a name, then those that are listed. ``held``: added to the vocabulary already;
-    ``listed``: what tokenizer.model would list.
+    tokens that have a name, then those that are listed. ``defaults``: names that the class gives;
+    ``held``: added to the vocabulary already; ``listed``: what tokenizer.model would list.
     """
     config, path = folder.config, folder.path
-    named: dict[str, Any] = {**DEFAULTS.get(reader, {})}
+    named: dict[str, Any] = {**defaults}
     named |= {k: v for k, v in config.items() if k.endswith("_token") and (_is_token(v) or not v)}
-    extra, more = config.get(LISTED[0]), None
+    extra, more = (config.get(key) for key in LISTED)
     if isinstance(extra, dict):
         named |= extra
-    elif isinstance(extra, list) and extra:
-        more = list(extra)
-    if more is None and isinstance(config.get(LISTED[1]), list):
-        more = list(config[LISTED[1]])
+        extra = None
+    elif not extra and more:
+        extra = more
     by_id = {s.index: s for s in stated if s.place == CONFIG and s.index is not None}
     if "added_tokens_decoder" not in config:
         for key, value in folder.settings[SPECIAL_MAP].items():
             if key.endswith("_token") and (_is_token(value) or value is None):
                 marked = {"special": True}
                 named[key] = value | marked if isinstance(value, dict) else value
-            elif key in LISTED and isinstance(value, list):
-                more = [*(more or []), *value] if key == LISTED[0] or more is None else more
+            elif key == LISTED[0] and isinstance(value, list):
+                extra = [*(extra or []), *value]
+            elif key == LISTED[1]:
+                more = value
             elif key == LISTED[0] and isinstance(value, dict):
                 named |= value
-        texts = {_stated(path, CONFIG, v, None).token.content for v in named.values() if v}
-        texts |= {_stated(path, CONFIG, v, None).token.content for v in more or ()}
+        values = [v for v in named.values() if v] + list(extra or ())
+        texts = {_stated(path, CONFIG, value, None).token.content for value in values}
         for s in stated:
             if s.place == ADDED and s.index is not None:
                 special = s.token.content in texts
@@ -265,9 +279,12 @@ def tokens_to_add(
     added = {s.token.content: s for _, s in sorted(by_id.items()) if repr(s.token) not in written}
     known = {token.content for token in held.values()} | set(added)
     roles = sorted(named, key=lambda key: NAMED.index(key) if key in NAMED else len(NAMED))
+    more = more if extra is None else extra
+    tried: list[object] = []
     for value in [*(named[role] for role in roles if named[role]), *(more or ())]:
         s = _stated(path, CONFIG, value, None)
-        if s.token.content not in known:
+        if s.token.content not in known and value not in tried:
+            tried.append(value)
             token = s.token if isinstance(value, dict) else AddedToken(value, special=True)
             token.special = True
             added[token.content] = replace(s, token=token)  # the last one wins

@@ -83,11 +83,14 @@ def changing_nothing(model: bytes) -> bytes:
     return model + bytes_field(NORMALIZER_SPEC, bytes_field(CHARSMAP, b"") + KEEPING_SPACES)
 
 
-def merges_otherwise(processor: SentencePieceProcessor) -> bool:
+def merges_otherwise(model: bytes, processor: SentencePieceProcessor) -> bool:
     """Whether LlamaTokenizer, which merges in the order of ids, gives other ids than the scores do:
     the model is no BPE, or its pieces are not sorted by score, or some are unused.
     """
     last = float("inf")
+    trainer = b"".join(v for k, v in fields(model) if k == TRAINER_SPEC and isinstance(v, bytes))
+    if dict(fields(trainer)).get(MODEL_TYPE) != BPE:
+        return True
     for index in range(processor.get_piece_size()):
         if processor.is_unused(index):
             return True

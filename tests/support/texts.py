@@ -1,6 +1,7 @@
 """Texts of many scripts, and a SentencePiece model of some of them."""
 
 import io
+from typing import Any
 
 import sentencepiece
 
@@ -27,13 +28,13 @@ TEXTS = [
 ]
 
 
-def train_sentencepiece(**options: object) -> bytes:
+def train_sentencepiece(**options: Any) -> bytes:
     """A small SentencePiece BPE model in Llama's style; ``options`` are those of its trainer."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.split("\n")),
         model_writer=out,
-        **{
+        **{  # type: ignore[arg-type]
             "model_type": "bpe",
             "vocab_size": 350,
             "byte_fallback": True,

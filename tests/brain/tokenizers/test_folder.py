@@ -24,8 +24,10 @@ DRAWN = 40
 PROTOBUF = (
     importlib.util.find_spec("google.protobuf") if importlib.util.find_spec("google") else None
 )
-PLACES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-PLACES += ("added_tokens.json", "generation_config.json", "config.json", "transformers", "settings")
+PLACES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "generation_config.json", "config.json", "transformers", "settings"),
+)
 KEPT = "keeps it; transformers"  # a space that begins a text
 OTHER_IDS = (
     "counts as written; transformers",  # the same, and after special tokens, of tokenizer.model
