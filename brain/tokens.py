@@ -6,15 +6,55 @@ Tokenizing adds nothing and drops nothing. The one place where a BOS token is ev
 
 import codecs
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from brain.errors import Refused, one_line, shown
-from brain.files import TOKENIZER_BYTES, read_bytes, read_object, read_text
-from brain.tokenizers.sentencepiece_model import read_sentencepiece
-from brain.tokenizers.tokenizer_json import read_tokenizer_json
-from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
+from tokenizers import AddedToken
+
+from brain.errors import Refused, shown
+from brain.tokenizers.folder import (
+    DEFAULTS,
+    GPT2,
+    LIBRARY,
+    LLAMA,
+    SENTENCEPIECE,
+    VOCAB,
+    Folder,
+    begins,
+    ends,
+    prefix_space,
+    read_folder,
+    reading_class,
+    report_tokens,
+    report_unheeded,
+    stated_tokens,
+    tokens_to_add,
+)
+from brain.tokenizers.sentencepiece_model import (
+    changing_nothing,
+    listed_pieces,
+    load_sentencepiece,
+    merges_otherwise,
+    piece_list,
+    read_sentencepiece,
+    with_space,
+)
+from brain.tokenizers.sentencepiece_model import puts_space as sentencepiece_puts_space
+from brain.tokenizers.tokenizer_json import (
+    as_gpt2,
+    as_llama,
+    is_byte_level,
+    load_library,
+    overruled_parts,
+    parse_tokenizer_json,
+    puts_space,
+    refusing,
+    vocabulary_of,
+)
+from brain.tokenizers.vocabulary import Vocabulary, WarnOnce
+
+PROBES = ("Hello world", "two  spaces", "ﬁve Ⅻ 12 ①", "naïve cafe\u0301\n\tend ")
+"""Texts that show how a vocabulary normalizes and cuts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +65,13 @@ class Tokenizer:
     bos_id: int | None  # begins a text, if the vocabulary has such a token
     eos_ids: frozenset[int]  # each ends a text
     wants_bos: bool  # the model was trained to see BOS first
+    _altered: WarnOnce = field(
+        default_factory=lambda: WarnOnce(
+            "the model's tokenizer alters this text: its ids stand for one with other white space "
+            "or characters"
+        ),
+        repr=False,
+    )
 
     @property
     def vocab_size(self) -> int:
@@ -46,6 +93,8 @@ class Tokenizer:
         ids = self.vocabulary.split(text) if special else self.vocabulary.split_plain(text)
         if self.vocabulary.lossless and b"".join(map(self.token_bytes, ids)) != raw:
             raise Refused(self._unspeakable(text))
+        if not self.vocabulary.lossless and self.decode(ids) != text:
+            self._altered()
         return ids
 
     def _unspeakable(self, text: str) -> str:
@@ -133,91 +182,132 @@ class StreamDecoder:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: ``tokenizer.model`` first, else ``tokenizer.json``.
-    The folder's settings say which tokens begin and end a text. Raises Refused.
+    """The tokenizer of a Hugging Face folder, as transformers reads it. What a folder says twice is
+    decided in ``brain.tokenizers.folder``, with a warning where it differs. Raises Refused.
     """
-    tokenizer_config = _read_settings(folder / "tokenizer_config.json")
-    sentencepiece, library = folder / "tokenizer.model", folder / "tokenizer.json"
-    added = _added_tokens(folder, tokenizer_config)
-    try:
-        if sentencepiece.exists():
-            content = read_bytes(sentencepiece, TOKENIZER_BYTES)
-            vocabulary = read_sentencepiece(content, str(sentencepiece), added)
-        elif library.exists():
-            vocabulary = read_tokenizer_json(read_text(library, TOKENIZER_BYTES), str(library))
-        else:
-            raise Refused(f"{folder}: no tokenizer; put tokenizer.model or tokenizer.json there")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{folder}: tokenizer cannot be read ({one_line(error)})") from None
-    settings = [_read_settings(folder / name) for name in ("generation_config.json", "config.json")]
-    return with_special_tokens(vocabulary, tokenizer_config, settings)
+    said = read_folder(folder)
+    reader = reading_class(said)
+    report_unheeded(said)
+    if said.vocabulary == SENTENCEPIECE:
+        vocabulary = _from_sentencepiece(said, reader)
+    else:
+        vocabulary = _from_library(said, reader)
+    bos_id, wants_bos = begins(said, reader, vocabulary)
+    return Tokenizer(vocabulary, bos_id, ends(said, vocabulary), wants_bos)
 
 
-def with_special_tokens(
-    vocabulary: Vocabulary, tokenizer_config: dict[str, Any], settings: list[dict[str, Any]]
-) -> Tokenizer:
-    """Decides which tokens begin and end a text.
-
-    BOS: as named in the tokenizer's own settings, else by id in the first of ``settings`` that
-    has one, else the vocabulary's own. EOS: all that any of these names. BOS is wanted where
-    ``add_bos_token`` asks for it or, without that key, the reference tokenizer prepends it.
-    """
-    text = _token_text(tokenizer_config.get("bos_token"))
-    named = vocabulary.id_of(text) if text is not None else None
-    stated = [ids[0] for s in settings if (ids := _ids(s.get("bos_token_id")))]
-    own = vocabulary.id_of(vocabulary.bos_text) if vocabulary.bos_text is not None else None
-    bos_id = next((i for i in (named, *stated, own) if i is not None), None)
-
-    eos_ids = {i for s in settings for i in _ids(s.get("eos_token_id"))}
-    for eos in (_token_text(tokenizer_config.get("eos_token")), vocabulary.eos_text):
-        if eos is not None and (eos_id := vocabulary.id_of(eos)) is not None:
-            eos_ids.add(eos_id)
-
-    asked = tokenizer_config.get("add_bos_token")
-    wanted = asked if isinstance(asked, bool) else bos_id in vocabulary.prepended
-    return Tokenizer(
-        vocabulary=vocabulary,
-        bos_id=bos_id,
-        eos_ids=frozenset(eos_ids),
-        wants_bos=wanted and bos_id is not None,
-    )
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is no such file."""
-    return read_object(path, TOKENIZER_BYTES) if path.exists() else {}
-
-
-def _added_tokens(folder: Path, tokenizer_config: dict[str, Any]) -> dict[int, str]:
-    """Tokens that a folder adds to its SentencePiece model, or marks special, by id."""
-    stated = _read_settings(folder / "added_tokens.json").items()
-    found: list[tuple[str, Any, Any]] = [("added_tokens.json", i, text) for text, i in stated]
-    declared = tokenizer_config.get("added_tokens_decoder")
-    if isinstance(declared, dict):
-        found += [("tokenizer_config.json", i, _token_text(t)) for i, t in declared.items()]
-    added = {}
-    for file, index, text in found:
-        digits = str(index) if isinstance(index, str | int) else ""
-        number = int(digits) if digits.isdecimal() and len(digits) < 8 else MOST_TOKENS
-        # Half a surrogate pair, which JSON can hold, is not text.
-        is_text = isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
-        if number >= MOST_TOKENS or not text or not is_text:
+def _from_library(said: Folder, reader: str | None) -> Vocabulary:
+    """The vocabulary of a folder whose ``tokenizer.json`` counts."""
+    where = str(said.path / said.vocabulary)
+    spec = parse_tokenizer_json(said.library, where)
+    if reader is None and said.vocabulary == VOCAB:
+        raise Refused(
+            f"{where}: no tokenizer.json beside it, and no GPT2Tokenizer reads it; add one"
+        )
+    stated = stated_tokens(said, spec.get("added_tokens"))
+    prefix = prefix_space(said, reader, file_says=puts_space(spec, where))
+    made = spec
+    if reader == GPT2 and said.vocabulary == LIBRARY and not is_byte_level(spec, where):
+        raise Refused(
+            f"{where}: not byte-level, as {reader} of the folder's settings is; name "
+            "PreTrainedTokenizerFast there"
+        )
+    if reader is not None:
+        made = {LLAMA: as_llama, GPT2: as_gpt2}[reader](spec, prefix)
+        if not isinstance(made["model"]["vocab"], dict):
             raise Refused(
-                f"{folder / file}: added token {shown(text)} has id {shown(index)}; use a text and "
-                f"a number below {MOST_TOKENS}"
+                f"{where}: no BPE vocabulary, which {reader} of the folder's settings needs; name "
+                "PreTrainedTokenizerFast there"
             )
-        added[number] = text
-    return added
+        parts = overruled_parts(spec, made, where)
+        if parts and said.vocabulary == LIBRARY:
+            said.warn(f"{reader}, named in the settings, overrules {', '.join(parts)} of {LIBRARY}")
+    library = load_library(made, where)
+    with refusing(f"{where}: tokenizer cannot be loaded"):
+        added = tokens_to_add(
+            said, DEFAULTS.get(reader, {}), stated, library.get_added_tokens_decoder()
+        )
+        library.add_tokens([s.token for s in added.values()])
+    cut = library.get_added_tokens_decoder()
+    report_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
+    vocabulary = vocabulary_of(library, made, where)
+    if said.sentencepiece:
+        _report_other_pieces(said, vocabulary, library.get_vocab(with_added_tokens=True))
+    return vocabulary
 
 
-def _token_text(token: object) -> str | None:
-    """A special token's text, written either plainly or as an object with ``content``."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _from_sentencepiece(said: Folder, reader: str | None) -> Vocabulary:
+    """The vocabulary of a folder that has only a ``tokenizer.model``."""
+    where = str(said.path / SENTENCEPIECE)
+    try:
+        processor = load_sentencepiece(said.sentencepiece, where)
+    except Refused as refusal:
+        raise Refused(f"{refusal}; if it is a list for tiktoken, put {LIBRARY} there") from None
+    prefix = prefix_space(said, reader, file_says=sentencepiece_puts_space(processor))
+    model = said.sentencepiece
+    if reader == LLAMA:
+        own = with_space(model, put=prefix != "never")
+        model = changing_nothing(own)
+        both = load_sentencepiece(own, where), load_sentencepiece(model, where)
+        if any(both[0].encode(text) != both[1].encode(text) for text in PROBES):
+            said.warn(f"{reader} changes no text and overrules the normalizer of {SENTENCEPIECE}")
+        if merges_otherwise(model, processor):
+            said.warn(
+                f"{SENTENCEPIECE} counts; {reader}, named in the settings, would merge its pieces "
+                "in the order of their ids"
+            )
+    elif reader is not None:
+        raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
+    stated = stated_tokens(said, None)
+    listed = listed_pieces(model, where)
+    pieces = piece_list(processor, where)
+    roles = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    roles["unk_token"] = unknown = processor.unk_id()
+    defaults = {role: pieces[index] for role, index in roles.items() if index >= 0}
+    added = tokens_to_add(
+        said,
+        DEFAULTS.get(reader, defaults),
+        stated,
+        {},
+        [token for index, token in listed.items() if index != unknown],
+    )
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    cut: dict[int, AddedToken] = dict(listed)
+    theirs: dict[str, int] = {}  # the ids that transformers gives
+    for text in added:
+        theirs[text] = ids.get(text, len(ids) + sum(t not in ids for t in theirs))
+    for text, s in added.items():
+        free = max([len(ids), *(index + 1 for index in cut)])
+        cut[ids.get(text, free if s.index is None else s.index)] = s.token
+    report_tokens(said, stated, cut, normalizes=False)
+    ours = {token.content: index for index, token in cut.items()}
+    if differing := sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)):
+        text = differing[0]
+        said.warn(
+            f"added token {shown(text)} is {ours.get(text, 'none')} as the folder's settings say, "
+            f"{theirs.get(text, 'none')} by the order of transformers after {SENTENCEPIECE}"
+        )
+    return read_sentencepiece(model, where, cut, prefix=prefix)
 
 
-def _ids(value: object) -> list[int]:
-    """Token ids written as one number, a list of numbers, or null."""
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+def _report_other_pieces(said: Folder, vocabulary: Vocabulary, ids: dict[str, int]) -> None:
+    """Says where a ``tokenizer.model`` beside a ``tokenizer.json`` would give other ids. One that
+    is none of SentencePiece's, such as a list for tiktoken, says nothing.
+    """
+    where = str(said.path / SENTENCEPIECE)
+    try:
+        processor = load_sentencepiece(said.sentencepiece, where)
+        pieces = piece_list(processor, where)
+    except Refused:
+        return
+    for index, piece in enumerate(pieces):
+        if ids.get(piece) != index:
+            found = f"is {ids[piece]} in {LIBRARY}" if piece in ids else f"is not in {LIBRARY}"
+            said.warn(
+                f"{LIBRARY} overrules {SENTENCEPIECE}: piece {index}, {shown(piece)}, {found}"
+            )
+            return
+    for text in PROBES:
+        if processor.encode(text) != vocabulary.split_plain(text):
+            said.warn(f"{LIBRARY} overrules {SENTENCEPIECE}, which splits {text!r} otherwise")
+            return

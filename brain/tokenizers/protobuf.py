@@ -1,9 +1,11 @@
-"""The little of protobuf's wire format that a SentencePiece model needs to be written.
+"""The little of protobuf's wire format that it takes to write a SentencePiece model, and to look
+at one.
 
-Source: protobuf "Encoding" documentation. Each function returns one field, key and value.
+Source: protobuf "Encoding" documentation. What ends in ``field`` returns one, key and value.
 """
 
 import struct
+from collections.abc import Iterator
 
 
 def varint(value: int) -> bytes:
@@ -29,3 +31,33 @@ def float_field(number: int, value: float) -> bytes:
 def bytes_field(number: int, value: bytes) -> bytes:
     """A string, bytes or embedded-message field."""
     return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a message: number and value, bytes unless it is a varint. Raises IndexError or
+    ValueError where it is none.
+    """
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    while at < len(message):
+        key = number()
+        if key & 7 == 0:
+            yield key >> 3, number()
+            continue
+        size = {1: 8, 2: -1, 5: 4}.get(key & 7)
+        if size is None:
+            raise ValueError(f"wire type {key & 7}")
+        size = number() if size < 0 else size
+        at += size
+        yield key >> 3, message[at - size : at]

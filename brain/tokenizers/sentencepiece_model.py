@@ -3,15 +3,16 @@
 Field numbers below are those of ``sentencepiece_model.proto``.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Library
 
 from brain.errors import Refused, one_line, shown
 from brain.tokenizers.byte_level import is_byte_token
-from brain.tokenizers.protobuf import bytes_field, float_field, integer_field
-from brain.tokenizers.vocabulary import Vocabulary
+from brain.tokenizers.protobuf import bytes_field, fields, float_field, integer_field
+from brain.tokenizers.vocabulary import Vocabulary, WarnOnce
 
 SPACE = "▁"
 
@@ -20,43 +21,130 @@ PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
 # SentencePiece
 PIECE, SCORE, TYPE = 1, 2, 3
 # SentencePiece.Type, which GGUF's token types are numbered after
-NORMAL, UNKNOWN, CONTROL = 1, 2, 3
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 # TrainerSpec
 MODEL_TYPE, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 35, 40, 41, 42, 43
 BPE = 2
 # NormalizerSpec
-NORMALIZER_NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 1, 3, 4, 5
+NORMALIZER_NAME, CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = (
+    1,
+    2,
+    3,
+    4,
+    5,
+)
+KEEPING_SPACES = (
+    bytes_field(NORMALIZER_NAME, b"identity")
+    + integer_field(REMOVE_EXTRA_WHITESPACES, 0)
+    + integer_field(ESCAPE_WHITESPACES, 1)
+)
+
+
+def load_sentencepiece(model: bytes, where: str) -> SentencePieceProcessor:
+    """The library's processor of a serialized model. Raises Refused, naming it as ``where``."""
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+        size = processor.get_piece_size()
+    except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
+        raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
+    if size == 0:
+        raise Refused(f"{where}: not a SentencePiece model: it has no pieces")
+    if max(processor.bos_id(), processor.eos_id()) >= size:
+        raise Refused(
+            f"{where}: BOS {processor.bos_id()} or EOS {processor.eos_id()} is not among its "
+            f"{size} pieces"
+        )
+    return processor
+
+
+def piece_list(processor: SentencePieceProcessor, where: str) -> list[str]:
+    """The pieces, by id. Raises Refused where one is not text."""
+    try:
+        return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
+        raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
+
+
+def puts_space(processor: SentencePieceProcessor) -> bool:
+    """Whether the model puts a space before a text."""
+    first: list[str] = processor.encode("x", out_type=str)
+    return bool(first) and first[0].startswith(SPACE)
+
+
+def with_space(model: bytes, *, put: bool) -> bytes:
+    """The same model, putting a space before a text or not."""
+    # Concatenated messages are merged, the last value winning.
+    return model + bytes_field(NORMALIZER_SPEC, integer_field(ADD_DUMMY_PREFIX, int(put)))
+
+
+def changing_nothing(model: bytes) -> bytes:
+    """The same model keeping every character and space of a text, as LlamaTokenizer reads it."""
+    return model + bytes_field(NORMALIZER_SPEC, bytes_field(CHARSMAP, b"") + KEEPING_SPACES)
+
+
+def merges_otherwise(model: bytes, processor: SentencePieceProcessor) -> bool:
+    """Whether LlamaTokenizer, which merges in the order of ids, gives other ids than the scores do:
+    the model is no BPE, or its pieces are not sorted by score, or some are unused.
+    """
+    last = float("inf")
+    trainer = b"".join(v for k, v in fields(model) if k == TRAINER_SPEC and isinstance(v, bytes))
+    if dict(fields(trainer)).get(MODEL_TYPE) != BPE:
+        return True
+    for index in range(processor.get_piece_size()):
+        if processor.is_unused(index):
+            return True
+        if not (
+            processor.is_byte(index)
+            or processor.is_control(index)
+            or processor.is_unknown(index)
+            or len(processor.id_to_piece(index)) == 1
+        ):
+            if processor.get_score(index) >= last:
+                return True
+            last = processor.get_score(index)
+    return False
+
+
+def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
+    """The pieces that stand for themselves wherever they are written, by id: control pieces, the
+    unknown one, and those that the model's maker defined. Raises Refused.
+    """
+    try:
+        pieces = [dict(fields(value)) for key, value in fields(model) if key == PIECES]  # type: ignore[arg-type]
+    except (IndexError, ValueError, TypeError) as error:
+        raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
+    found = {}
+    for index, piece in enumerate(pieces):
+        kind, text = piece.get(TYPE, NORMAL), piece.get(PIECE)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED) and isinstance(text, bytes) and text:
+            special = kind != USER_DEFINED
+            found[index] = AddedToken(text.decode(), normalized=False, special=special)
+    return found
 
 
 def read_sentencepiece(
-    model: bytes, where: str, added: Mapping[int, str] | None = None
+    model: bytes,
+    where: str,
+    added: Mapping[int, AddedToken] | None = None,
+    *,
+    prefix: str = "as it is",
 ) -> Vocabulary:
     """The vocabulary in a serialized SentencePiece model. Raises Refused, naming it as ``where``.
 
     ``added``: tokens that the model's folder adds, or declares special, by id.
     In ``split``, control, unknown and added tokens written out in the text become their id. Only
     the text's beginning, or what follows a leading BOS, gets the model's dummy space: so that
-    decoding restores the text.
+    decoding restores the text. ``prefix`` says where transformers puts it; ``always`` (where there
+    is no space) and ``every`` (in any case), after added tokens too, are followed.
     """
-    added = added or {}
-    # Concatenated messages are merged, the last value winning: a processor without dummy prefix.
-    bare_model = model + bytes_field(NORMALIZER_SPEC, integer_field(ADD_DUMMY_PREFIX, 0))
-    processor, bare = SentencePieceProcessor(), SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(model)
-        bare.LoadFromSerializedProto(bare_model)
-        size = processor.get_piece_size()
-        pieces = [processor.id_to_piece(index) for index in range(size)]
-    except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
-        raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
-    if size == 0:
-        raise Refused(f"{where}: not a SentencePiece model: it has no pieces")
+    processor = load_sentencepiece(model, where)
+    bare = load_sentencepiece(with_space(model, put=False), where)
+    pieces = piece_list(processor, where)
     bos, eos = processor.bos_id(), processor.eos_id()
-    if max(bos, eos) >= size:
-        raise Refused(f"{where}: BOS {bos} or EOS {eos} is not among its {size} pieces")
+    cut = {**listed_pieces(model, where), **(added or {})}
 
-    spelling: list[bytes | None] = [None] * max([size, *(index + 1 for index in added)])
-    special: dict[str, int] = {}
+    spelling: list[bytes | None] = [None] * max(len(pieces), *(index + 1 for index in cut), 0)
     for index, piece in enumerate(pieces):
         if processor.is_byte(index):
             if not is_byte_token(piece):
@@ -64,43 +152,67 @@ def read_sentencepiece(
             spelling[index] = bytes([int(piece[3:5], 16)])
         elif processor.is_control(index) or processor.is_unknown(index):
             spelling[index] = piece.encode()
-            special[piece] = index
         else:
             spelling[index] = piece.replace(SPACE, " ").encode()
-    for index, text in added.items():
-        spelling[index] = text.encode()
-        special[text] = index
-
-    longest_first = sorted((text for text in special if text), key=len, reverse=True)
-    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    for index, token in cut.items():
+        spelling[index] = token.content.encode()
+    sections = _Sections(cut)
+    dummy = puts_space(processor)
+    differs = WarnOnce(
+        f"{where}: a space at the beginning of a text, or after a special token written in it, "
+        "counts as written; transformers puts one, or takes it for the one it puts"
+    )
 
     def split_plain(text: str) -> list[int]:
         return processor.encode(text, out_type=int)  # type: ignore[no-any-return]
 
     def split(text: str) -> list[int]:
-        if pattern is None:
-            return split_plain(text)
         ids: list[int] = []
-        for part in pattern.split(text):  # text and special tokens alternate
-            if part in special:
-                ids.append(special[part])
-            elif part:
-                at_start = not ids or ids == [bos]
-                ids += (processor if at_start else bare).encode(part, out_type=int)
+        for start, part, index in sections.of(text):
+            if index is not None:
+                ids.append(index)
+                continue
+            spaced = part.startswith(" ")
+            put = not ids or (prefix == "every") or (prefix == "always" and not spaced)
+            if prefix not in ("always", "every") and ids == [bos]:
+                put = True
+            theirs = {"always": not spaced, "first": start == 0 and not spaced}.get(prefix, True)
+            if dummy and put != theirs:
+                differs()
+            ids += (processor if put else bare).encode(part, out_type=int)
         return ids
 
-    probe = b"".join(spelling[index] or b"" for index in split_plain("x"))
     return Vocabulary(
         split=split,
         split_plain=split_plain,
         spelling=tuple(spelling),
-        leading_space=probe.startswith(b" "),
+        leading_space=dummy,
         lossless=False,
-        id_of=({piece: index for index, piece in enumerate(pieces)} | special).get,
+        id_of=(
+            {piece: index for index, piece in enumerate(pieces)}
+            | {token.content: index for index, token in cut.items()}
+        ).get,
         prepended=(bos,) if bos >= 0 else (),
         bos_text=pieces[bos] if bos >= 0 else None,
         eos_text=pieces[eos] if eos >= 0 else None,
     )
+
+
+class _Sections:
+    """Cuts texts at added tokens, heeding their flags, as the ``tokenizers`` library does."""
+
+    def __init__(self, cut: Mapping[int, AddedToken]) -> None:
+        # A library that knows nothing else: what is between two of them is one unknown word.
+        self._library = Library(models.WordLevel({"": 0}, unk_token=""))
+        self._library.add_tokens(list(cut.values()))
+        self._ids = {token.content: index for index, token in cut.items()}
+
+    def of(self, text: str) -> Iterator[tuple[int, str, int | None]]:
+        """The sections of a text in order: where each starts, its text, and the id of a token."""
+        found = self._library.encode(text, add_special_tokens=False)
+        for own, (start, end) in zip(found.ids, found.offsets, strict=True):
+            token = self._library.id_to_token(own) if own else None
+            yield start, text[start:end], None if token is None else self._ids[token]
 
 
 def write_sentencepiece(
@@ -133,10 +245,5 @@ def write_sentencepiece(
         + integer_field(EOS_ID, eos)
         + integer_field(PAD_ID, -1)
     )
-    normalizer = (
-        bytes_field(NORMALIZER_NAME, b"identity")
-        + integer_field(ADD_DUMMY_PREFIX, int(dummy_prefix))
-        + integer_field(REMOVE_EXTRA_WHITESPACES, 0)
-        + integer_field(ESCAPE_WHITESPACES, 1)
-    )
+    normalizer = integer_field(ADD_DUMMY_PREFIX, int(dummy_prefix)) + KEEPING_SPACES
     return pieces + bytes_field(TRAINER_SPEC, trainer) + bytes_field(NORMALIZER_SPEC, normalizer)

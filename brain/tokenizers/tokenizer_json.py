@@ -1,7 +1,7 @@
 """Vocabularies from a Hugging Face ``tokenizer.json``, read by the ``tokenizers`` library.
 
-Two kinds are supported: byte-level BPE (GPT-2, Llama 3, SmolLM) and the Llama 2 kind, BPE over
-characters with ``▁`` for space and byte fallback.
+Two kinds are supported: byte-level (GPT-2, Llama 3, SmolLM) and the Llama 2 kind, with ``▁`` for
+space and, as a rule, byte fallback.
 """
 
 import functools
@@ -13,48 +13,67 @@ from typing import Any
 
 from tokenizers import Tokenizer as Library
 
-from brain.errors import Refused, one_line, shown
+from brain.errors import Refused, one_line, shown, warn
 from brain.files import parse_json
 from brain.tokenizers.byte_level import byte_of_character, is_byte_token
-from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
+from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary, WarnOnce
 
 SPACE = "▁"
 MOST_GROWTH = 64
 """Of a text before it is split; SmolLM's doubles at most, Llama's is four times as long."""
 DEEPEST = 8  # sequences within sequences of steps
+MODELS = ("BPE", "Unigram", "WordLevel")
+LLAMA_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
-def read_tokenizer_json(content: str, where: str) -> Vocabulary:
-    """The vocabulary in a ``tokenizer.json`` text. Truncation, padding, post-processing and BPE
-    dropout, which the file may ask for, are off. Raises Refused, naming the file as ``where``.
-    """
+def parse_tokenizer_json(content: str, where: str) -> dict[str, Any]:
+    """The parsed ``tokenizer.json`` text. Raises Refused, naming the file as ``where``."""
     try:
         spec = parse_json(content)
     except ValueError as error:
         raise Refused(f"{where}: not JSON ({one_line(error)}); fetch the file again") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise Refused(f"{where}: not a tokenizer.json: it has no 'model' object")
-    kind = spec["model"].get("type")
-    if kind != "BPE":
-        raise Refused(f"{where}: tokenizer model {shown(kind)} is not supported; use BPE")
+    return spec
+
+
+def load_library(spec: dict[str, Any], where: str) -> Library:
+    """The library's tokenizer. Truncation, padding and dropout, which the file may ask for, are
+    off. Raises Refused where it cannot be loaded, or its tokens would not give a text back.
+    """
+    kind = spec["model"].get("type")  # files of the library's early days have none
+    if kind is not None and kind not in MODELS:
+        raise Refused(
+            f"{where}: tokenizer model {shown(kind)} is not supported; use {', '.join(MODELS)}"
+        )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if spec["model"].get(key) not in (None, ""):
             raise Refused(f"{where}: {key} {shown(spec['model'][key])} is not supported; use none")
-    spec["model"]["dropout"] = None
-    spec["truncation"] = spec["padding"] = None
-    byte_level = _is_byte_level(spec, where)
+    model = {**spec["model"], "dropout": None} if "dropout" in spec["model"] else spec["model"]
+    if spec["model"].get("dropout"):
+        warn(f"{where}: its dropout is off; transformers would split texts at random")
+    is_byte_level(spec, where)
     _check_growth(spec, where)
     _check_templates(spec, where)
-    byte_fallback = bool(spec["model"].get("byte_fallback"))
-    text = json.dumps(spec)
-    del spec  # large, and the library makes its own of it
-    with _refusing(f"{where}: tokenizer cannot be loaded"):
+    text = json.dumps({**spec, "model": model, "truncation": None, "padding": None})
+    with refusing(f"{where}: tokenizer cannot be loaded"):
         library = Library.from_str(text)
+    name = type(library.model).__name__
+    if name not in MODELS:
+        raise Refused(f"{where}: tokenizer model {shown(name)} is not supported; use BPE")
+    return library
+
+
+def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabulary:
+    """The vocabulary of a loaded tokenizer. Its texts are split as the library splits them, but one
+    that begins with a space keeps it, where the library would take it for the space it puts there.
+    """
+    byte_level = is_byte_level(spec, where)
     one_at_a_time = threading.Lock()
 
     def encoded(words: str, *, special: bool) -> list[int]:
         # Which of the two is a setting of the library, not of the call.
-        with one_at_a_time, _refusing(f"{where}: tokenizer cannot split a text"):
+        with one_at_a_time, refusing(f"{where}: tokenizer cannot split a text"):
             library.encode_special_tokens = not special
             return list(library.encode(words, add_special_tokens=False).ids)
 
@@ -64,26 +83,137 @@ def read_tokenizer_json(content: str, where: str) -> Vocabulary:
         except UnicodeError:  # half a surrogate pair, which JSON can hold, is not a token
             return None
 
-    split = functools.partial(encoded, special=True)
-    split_plain = functools.partial(encoded, special=False)
-    spelling = _spellings(library, where, byte_level=byte_level, byte_fallback=byte_fallback)
-    with _refusing(f"{where}: tokenizer cannot split a text"):
-        bare, full = split("x"), list(library.encode("x", add_special_tokens=True).ids)
+    spelling = _spellings(
+        library,
+        where,
+        byte_level=byte_level,
+        byte_fallback=bool(spec["model"].get("byte_fallback")),
+    )
+    bare, spaced = (encoded(text, special=True) for text in ("x", " x"))
+    with refusing(f"{where}: tokenizer cannot split a text"):
+        full = list(library.encode("x", add_special_tokens=True).ids)
     first = next((n for n in range(len(full)) if full[n : n + len(bare)] == bare), 0)
-    probe = b"".join(spelling[i] or b"" for i in bare)
+    leading_space = b"".join(spelling[i] or b"" for i in bare).startswith(b" ")
+    takes_space = leading_space and spaced == bare
+    kept = WarnOnce(
+        f"{where}: a text that begins with a space keeps it; transformers takes it for the one "
+        "that is put before a text"
+    )
+
+    def split(words: str, *, special: bool) -> list[int]:
+        if takes_space and words.startswith(" "):
+            kept()
+            words = " " + words
+        return encoded(words, special=special)
+
+    strips = any(t.lstrip or t.rstrip for t in library.get_added_tokens_decoder().values())
     return Vocabulary(
-        split=split,
-        split_plain=split_plain,
+        split=functools.partial(split, special=True),
+        split_plain=functools.partial(split, special=False),
         spelling=spelling,
-        leading_space=probe.startswith(b" "),
-        lossless=byte_level,
+        leading_space=leading_space,
+        lossless=byte_level and not (leading_space or strips or spec.get("normalizer")),
         id_of=id_of,
         prepended=tuple(full[:first]),
+        appended=tuple(full[first + len(bare) :]),
     )
 
 
+def read_tokenizer_json(content: str, where: str) -> Vocabulary:
+    """The vocabulary in a ``tokenizer.json`` text, as it is. Raises Refused."""
+    spec = parse_tokenizer_json(content, where)
+    return vocabulary_of(load_library(spec, where), spec, where)
+
+
+def as_llama(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """What transformers' LlamaTokenizer makes of a ``tokenizer.json``: its vocabulary, merges and
+    template, all else new. ``prefix``: where a space is put, ``never``, ``first`` or ``always``.
+    """
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix != "never":
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return _made_anew(
+        spec,
+        model={"fuse_unk": True, "byte_fallback": True},
+        pre_tokenizer={
+            "type": "Metaspace",
+            "replacement": SPACE,
+            "prepend_scheme": prefix,
+            "split": False,
+        },
+        decoder={"type": "Sequence", "decoders": decoders},
+    )
+
+
+def as_gpt2(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The same for GPT2Tokenizer."""
+    step = {"type": "ByteLevel", "add_prefix_space": prefix != "never", "trim_offsets": True}
+    step["use_regex"] = True
+    return _made_anew(
+        spec, model={}, pre_tokenizer=step, decoder={**step, "add_prefix_space": True}
+    )
+
+
+def _made_anew(
+    spec: dict[str, Any], model: dict[str, Any], pre_tokenizer: Any, decoder: Any
+) -> dict[str, Any]:
+    told = spec["model"]
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": spec.get("post_processor"),
+        "decoder": decoder,
+        "model": {
+            "type": "BPE",
+            "vocab": told.get("vocab"),
+            "merges": told.get("merges") or [],
+            "byte_fallback": False,
+            **model,
+        },
+    }
+
+
+def overruled_parts(spec: dict[str, Any], made: dict[str, Any], where: str) -> list[str]:
+    """The parts of a ``tokenizer.json`` that change ids, and are others in what is made of it."""
+
+    def steps(told: dict[str, Any], part: str, key: str) -> list[dict[str, Any]]:
+        ignored = ("trim_offsets", "str_rep", "add_prefix_space")  # told elsewhere, if it matters
+        byte_level = {"use_regex": True}  # which older files leave out
+        return [
+            (byte_level if step.get("type") == "ByteLevel" else {})
+            | {key: value for key, value in step.items() if key not in ignored}
+            for step in _steps(told.get(part), key, where)
+        ]
+
+    parts = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+    flags = ("byte_fallback", "ignore_merges")
+    return [p for p, key in parts.items() if steps(spec, p, key) != steps(made, p, key)] + [
+        flag for flag in flags if bool(spec["model"].get(flag)) != bool(made["model"].get(flag))
+    ]
+
+
+def puts_space(spec: dict[str, Any], where: str) -> bool:
+    """Whether a ``tokenizer.json`` asks for a space before a text."""
+    steps = _steps(spec.get("normalizer"), "normalizers", where)
+    steps += _steps(spec.get("pre_tokenizer"), "pretokenizers", where)
+    for step in steps:
+        kind = step.get("type")
+        if kind == "Prepend" or (kind == "ByteLevel" and step.get("add_prefix_space")):
+            return True
+        if kind == "Metaspace":
+            scheme = step.get("prepend_scheme", "always")
+            return scheme != "never" and step.get("add_prefix_space") is not False
+    return False
+
+
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def refusing(what: str) -> Iterator[None]:
     """Refuses any error of the library: a bare Exception or, for a panic, a BaseException."""
     try:
         yield
@@ -93,21 +223,22 @@ def _refusing(what: str) -> Iterator[None]:
         raise Refused(f"{what}: {one_line(error)}") from None
 
 
-def _is_byte_level(spec: dict[str, Any], where: str) -> bool:
-    """Whether the file is of the byte-level kind; Refused where it is neither that nor Llama's."""
+def is_byte_level(spec: dict[str, Any], where: str) -> bool:
+    """Whether the file is of the byte-level kind; Refused where it is neither that nor Llama's. The
+    decoder tells; where there is none, the way in.
+    """
     names = [_name(step) for step in _steps(spec.get("decoder"), "decoders", where)]
-    if names == ["ByteLevel"]:
-        normalizers = [_name(n) for n in _steps(spec.get("normalizer"), "normalizers", where)]
-        if normalizers:
-            raise Refused(
-                f"{where}: byte-level BPE with normalizer {', '.join(normalizers)} is not supported"
-            )
-        for step in _steps(spec.get("pre_tokenizer"), "pretokenizers", where):
-            if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
-                raise Refused(f"{where}: byte-level BPE with add_prefix_space is not supported")
+    if names and set(names) <= {"ByteLevel", "Fuse"} and "ByteLevel" in names:
         return True
-    if names and set(names) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+    if names and set(names) <= LLAMA_STEPS:
         return False
+    if not names:
+        ways = _steps(spec.get("pre_tokenizer"), "pretokenizers", where)
+        kinds = {_name(step) for step in ways}
+        if "ByteLevel" in kinds:
+            return True
+        if "Metaspace" in kinds:
+            return False
     raise Refused(
         f"{where}: tokenizer decoder {', '.join(names) or 'none'} is not supported; "
         "use byte-level BPE or the Llama kind (Replace, ByteFallback, Fuse, Strip)"

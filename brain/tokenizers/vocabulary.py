@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from brain.errors import warn
+
 MOST_TOKENS = 1 << 22  # higher ids are mistakes: a table of them would take gigabytes
 
 
@@ -23,5 +25,19 @@ class Vocabulary:
     lossless: bool
     id_of: Callable[[str], int | None]  # of a token's text
     prepended: tuple[int, ...] = ()  # what the reference tokenizer puts before a text by default
+    appended: tuple[int, ...] = ()  # and after it
     bos_text: str | None = None  # the format's own idea of these tokens, where it has one
     eos_text: str | None = None
+
+
+class WarnOnce:
+    """A warning that is given the first time it is called for."""
+
+    def __init__(self, message: str) -> None:
+        self._message, self._given = message, False
+
+    def __call__(self) -> None:
+        """Gives it, unless it was given."""
+        if not self._given:
+            self._given = True
+            warn(self._message)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, processors
 
-from brain.errors import Refused
-from brain.tokenizers.tokenizer_json import read_tokenizer_json
-from brain.tokens import StreamDecoder, Tokenizer, load_tokenizer, with_special_tokens
+from brain.errors import BrainWarning, Refused
+from brain.tokens import StreamDecoder, Tokenizer, load_tokenizer
 from texts import TEXTS
 
 
@@ -46,7 +45,7 @@ def byte_level(greedy_json_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def llama_json() -> Tokenizer:
+def llama_json(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A Llama 2 style tokenizer.json: Prepend and Replace, byte fallback, Strip."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁", "h", "e", "l", "o", "he", "ll", "▁he", "▁hell", "▁hello"]
@@ -70,8 +69,11 @@ def llama_json() -> Tokenizer:
     library.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    vocabulary = read_tokenizer_json(library.to_str(), "tokenizer.json")
-    return with_special_tokens(vocabulary, {"bos_token": "<s>", "eos_token": "</s>"}, [])
+    folder = tmp_path_factory.mktemp("llama")
+    library.save(str(folder / "tokenizer.json"))
+    settings_file = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings_file))
+    return load_tokenizer(folder)
 
 
 # I10: tokenizing adds nothing ---------------------------------------------------------------
@@ -161,24 +163,43 @@ def test_added_tokens_of_a_sentencepiece_folder(spm_folder: Path, tmp_path: Path
         load_tokenizer(tmp_path)
 
 
-def test_begin_and_end_tokens_come_from_all_settings(greedy_json_folder: Path) -> None:
+def test_begin_and_end_tokens_come_from_all_settings(
+    greedy_json_folder: Path, tmp_path: Path
+) -> None:
+    library = (greedy_json_folder / "tokenizer.json").read_text()
     vocabulary = load_tokenizer(greedy_json_folder).vocabulary
     start, end = vocabulary.id_of("<s>"), vocabulary.id_of("</s>")
     assert start is not None
     assert end is not None
     assert vocabulary.id_of("no such token") is None
-    tokenizer = with_special_tokens(
-        vocabulary, {"eos_token": "</s>", "add_bos_token": False}, [{"eos_token_id": [0, 7]}, {}]
-    )
+
+    def opened(template: bool = True, **files: dict[str, object]) -> Tokenizer:
+        told = json.loads(library) | ({} if template else {"post_processor": None})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+        for name in ("tokenizer_config", "generation_config", "config"):
+            (tmp_path / f"{name}.json").write_text(json.dumps(files.get(name, {})))
+        return load_tokenizer(tmp_path)
+
+    with pytest.warns(BrainWarning, match=r"EOS is \[0, 7\] by generation_config.json"):
+        tokenizer = opened(
+            template=False,
+            tokenizer_config={"eos_token": "</s>", "add_bos_token": False},
+            generation_config={"eos_token_id": [0, 7]},
+        )
     assert tokenizer.eos_ids == {0, 7, end}
     assert tokenizer.bos_id is None
     assert not tokenizer.wants_bos
-    tokenizer = with_special_tokens(vocabulary, {}, [{}, {"bos_token_id": start}])
+    tokenizer = opened(config={"bos_token_id": start})
     assert tokenizer.bos_id == start
-    assert tokenizer.wants_bos  # the file's own post-processor prepends it
-    assert not with_special_tokens(vocabulary, {}, [{"bos_token_id": 0}]).wants_bos
+    assert tokenizer.wants_bos  # the file's own template puts it there
+    tokenizer = opened(template=False, config={"bos_token_id": 0})
+    assert (tokenizer.bos_id, tokenizer.wants_bos) == (0, False)
+    with pytest.warns(BrainWarning, match="overrules 0 in config.json"):
+        tokenizer = opened(config={"bos_token_id": 0})
+    assert (tokenizer.bos_id, tokenizer.wants_bos) == (start, True)
     half_a_character = {"bos_token": "\ud800", "eos_token": "\ud800"}  # which JSON can spell
-    assert with_special_tokens(vocabulary, half_a_character, [{}]).bos_id is None
+    with pytest.raises(Refused, match="added token"):
+        opened(tokenizer_config=half_a_character)
 
 
 # Round trips -----------------------------------------------------------------------------------
@@ -275,10 +296,11 @@ def test_stream_waits_for_a_character_and_gives_up_only_when_certain(
 # Files that cannot be used ------------------------------------------------------------------------
 
 
-def test_sentencepiece_comes_first(spm_folder: Path, tmp_path: Path, byte_level_json: str) -> None:
+def test_tokenizer_json_comes_first(spm_folder: Path, tmp_path: Path, byte_level_json: str) -> None:
     (tmp_path / "tokenizer.model").write_bytes((spm_folder / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer.json").write_text(byte_level_json)
-    assert load_tokenizer(tmp_path).vocab_size == 350
+    with pytest.warns(BrainWarning, match="tokenizer.json overrules tokenizer.model"):
+        assert load_tokenizer(tmp_path).vocab_size == 260
 
 
 @pytest.mark.parametrize(
@@ -313,19 +335,8 @@ def test_truncated_sentencepiece_is_refused(spm_folder: Path, tmp_path: Path) ->
     [
         ({"model": {"type": "WordPiece", "vocab": {}}}, "'WordPiece'"),
         ({"decoder": {"type": "WordPiece"}}, "decoder WordPiece"),
-        ({"decoder": None}, "decoder none"),
-        ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
-        (
-            {
-                "pre_tokenizer": {
-                    "type": "ByteLevel",
-                    "add_prefix_space": True,
-                    "trim_offsets": True,
-                    "use_regex": True,
-                }
-            },
-            "add_prefix_space",
-        ),
+        ({"decoder": None, "pre_tokenizer": {"type": "Whitespace"}}, "decoder none"),
+        ({"model": {"type": "BPE", "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
     ],
 )
 def test_other_kinds_are_refused_by_name(

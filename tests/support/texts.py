@@ -1,6 +1,7 @@
 """Texts of many scripts, and a SentencePiece model of some of them."""
 
 import io
+from typing import Any
 
 import sentencepiece
 
@@ -27,19 +28,21 @@ TEXTS = [
 ]
 
 
-def train_sentencepiece(*, add_dummy_prefix: bool = True) -> bytes:
-    """A small SentencePiece BPE model in Llama's style."""
+def train_sentencepiece(**options: Any) -> bytes:
+    """A small SentencePiece BPE model in Llama's style; ``options`` are those of its trainer."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.split("\n")),
         model_writer=out,
-        model_type="bpe",
-        vocab_size=350,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-        add_dummy_prefix=add_dummy_prefix,
+        **{  # type: ignore[arg-type]
+            "model_type": "bpe",
+            "vocab_size": 350,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True,
+            "minloglevel": 2,
+            **options,
+        },
     )
     return out.getvalue()
