@@ -22,6 +22,13 @@ PREFIX = "model."
 OURS = ("model", "layers", "embed_tokens", "norm", "lm_head")
 """What a tensor's name begins with if it would change what this model says."""
 FREQUENCIES = "rotary_emb.inv_freq"  # a buffer of old checkpoints, computed here
+SIZES = {
+    **dict.fromkeys(("embed_tokens", "lm_head"), "vocab_size and hidden_size"),
+    **dict.fromkeys(("q_proj", "o_proj"), "num_attention_heads, head_dim and hidden_size"),
+    **dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads, head_dim and hidden_size"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "intermediate_size and hidden_size"),
+}
+"""Keys of config.json that say what shape a tensor has; of norms it is hidden_size."""
 ROWS_AT_ONCE = 1024
 """Rows that are rounded or compared at a time: in float32, several times over, they must not weigh
 much.
@@ -64,13 +71,11 @@ def model_tensors(
     expected = {name: shape for parts in packed_parts(config).values() for name, shape in parts}
     expected[HEAD] = (config.vocab_size, config.hidden_size)
     found = _by_model_name(_by_name(files, weight_map), expected)
-    tensors: Tensors = {}
-    for name, stored in found.items():
-        if name in expected:
-            _check(stored, expected[name])
-            tensors[name] = stored
-        else:
-            _check_unexpected(stored, config)
+    tensors = {name: stored for name, stored in found.items() if name in expected}
+    others = [stored for name, stored in found.items() if name not in expected]
+    for name, stored in tensors.items():
+        _check(stored, expected[name])
+    _check_others(others, config)
     if config.tie_word_embeddings:
         config = _tied(config, tensors)
     for name, shape in expected.items():
@@ -84,34 +89,40 @@ def _by_name(files: Sequence[TensorFile], weight_map: Mapping[str, str]) -> Tens
     one counts, whatever the index says.
     """
     found: Tensors = {}
-    elsewhere: list[str] = []
+    lines = []
     for file in files:
         for name, entry in file.entries.items():
             stored = Stored(file, name, entry)
             if name in found and not same(found[name], stored):
-                warn(
+                lines.append(
                     f"{file.path}: tensor {name} is another one in {found[name].file.path.name}; "
                     f"the last shard counts, as in transformers (the index names "
                     f"{weight_map.get(name, 'none')})"
                 )
             found[name] = stored
-    for name, shard in weight_map.items():
-        if name in found and found[name].file.path.name != shard:
-            holders = [file for file in files if name in file.entries]
-            if shard not in (file.path.name for file in holders):
-                elsewhere.append(name)
-    if elsewhere:
-        first, more = elsewhere[0], len(elsewhere) - 1
-        warn(
-            f"{found[first].file.path}: tensor {first} is here, and used, though the index says "
-            f"{weight_map[first]}" + (f"; so are {more} more" if more else "")
-        )
+    _say(lines)
+    held = {(name, file.path.name) for file in files for name in file.entries}
+    _say(
+        [
+            f"{found[name].file.path}: tensor {name} is here, and used, though the index says {at}"
+            for name, at in weight_map.items()
+            if name in found and (name, at) not in held
+        ]
+    )
     return found
+
+
+def _say(lines: list[str]) -> None:
+    """One line for all of a kind: the first, and how many more there are."""
+    if lines:
+        more = len(lines) - 1
+        warn(lines[0] + (f" (and {more} more like this)" if more else ""))
 
 
 def _by_model_name(found: Tensors, expected: Mapping[str, object]) -> Tensors:
     """The same by the model's names. Of two spellings of one name that counts which sorts first."""
     chosen: Tensors = {}
+    lines = []
     for spelling in sorted(found):
         name, stored = spelling, found[spelling]
         if spelling.removeprefix(PREFIX) in expected:
@@ -121,10 +132,11 @@ def _by_model_name(found: Tensors, expected: Mapping[str, object]) -> Tensors:
         if name not in chosen:
             chosen[name] = stored
         elif not same(chosen[name], stored):
-            warn(
+            lines.append(
                 f"{chosen[name].file.path}: tensor {chosen[name].name} counts; {stored}, its other "
                 "spelling, is another one and is overruled, as in transformers"
             )
+    _say(lines)
     return chosen
 
 
@@ -132,31 +144,46 @@ def _check(stored: Stored, shape: tuple[int, ...]) -> None:
     """Refuses a tensor of the model that is not as config.json says."""
     what = f"{stored.file.path}: tensor {stored.name}"
     if stored.entry.shape != shape:
-        has = f"has shape {list(stored.entry.shape)}"
-        raise Refused(f"{what} {has}, config.json implies {list(shape)}")
+        keys = SIZES.get(stored.name.split(".")[-2], "hidden_size")
+        raise Refused(
+            f"{what} has shape {list(stored.entry.shape)}, config.json implies {list(shape)} by "
+            f"{keys}"
+        )
     if stored.entry.dtype not in DTYPES:
         raise Refused(f"{what} has dtype {stored.entry.dtype}; use {', '.join(DTYPES)}")
 
 
-def _check_unexpected(stored: Stored, config: LlamaConfig) -> None:
-    """Refuses a tensor that would change what the model says; names one of another head."""
-    name, path = stored.name, stored.file.path
-    if name.endswith(FREQUENCIES):
-        if not _frequencies_agree(stored, config):
-            warn(
-                f"{path}: tensor {name} says other frequencies than config.json's rope_theta and "
-                "is overruled, as in transformers"
-            )
-        return
-    if name.split(".")[0] not in OURS:
-        warn(f"{path}: tensor {name} is no part of the model in config.json and is not used")
-        return
+def _check_others(others: Sequence[Stored], config: LlamaConfig) -> None:
+    """Refuses tensors that would change what the model says, and names what is not used."""
+    buffers = [stored for stored in others if stored.name.endswith(FREQUENCIES)]
+    others = [stored for stored in others if not stored.name.endswith(FREQUENCIES)]
+    for stored in others:
+        if stored.name.split(".")[0] in OURS:
+            raise _unexpected(stored, config)
+    _say(
+        [
+            f"{stored.file.path}: tensor {stored.name} is no part of the model in config.json and "
+            "is not used"
+            for stored in others
+        ]
+    )
+    _say(
+        [
+            f"{stored.file.path}: tensor {stored.name} says other frequencies than config.json's "
+            "rope_theta and is overruled, as in transformers"
+            for stored in buffers
+            if not _frequencies_agree(stored, config)
+        ]
+    )
+
+
+def _unexpected(stored: Stored, config: LlamaConfig) -> Refused:
     reason = "it is not Llama's"
-    if name.endswith(".bias"):
+    if stored.name.endswith(".bias"):
         reason = "biases are not supported, nor does config.json speak of them"
-    elif ".layers." in f".{name}":
+    elif ".layers." in f".{stored.name}":
         reason = f"it is not Llama's, or more than config.json's {config.num_layers} layers"
-    raise Refused(f"{path}: unexpected tensor {name}: {reason}")
+    return Refused(f"{stored.file.path}: unexpected tensor {stored.name}: {reason}")
 
 
 def _frequencies_agree(stored: Stored, config: LlamaConfig) -> bool:

@@ -273,7 +273,7 @@ def shapes(folder: Folder) -> tuple[str, str]:
         ]
     )
     folder.config[key] = value
-    return "tensor ", "config.json"
+    return "tensor ", "head_dim" if key == "num_attention_heads" else key
 
 
 def biases(folder: Folder) -> tuple[str, str]:
