@@ -119,10 +119,13 @@ def cache_folder(given: Path | None = None) -> Path:
     """Where to keep what is fetched and built: the folder that is given, or the user's. Raises
     Refused if no home folder is known.
     """
-    folder = user_cache_path("positronic-brain") if given is None else given
-    if given is None and folder.parts[0] == "~":
-        raise Refused("no home folder is known to keep files in: set HOME or give cache_dir=FOLDER")
-    return folder
+    if given is not None:
+        return given
+    try:
+        return user_cache_path("positronic-brain")
+    except RuntimeError:
+        message = "no home folder is known to keep files in: set HOME, or give cache_dir=FOLDER"
+        raise Refused(message) from None
 
 
 def given_path(path: str | Path) -> Path:

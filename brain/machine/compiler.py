@@ -37,7 +37,7 @@ def capturing(graph: str) -> Iterator[None]:
         yield
     except failures as error:
         cause = getattr(error, "inner_exception", error)  # of a backend's
-        reason = complaint(str(cause) or type(cause).__name__)
+        reason = complaint(f"{type(cause).__name__}: {cause}")
         helps = (remedy for sign, remedy in REMEDIES.items() if sign in reason)
         remedy = "".join(f"{remedy}, or " for remedy in helps) + "use engine=eager"
         raise Refused(f"the graph {graph!r} cannot be compiled ({reason}): {remedy}") from error
@@ -49,6 +49,6 @@ def complaint(output: str) -> str:
     signs = (*FULL_DISK, "fatal error:", "error:", "cannot find", "Error", "error")
     for sign in signs:
         for line in lines:
-            if sign in line and not line.startswith(("collect2:", "C++ compile error")):
+            if sign in line and not line.startswith(("collect2:", "CppCompileError:")):
                 return line[:200]
     return lines[0][:200] if lines else "without a reason"

@@ -53,7 +53,9 @@ def endings_are_ctrl_c() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
+    before: dict[int, Any] = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)
+    }
     if HANGUP and _is_heard(HANGUP):
         before[HANGUP] = signal.signal(HANGUP, hang_up)
     try:

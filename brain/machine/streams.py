@@ -4,6 +4,7 @@ The text goes to standard output, and losing that ends the program. Notes go to 
 what cannot be written there is dropped.
 """
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -81,9 +82,9 @@ def take_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     closed = sys.stdout is None
-    sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr)
-    )
+    if closed or sys.stderr is None:
+        nowhere = io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8")
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     sys.stderr = cast(TextIO, Notes(sys.stderr))
     if closed:
         raise Refused("standard output is closed: the text goes there, so give it a file or a pipe")

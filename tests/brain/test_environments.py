@@ -3,11 +3,15 @@ line and status 2.
 """
 
 import os
+import pty
+import re
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -27,10 +31,13 @@ RUN = ["prompt=Hello", "ticks=6", "capacity=32", "seed=1", "hydra.run.dir=out"]
 
 
 def run(
-    where: Path, arguments: list[str], redirection: str = "", **variables: str | None
+    where: Path,
+    arguments: list[str],
+    redirection: str = "",
+    variables: Mapping[str, str | None] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[bytes]:
     """A command in a shell that redirects its streams; a variable of None is taken away."""
-    around = {**ENVIRONMENT, "PYTHONPATH": str(PRODUCT), **variables}
+    around = {**ENVIRONMENT, **variables}
     done = subprocess.run(
         ["bash", "-c", f'"$@" {redirection}', "bash", *arguments],
         cwd=where,
@@ -94,23 +101,17 @@ def test_a_run_whose_text_is_lost_ends_and_goes_on_elsewhere(
     assert_said((tmp_path / "out" / "transcript.txt").read_bytes(), tmp_path)
 
 
-@pytest.mark.parametrize("asked", ["--help", "--version"])
-@pytest.mark.parametrize(("reader", "status"), [("| true", "0"), (">/dev/full", "2")])
-def test_what_is_printed_and_not_read_ends_quietly(
-    tmp_path: Path, asked: str, reader: str, status: str
-) -> None:
-    done = run(
-        tmp_path,
-        [sys.executable, "-m", "brain.app", asked],
-        f"{reader}; echo ${{PIPESTATUS[0]}} >code",
-    )
+@pytest.mark.parametrize(
+    ("reader", "status"), [("| true", "0"), (">/dev/full", "2")], ids=["gone", "full"]
+)
+def test_help_that_is_not_read_ends_quietly(tmp_path: Path, reader: str, status: str) -> None:
+    asked = [sys.executable, "-m", "brain.app", "--help"]
+    done = run(tmp_path, asked, f"{reader}; echo ${{PIPESTATUS[0]}} >code")
     assert (tmp_path / "code").read_text().strip() == status
     assert len(done.stderr.splitlines()) == (status == "2")
 
 
 def test_a_terminal_that_goes_away_is_the_end_of_a_run(tmp_path: Path, tiny_folder: Path) -> None:
-    import pty
-
     arguments = [*RUN, "ticks=1000000"]
     ours, theirs = pty.openpty()
     with subprocess.Popen(
@@ -123,7 +124,8 @@ def test_a_terminal_that_goes_away_is_the_end_of_a_run(tmp_path: Path, tiny_fold
         stderr=theirs,
     ) as process:
         os.close(theirs)
-        while not (tmp_path / "out" / "saves" / "run.json").exists():
+        tokens = tmp_path / "out" / "tokens.txt"
+        while not (tokens.exists() and tokens.stat().st_size):
             os.read(ours, 1000)
         os.close(ours)
         assert process.wait(timeout=60) == 130
@@ -140,7 +142,7 @@ def test_an_install_that_cannot_be_written_runs_from_any_home(
     home = tmp_path / "Jörg's first"
     home.mkdir()
     arguments = mounting(read_only(PRODUCT), *command(tiny_folder, *RUN))
-    done = run(home, arguments, HOME=str(home), XDG_CACHE_HOME=None)
+    done = run(home, arguments, variables={"HOME": str(home), "XDG_CACHE_HOME": None})
     assert done.returncode == 0, done.stderr
     assert_said(done.stdout, home)
 
@@ -148,11 +150,13 @@ def test_an_install_that_cannot_be_written_runs_from_any_home(
 def test_a_user_without_a_home_needs_a_folder_for_graphs_alone(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
-    nowhere = {"HOME": None, "XDG_CACHE_HOME": None, "USER": None, "LOGNAME": None, VARIABLE: None}
-    done = run(tmp_path, as_nobody(*command(tiny_folder, *RUN)), **nowhere)
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", VARIABLE))
+    done = run(tmp_path, as_nobody(*command(tiny_folder, *RUN)), variables=nowhere)
     assert done.returncode == 0, done.stderr
     assert_said(done.stdout, tmp_path)
-    done = run(tmp_path, as_nobody(*command(tiny_folder, *RUN, "engine=compiled")), **nowhere)
+    done = run(
+        tmp_path, as_nobody(*command(tiny_folder, *RUN, "engine=compiled")), variables=nowhere
+    )
     assert "no home folder is known" in refusal(done)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -162,7 +166,11 @@ def test_a_full_disk_is_told_by_its_folder(tmp_path: Path, tiny_folder: Path) ->
     cache.mkdir()
     cxx = compiler(tmp_path, 'for out; do :; done; head -c 900000 /dev/zero >"$out"')
     tiny = command(tiny_folder, *RUN, "engine=compiled", f"cache_dir={cache}")
-    done = run(tmp_path, mounting(f"mount -t tmpfs -o size=64k none '{cache}'", *tiny), CXX=cxx)
+    done = run(
+        tmp_path,
+        mounting(f"mount -t tmpfs -o size=64k none '{cache}'", *tiny),
+        variables={"CXX": cxx},
+    )
     assert "No space left on device" in (told := refusal(done))
     assert "free some space there" in told
     assert str(cache) in told
@@ -170,7 +178,9 @@ def test_a_full_disk_is_told_by_its_folder(tmp_path: Path, tiny_folder: Path) ->
 
 FIRST_START = """
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from brain.machine.built_folder import ensure_built
 from brain.machine.graph_cache import NAME, kept_graphs
 cache = Path(sys.argv[1])
@@ -216,6 +226,12 @@ while [ $n -gt 0 ]; do
 done
 exec g++ "$@"
 """
+LINKERLESS = """
+if [ "$1" = --version ]; then exec g++ --version; fi
+echo "ld: cannot find -lgomp"
+echo "collect2: error: ld returned 1 exit status"
+exit 1
+"""
 
 
 @pytest.mark.parametrize(
@@ -242,13 +258,16 @@ def test_what_keeps_graphs_from_being_captured_is_named(
     assert (status, out) == (2, "")
     assert told in err.splitlines()[-1]
     assert "engine=eager" in err.splitlines()[-1] or "engine.native=false" in err.splitlines()[-1]
-    with pytest.raises(Refused, match="."):
+    with pytest.raises(Refused, match=re.escape(told)):
         brain.open("folder", path=str(tiny_folder), engine="compiled")
 
 
 @pytest.mark.parametrize(
     ("script", "told"),
-    [(HEADERLESS, "Python.h.*python3-dev"), ("echo 'x: cannot find -lgomp'; exit 1", "-lgomp")],
+    [
+        (HEADERLESS, "Python.h.*python3-dev"),
+        (LINKERLESS, "cannot find -lgomp"),
+    ],
     ids=["no Python.h", "no OpenMP"],
 )
 def test_a_compiler_that_fails_is_one_line_with_the_memory_as_it_was(
@@ -280,7 +299,7 @@ def test_graphs_that_do_not_fit_on_the_disk_are_one_line(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(Refused, match="File too large.*free some space"):
+        with pytest.raises(Refused, match=r"File too large.*free some space"):
             b.tick()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -291,12 +310,6 @@ def test_pytorch_told_otherwise_to_compile_nothing_is_refused(open_tiny: OpenTin
     b.prime("Hello")
     with torch.compiler.set_stance("force_eager"), pytest.raises(Refused, match="compile nothing"):
         b.tick()
-
-
-def test_a_profile_keeps_quiet(tmp_path: Path, tiny_folder: Path) -> None:
-    done = run(tmp_path, command(tiny_folder, *RUN, "task=profile"))
-    assert done.returncode == 0, done.stderr
-    assert b"USDT" not in done.stderr
 
 
 def test_signals_reach_no_run_that_outlives_its_terminal(tmp_path: Path, tiny_folder: Path) -> None:

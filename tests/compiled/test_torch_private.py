@@ -1,7 +1,10 @@
 """What is used of PyTorch without being promised by it still does what it did."""
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 from unittest import mock
@@ -194,3 +197,35 @@ def test_eight_bits_are_multiplied() -> None:
     assert product.dtype == torch.bfloat16
     # Sums of 64 terms of size 60, in bfloat16: rounded to 2^-9.
     torch.testing.assert_close(product.double(), expected, rtol=2**-7, atol=2**-1)
+
+
+def test_what_fails_in_a_backend_is_the_compilers_error() -> None:
+    def fail(module: GraphModule, inputs: list[Tensor]) -> Any:
+        raise OSError(28, "No space left on device")
+
+    call: Callable[..., Any] = torch.compile(lambda x: x * 3, backend=fail, fullgraph=True)
+    with pytest.raises(torch_private.compiler_error()) as raised:
+        call(torch.ones(3))
+    assert isinstance(raised.value.inner_exception, OSError)  # type: ignore[attr-defined]
+
+
+def test_the_folder_of_graphs_is_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "graphs"))
+    assert torch_private.graph_folder() == str(tmp_path / "graphs")
+    assert (tmp_path / "graphs").is_dir()
+
+
+PROFILED = """
+import torch
+from compiled.torch_private import silence_profiler
+silence_profiler()
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+    torch.ones(3) + 1
+"""
+
+
+def test_the_profiler_is_silent() -> None:
+    told = subprocess.run([sys.executable, "-c", PROFILED], capture_output=True, check=True)
+    assert told.stderr == b""

@@ -18,7 +18,7 @@ def mounting(setup: str, *command: str) -> list[str]:
 
 
 def as_nobody(*command: str) -> list[str]:
-    """The command, as a user without a name or a home. Skips the test where that is not permitted."""
+    """The command, as a user without a name. Skips the test where that is not permitted."""
     _require("--map-user=4321")
     return ["unshare", "--map-user=4321", *command]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import precompiled_headers
-from brain.errors import BrainWarning
-from brain.machine.graph_cache import LOCK, NAME, VARIABLE, kept_graphs
+from brain.errors import BrainWarning, Refused
+from brain.machine.graph_cache import LOCK, NAME, VARIABLE, kept_graphs, name_graph_folder
 from brain.machine.integrity import MANIFEST
 
 Damage = Callable[[Path], None]
@@ -155,6 +155,31 @@ def test_a_folder_that_cannot_be_made_is_done_without(
         assert VARIABLE not in os.environ
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links as on Unix")
+def test_a_path_that_needs_quotes_gets_a_link_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = tmp_path / "tmp"
+    links.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(links))
+    for name in ("First Last", "O'Neil", 'the "other"'):
+        folder = tmp_path / name
+        for _ in range(2):
+            monkeypatch.setenv(VARIABLE, str(folder))
+            name_graph_folder()
+            assert Path(os.environ[VARIABLE]).resolve() == folder
+            assert not set(os.environ[VARIABLE]) & set(" '\"")
+    (private,) = links.iterdir()
+    assert len(list(private.iterdir())) == 3
+    private.chmod(0o777)  # others could have the compiler's files elsewhere
+    with pytest.raises(Refused, match=VARIABLE):
+        monkeypatch.setenv(VARIABLE, str(folder))
+        name_graph_folder()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "Jörg"))
+    name_graph_folder()
+    assert os.environ[VARIABLE] == str(tmp_path / "Jörg")
+
+
 BRAIN = """
 from precompiled_headers import precompile_headers
 precompile_headers()
@@ -168,13 +193,15 @@ def test_a_run_says_the_same_after_every_kept_file_was_damaged(
 ) -> None:
     """PyTorch alone ends in a bus error, or an exception, on a library that is cut short."""
     support = str(Path(precompiled_headers.__file__).parent)
-    named = {VARIABLE: str(tmp_path / "inductor"), "PYTHONPATH": support}
+    home = tmp_path / "Jörg's first"  # PyTorch quotes no path that it gives to the C++ compiler
+    path = os.pathsep.join(filter(None, (support, os.environ.get("PYTHONPATH"))))
+    named = {VARIABLE: str(home / "inductor"), "PYTHONPATH": path}
 
     def say() -> tuple[str, str]:
         options = [
             *("prompt=Hello", "ticks=8", "capacity=32", "seed=3", "engine=compiled"),
             *("model=folder", f"model.path={tiny_folder}"),
-            *("hydra.run.dir=out", f"cache_dir={tmp_path / 'cache'}"),
+            *("hydra.run.dir=out", f"cache_dir={home / 'cache'}"),
         ]
         done = subprocess.run(
             [sys.executable, "-c", BRAIN, *options],
@@ -191,7 +218,7 @@ def test_a_run_says_the_same_after_every_kept_file_was_damaged(
 
     said, told = say()
     assert "damaged" not in told
-    kept = [path for path in tmp_path.glob("[ci]*/**/*") if path.is_file() and path.name != LOCK]
+    kept = [path for path in home.rglob("*") if path.is_file() and path.name != LOCK]
     assert {".so", ".cpp", ".py"} <= {path.suffix for path in kept}
     for index, path in enumerate(sorted(kept)):
         if path.stat().st_size:
