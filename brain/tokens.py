@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 
 from brain.errors import Refused, shown
 from brain.tokenizers.folder import (
+    CONFIG,
     DEFAULTS,
     GPT2,
     LIBRARY,
@@ -287,6 +288,12 @@ def _from_sentencepiece(said: Folder, reader: str | None) -> Vocabulary:
             f"added token {shown(text)} is {ours.get(text, 'none')} as the folder's settings say, "
             f"{theirs.get(text, 'none')} by the order of transformers after {SENTENCEPIECE}"
         )
+    for token in cut.values() if reader is None else ():
+        if token.normalized and (token.lstrip or token.rstrip):
+            said.warn(
+                f"added token {shown(token.content)} takes the spaces beside it, as {CONFIG} says; "
+                f"transformers looks for it in the text as {SENTENCEPIECE} changes it"
+            )
     return read_sentencepiece(model, where, cut, prefix=prefix)
 
 

@@ -236,7 +236,7 @@ def tokens_to_add(
     defaults: Mapping[str, str],
     stated: Iterable[Stated],
     held: Mapping[int, AddedToken],
-    listed: Iterable[AddedToken] = (),
+    listed: list[AddedToken] | None = None,
 ) -> dict[str, Stated]:
     """The tokens that are added to a vocabulary, by text and in the order of transformers, which
     numbers new ones in that order.
@@ -255,7 +255,7 @@ def tokens_to_add(
         extra = None
     elif not extra and more:
         extra = more
-    by_id = {s.index: s for s in stated if s.place == CONFIG and s.index is not None}
+    numbered = [s for s in stated if s.place == CONFIG and s.index is not None]
     if "added_tokens_decoder" not in config:
         for key, value in folder.settings[SPECIAL_MAP].items():
             if key.endswith("_token") and (_is_token(value) or value is None):
@@ -263,32 +263,41 @@ def tokens_to_add(
                 named[key] = value | marked if isinstance(value, dict) else value
             elif key == LISTED[0] and isinstance(value, list):
                 extra = [*(extra or []), *value]
-            elif key == LISTED[1]:
+            elif key == LISTED[1] and isinstance(value, list):
                 more = value
             elif key == LISTED[0] and isinstance(value, dict):
                 named |= value
         values = [v for v in named.values() if v] + list(extra or ())
         texts = {_stated(path, CONFIG, value, None).token.content for value in values}
         for s in stated:
-            if s.place == ADDED and s.index is not None:
+            if s.place == ADDED:
                 special = s.token.content in texts
                 token = AddedToken(s.token.content, normalized=not special, special=special)
-                by_id[s.index] = replace(s, token=token)
-        by_id |= {s.index: s for s in stated if s.place == LIBRARY and s.index is not None}
+                numbered.append(replace(s, token=token))
+        numbered += [s for s in stated if s.place == LIBRARY]
+    by_id = {s.index or 0: s for s in numbered}
+    by_text = {s.token.content: s for s in numbered}
     written = {repr(token) for token in held.values()}
     added = {s.token.content: s for _, s in sorted(by_id.items()) if repr(s.token) not in written}
     known = {token.content for token in held.values()} | set(added)
     roles = sorted(named, key=lambda key: NAMED.index(key) if key in NAMED else len(NAMED))
-    more = more if extra is None else extra
+    if listed is not None:
+        more = None  # tokenizer.model's own take the place of these
     tried: list[object] = []
-    for value in [*(named[role] for role in roles if named[role]), *(more or ())]:
+    for role, value in [
+        *((role, named[role]) for role in roles if named[role]),
+        *((LISTED[0], value) for value in (more if extra is None else extra) or ()),
+    ]:
         s = _stated(path, CONFIG, value, None)
-        if s.token.content not in known and value not in tried:
+        text = s.token.content
+        if role in NAMED and text in by_text:
+            value = s = replace(by_text[text], index=None)
+        if text not in known and value not in tried:
             tried.append(value)
-            token = s.token if isinstance(value, dict) else AddedToken(value, special=True)
-            token.special = True
-            added[token.content] = replace(s, token=token)  # the last one wins
-    for token in listed if more is None else ():
+            flags = {} if isinstance(value, str) else {f: getattr(s.token, f) for f in FLAGS}
+            # The last one wins.
+            added[text] = replace(s, token=AddedToken(text, **flags | {"special": True}))
+    for token in listed or () if extra is None else ():
         if token.content not in known:
             added[token.content] = Stated(SENTENCEPIECE, token)
     return added

@@ -1,7 +1,7 @@
 """The contracts of ``brain.tokens``: nothing added, nothing dropped, no broken characters."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -173,7 +173,7 @@ def test_begin_and_end_tokens_come_from_all_settings(
     assert end is not None
     assert vocabulary.id_of("no such token") is None
 
-    def opened(template: bool = True, **files: dict[str, object]) -> Tokenizer:
+    def opened(template: bool = True, **files: Mapping[str, object]) -> Tokenizer:
         told = json.loads(library) | ({} if template else {"post_processor": None})
         (tmp_path / "tokenizer.json").write_text(json.dumps(told))
         for name in ("tokenizer_config", "generation_config", "config"):

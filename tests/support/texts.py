@@ -34,7 +34,7 @@ def train_sentencepiece(**options: Any) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.split("\n")),
         model_writer=out,
-        **{  # type: ignore[arg-type]
+        **{
             "model_type": "bpe",
             "vocab_size": 350,
             "byte_fallback": True,

@@ -6,6 +6,7 @@
 import argparse
 import importlib.util
 import json
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -15,10 +16,21 @@ from random import Random
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from brain.errors import BrainWarning, Refused
 from brain.tokens import load_tokenizer
-from tokenizer_folders import SAID, Drawn, Json, Specimens, write_folder
+from tokenizer_folders import (
+    SAID,
+    Drawn,
+    Json,
+    Specimens,
+    added,
+    byte_level,
+    metaspace,
+    tiktoken_list,
+    write_folder,
+)
 
 DRAWN = 40
 PROTOBUF = (
@@ -32,6 +44,7 @@ KEPT = "keeps it; transformers"  # a space that begins a text
 OTHER_IDS = (
     "counts as written; transformers",  # the same, and after special tokens, of tokenizer.model
     "by the order of transformers",  # ids that a folder states and transformers renumbers
+    "transformers looks for it in the text as",  # normalized, and taking spaces
     "would merge its pieces",  # a tokenizer.model that LlamaTokenizer reads as what it is not
     "split_special_tokens in tokenizer_config.json is not followed",
 )
@@ -109,6 +122,223 @@ def test_contradictions_are_settled_as_by_transformers_or_told(
     seed: int, specimens: Specimens, tmp_path: Path
 ) -> None:
     assert draw(seed, specimens, tmp_path) == []
+
+
+def llama_folder(path: Path, specimens: Specimens, **files: Json | bytes | None) -> Path:
+    """A Llama folder that agrees with itself, but for these files: none, or with these keys."""
+    told: dict[str, Json | bytes] = {
+        "config.json": {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2},
+        "tokenizer_config.json": {
+            **{"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False},
+            **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        },
+        "tokenizer.json": specimens.llama_json,
+        "tokenizer.model": specimens.model,
+    }
+    for key, change in files.items():
+        name = key.replace("_json", ".json").replace("_model", ".model")
+        before = told.get(name, {})
+        if change is None:
+            del told[name]
+        else:
+            told[name] = {**before, **change} if isinstance(change, dict) else change  # type: ignore[dict-item]
+    return write_folder(path, told)
+
+
+def ids_of(folder: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(folder)
+    return [tokenizer.encode(text) for text in SAID if text[0] != " "]
+
+
+def reference_ids(folder: Path) -> list[list[int]]:
+    theirs = reference(folder)
+    return [theirs(text, add_special_tokens=False).input_ids for text in SAID if text[0] != " "]
+
+
+def byte_level_folder(path: Path, specimens: Specimens, **library: Any) -> Path:
+    return write_folder(
+        path,
+        {
+            "config.json": {"model_type": "llama"},
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+            "tokenizer.json": specimens.byte_json | library,
+        },
+    )
+
+
+@pytest.mark.filterwarnings("error::brain.errors.BrainWarning")
+@pytest.mark.parametrize("alone", [False, True], ids=["json", "model"])
+def test_folders_that_agree_with_themselves_raise_no_line(
+    specimens: Specimens, tmp_path: Path, alone: bool
+) -> None:
+    unneeded = {"tokenizer_json": None} if alone else {}
+    tokenizer = load_tokenizer(llama_folder(tmp_path, specimens, **unneeded))
+    assert tokenizer.encode("a man of") == pieces_of(specimens, "a man of")
+    assert (tokenizer.bos_id, tokenizer.wants_bos, tokenizer.eos_ids) == (1, True, {2})
+
+
+def pieces_of(specimens: Specimens, text: str) -> list[int]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=specimens.model)
+    return list(processor.encode(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"tokenizer_model": b"none of SentencePiece's"}, None),
+        ({"tokenizer_model": tiktoken_list()}, None),
+        ({"tokenizer_config_json": {"legacy": True}}, "overrules pre_tokenizer of tokenizer.json"),
+        ({"tokenizer_config_json": {"add_prefix_space": False}}, "which overrules tokenizer.json"),
+        (
+            {"tokenizer_json": {"pre_tokenizer": metaspace("never")}},
+            "which overrules tokenizer.jso",
+        ),
+        ({"tokenizer_json": {"normalizer": {"type": "NFKC"}}}, "overrules normalizer of tokenizer"),
+        ({"tokenizer_config_json": {"tokenizer_class": "TokenizersBackend"}}, None),
+        ({"config_json": {"model_type": "mistral"}}, None),
+        (
+            {"config_json": {"tokenizer_class": "GPT2Tokenizer"}},
+            "overrules GPT2Tokenizer in config",
+        ),
+        ({"tokenizer_config_json": {"extra_special_tokens": ["<tool>"]}}, None),
+        ({"added_tokens_json": {"<tool>": 350}}, None),
+        ({"added_tokens_json": {"<tool>": 360}}, "its id is 360 in added_tokens.json, but 350"),
+        (
+            {"special_tokens_map_json": {"pad_token": {"content": "<|user|>", "rstrip": True}}},
+            None,
+        ),
+        (
+            {"special_tokens_map_json": {"eos_token": {"content": "</s>", "lstrip": True}}},
+            "'</s>': lstrip is True in special_tokens_map.json, but False with tokenizer.json",
+        ),
+        ({"tokenizer_config_json": {"add_bos_token": False}}, "overrules add_bos_token in tokeni"),
+        ({"tokenizer_config_json": {"bos_token": "</s>"}}, "overrules 2 in tokenizer_config.json"),
+        ({"special_tokens_map_json": {"bos_token": "</s>"}}, "overrules 2 in special_tokens_map"),
+        ({"config_json": {"bos_token_id": 7}}, "overrules 7 in config.json"),
+        ({"generation_config_json": {"eos_token_id": [2, 7]}}, None),
+        ({"generation_config_json": {"eos_token_id": 7}}, "EOS is .7. by generation_config.json"),
+        (
+            {"tokenizer_config_json": {"split_special_tokens": True}},
+            "split_special_tokens in token",
+        ),
+    ],
+    ids=range(21),
+)
+def test_what_is_overruled_is_told(
+    specimens: Specimens, tmp_path: Path, changes: dict[str, Any], line: str | None
+) -> None:
+    folder = llama_folder(tmp_path, specimens, **changes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BrainWarning)
+        tokenizer = load_tokenizer(folder)
+    lines = [str(w.message) for w in caught]
+    assert any(re.search(line, told) for told in lines) if line else not lines
+    theirs = reference(folder)
+    if not theirs.split_special_tokens:
+        assert ids_of(folder) == reference_ids(folder)
+    assert tokenizer.initial_prompt("a man") == theirs("a man").input_ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_json": None, "tokenizer_model": tiktoken_list()}, "put tokenizer.json there"),
+        ({"tokenizer_config_json": {"tokenizer_class": "GPT2Tokenizer"}}, "GPT2Tokenizer"),
+        ({"tokenizer_json": {"model": {"type": "Unigram", "vocab": []}}}, "LlamaTokenizer"),
+        (
+            {"tokenizer_config_json": {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}},
+            "fast_tokenizer_files .* tokenizer.json",
+        ),
+        ({"tokenizer_config_json": {"added_tokens_decoder": [1]}}, "added_tokens_decoder"),
+        ({"tokenizer_config_json": {"extra_special_tokens": 1}}, "extra_special_tokens"),
+        ({"tokenizer_config_json": {"add_bos_token": "yes"}}, "add_bos_token"),
+        ({"special_tokens_map_json": {"eos_token": {"content": "</s>", "lstrip": 3}}}, "flag"),
+    ],
+    ids=range(8),
+)
+def test_what_nobody_can_settle_is_refused(
+    specimens: Specimens, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Refused, match=message):
+        load_tokenizer(llama_folder(tmp_path, specimens, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": byte_level(prefix=True)},
+        {"decoder": None},
+        {"decoder": {"type": "Sequence", "decoders": [byte_level(), {"type": "Fuse"}]}},
+        {"added_tokens": [added(2, "</s>", lstrip=True, rstrip=True), added(320, "mid")]},
+        {"added_tokens": [added(320, "mid", single_word=True, normalized=True, special=False)]},
+    ],
+    ids=["NFC", "prefix", "no decoder", "decoders", "strip", "single word"],
+)
+def test_what_the_library_reads_is_read(
+    specimens: Specimens, tmp_path: Path, changes: Json
+) -> None:
+    folder = byte_level_folder(tmp_path, specimens, **changes)
+    assert ids_of(folder) == reference_ids(folder)
+    tokenizer = load_tokenizer(folder)
+    for text in (" a  man", "café 漢 🤖", "a\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["typeless", "unigram", "words"])
+def test_models_of_other_kinds(specimens: Specimens, tmp_path: Path, kind: str) -> None:
+    told = specimens.llama_json
+    vocab: dict[str, int] = told["model"]["vocab"]
+    if kind == "typeless":  # as GPT-2's own file, of the library's early days
+        told = specimens.byte_json
+        model = {key: value for key, value in told["model"].items() if key != "type"}
+        model["merges"] = [" ".join(merge) for merge in model["merges"]]
+    elif kind == "unigram":
+        scored = [[token, -float(index)] for token, index in vocab.items()]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": scored, "byte_fallback": True}
+    else:
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+    folder = write_folder(
+        tmp_path,
+        {"config.json": {"model_type": "llama"}, "tokenizer.json": told | {"model": model}},
+    )
+    assert ids_of(folder) == reference_ids(folder)
+
+
+def test_loose_files_of_gpt2(specimens: Specimens, tmp_path: Path) -> None:
+    model = specimens.byte_json["model"]
+    merges = "#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"])
+    files: dict[str, Json | bytes] = {
+        "config.json": {"model_type": "llama"},
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
+        "vocab.json": model["vocab"],
+        "merges.txt": merges.encode(),
+    }
+    assert ids_of(write_folder(tmp_path, files)) == reference_ids(tmp_path)
+
+
+def test_a_space_that_begins_a_text_is_kept(specimens: Specimens, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(llama_folder(tmp_path, specimens))
+    with pytest.warns(BrainWarning, match="keeps it; transformers"):
+        assert tokenizer.encode(" a man") == pieces_of(specimens, " a man")
+    assert tokenizer.decode(tokenizer.encode(" a man")) == " a man"
+
+
+def test_flags_of_tokens_added_to_a_sentencepiece_model(
+    specimens: Specimens, tmp_path: Path
+) -> None:
+    declared = {str(350 + i): {"content": t, "rstrip": True} for i, t in enumerate(("<u>", "<d>"))}
+    folder = llama_folder(
+        tmp_path,
+        specimens,
+        tokenizer_json=None,
+        tokenizer_config_json={"added_tokens_decoder": declared},
+    )
+    a_man = pieces_of(specimens, "a man")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("<u>\n <d>\n<u>") == [350, 351, 350]
+    assert tokenizer.encode("a man<u>") == [*a_man, 350]
+    assert tokenizer.encode("a man<u>", special=False)[: len(a_man)] == a_man
 
 
 if __name__ == "__main__":
