@@ -14,11 +14,9 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +25,7 @@ from brain.config.compose import configuration_error, typed
 from brain.config.overrides import literal_arguments
 from brain.errors import BrainWarning, Refused, as_line, one_line
 from brain.machine.signals import sigterm_is_ctrl_c
+from brain.record.run_folder import keep_composed, run_folder
 from conf.schema import register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -63,8 +62,10 @@ def _application(composed: DictConfig) -> None:
     with _in_one_line():
         try:
             conf = typed(composed)
-            run_dir = Path(HydraConfig.get().runtime.output_dir)
-            importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+            with run_folder(getattr(conf.task, "path", None)) as run_dir:
+                importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+                if any(run_dir.iterdir()):
+                    keep_composed()
         except BrokenPipeError:
             # The reader of our output has closed it. Nothing more can be printed there.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,6 +14,7 @@ from brain.record.captures import TOP_IN_JSON
 from brain.record.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
 from brain.record.numbered_saves import NumberedSaves
 from brain.record.run_files import TRANSCRIPT
+from brain.record.run_folder import CAPTURES
 from brain.record.run_record import SAVES, SETTINGS
 from brain.saves import TENSORS
 from brain.terminal import note
@@ -23,7 +24,6 @@ DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 """Errors of reading a description that has another shape than ours."""
 UNREADABLE = (*DAMAGED, OSError, MemoryError, SafetensorError)
 
-CAPTURES = "captures"
 TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{SETTINGS}")
 """Files in the folder of a run, whenever it was killed."""
 
