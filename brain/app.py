@@ -17,13 +17,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from brain.config.compose import configuration_error, typed
 from brain.config.overrides import literal_arguments
+from brain.config.settings import device_of
 from brain.errors import BrainWarning, Refused, as_line, one_line
+from brain.machine.environment import environment
 from brain.machine.signals import sigterm_is_ctrl_c
 from brain.record.run_folder import keep_composed, run_folder
 from conf.schema import register
@@ -41,8 +44,12 @@ def main() -> None:
     _write_utf8()
     try:
         with _in_one_line(), sigterm_is_ctrl_c():
-            sys.argv[1:] = literal_arguments(sys.argv[1:])
-            _application()
+            if "--version" in sys.argv[1:]:
+                print(_version())
+            else:
+                sys.argv[1:] = literal_arguments(sys.argv[1:])
+                _application()
+            sys.stdout.flush()
     except Exception as error:
         if _has_begun(error):
             raise
@@ -66,12 +73,7 @@ def _application(composed: DictConfig) -> None:
                 importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
                 if any(run_dir.iterdir()):
                     keep_composed()
-        except BrokenPipeError:
-            # The reader of our output has closed it. Nothing more can be printed there.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except RuntimeError as error:
-            import torch  # takes a second, which --help need not wait for
-
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = one_line(error).split(". ")[0]
@@ -85,6 +87,9 @@ def _in_one_line() -> Iterator[None]:
         yield
     except Refused as refusal:
         _leave(f"refused: {refusal}", REFUSED)
+    except BrokenPipeError:
+        # The reader of our output has closed it. Nothing more can be printed there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _leave(f"refused: {where}{error.strerror or one_line(error)}", REFUSED)
@@ -99,6 +104,13 @@ def _write_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _version() -> str:
+    here = environment(device := device_of("auto"))
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    ours = here["positronic-brain"] or "of a folder that is not installed"
+    return f"positronic-brain {ours}, PyTorch {here['torch']}, {here['device']}{name}"
 
 
 def _leave(message: str, status: int) -> None:

@@ -9,13 +9,21 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 
 from brain.errors import Refused, one_line, printable
-from brain.files import RECORD_BYTES, given_path, open_plain, read_json
+from brain.files import (
+    RECORD_BYTES,
+    SETTINGS_BYTES,
+    given_path,
+    open_plain,
+    read_json,
+    read_text,
+)
 from brain.record.captures import TOP_IN_JSON
 from brain.record.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
+from brain.record.lock import is_taken
 from brain.record.numbered_saves import NumberedSaves
 from brain.record.run_files import TRANSCRIPT
 from brain.record.run_folder import CAPTURES
-from brain.record.run_record import SAVES, SETTINGS
+from brain.record.run_record import FAILED, SAVES, SETTINGS
 from brain.saves import TENSORS
 from brain.terminal import note
 from conf.schema import Conf, InspectTask
@@ -38,6 +46,8 @@ def run(conf: Conf, run_dir: Path) -> None:
     if task.top < 1:
         raise Refused(f"task.top must be at least 1, not {task.top}")
     folder = given_path(task.path)
+    if folder.name == CAPTURES and not (folder / CAPTURES).is_dir():
+        folder = folder.parent
     captures = _captures(folder)
     if task.tick is None and _ends_later(folder, captures):
         rows, what = read_rows(folder / FILE), f"what {folder} remembers at its end"
@@ -52,11 +62,13 @@ def run(conf: Conf, run_dir: Path) -> None:
     picture = run_dir / "memory.html"
     # Half a surrogate pair is not a character: it is shown as a question mark.
     picture.write_text(page(rows, what), "utf-8", "replace")
+    if not (folder / FILE).is_file():
+        note(f"the run in {printable(str(folder))} {_why_unended(folder)}")
     note(f"heat map: {picture}")
 
 
 def _captures(folder: Path) -> dict[int, Path]:
-    """Every capture in a run's folder, or in that of its captures, by its tick, in order."""
+    """Every capture in a run's folder, or in one of captures alone, by its tick, in order."""
     if (folder / CAPTURES).is_dir():
         folder = folder / CAPTURES
     if not folder.is_dir():
@@ -127,10 +139,20 @@ def _why_empty(folder: Path, tick: int | None) -> str:
             f"task.tick={tick} was not captured: the run in {folder} has no captures; leave out "
             "task.tick, or run brain with capture=true in another folder"
         )
-    return (
-        f"the run in {folder} has not ended: there is no {FILE} yet; wait for its end or, if it "
-        "was killed, give the same command again"
-    )
+    return f"the run in {folder} {_why_unended(folder)}"
+
+
+def _why_unended(folder: Path) -> str:
+    """What became of a run that has not written what it remembers."""
+    try:
+        if is_taken(folder):
+            return f"is still running: there is no {FILE} yet; wait for its end"
+        failure = read_text(folder / FAILED, SETTINGS_BYTES).strip()
+    except FileNotFoundError:
+        return f"was killed, so there is no {FILE}: give the same command again to go on with it"
+    except (Refused, OSError, ValueError):
+        return f"has not ended: there is no {FILE} yet"
+    return f"has failed ({failure}): there is no {FILE}; to go on, give the same command again"
 
 
 def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:
