@@ -64,6 +64,13 @@ def did_you_mean(given: object, known: Iterable[str], within: str = "") -> str:
     return f"; did you mean {within}{words[near[0]]}?" if near else ""
 
 
+def unknown(key: str, given: object, known: Iterable[str]) -> Refused:
+    """The refusal of a word that is none of those that a key knows."""
+    known = list(known)
+    hint = did_you_mean(given, known)
+    return Refused(f"{key}: {shown(given)} is unknown; use {', '.join(known)}{hint}")
+
+
 class BrainWarning(UserWarning):
     """Something works, but perhaps not as expected."""
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
 from brain.brain import Brain
-from brain.errors import Refused, Unwritten, did_you_mean, one_line, shown
+from brain.errors import Refused, Unwritten, did_you_mean, one_line, shown, unknown
 from brain.files import open_plain, parse_json, require_own
 
 INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
@@ -61,8 +61,7 @@ def _action(given: Any, number: int, encode: Encode) -> Action:
     fields = dict(given)
     do = fields.pop("do")
     if do not in _READERS:
-        hint = did_you_mean(do, _READERS)
-        raise Refused(f"action {number}: {shown(do)} is unknown; use {', '.join(_READERS)}{hint}")
+        raise unknown(f"action {number}", do, _READERS)
     found = _Fields(fields, f"action {number} ({do})", encode)
     action = _READERS[do](found)
     found.require_all_taken()

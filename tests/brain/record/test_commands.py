@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = list(range(10, 30))
 
 
-def letters(text: str) -> list[int]:
+def letters(text: str, *_: object, **__: object) -> list[int]:
     return [ord(character) for character in text]
 
 
