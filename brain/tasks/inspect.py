@@ -46,8 +46,6 @@ def run(conf: Conf, run_dir: Path) -> None:
     if task.top < 1:
         raise Refused(f"task.top must be at least 1, not {task.top}")
     folder = given_path(task.path)
-    if folder.name == CAPTURES and not (folder / CAPTURES).is_dir():
-        folder = folder.parent
     captures = _captures(folder)
     if task.tick is None and _ends_later(folder, captures):
         rows, what = read_rows(folder / FILE), f"what {folder} remembers at its end"
@@ -62,13 +60,14 @@ def run(conf: Conf, run_dir: Path) -> None:
     picture = run_dir / "memory.html"
     # Half a surrogate pair is not a character: it is shown as a question mark.
     picture.write_text(page(rows, what), "utf-8", "replace")
-    if not (folder / FILE).is_file():
-        note(f"the run in {printable(str(folder))} {_why_unended(folder)}")
+    of_run = folder.parent if folder.name == CAPTURES else folder
+    if not (of_run / FILE).is_file():
+        note(f"the run in {printable(str(of_run))} {_why_unended(of_run)}")
     note(f"heat map: {picture}")
 
 
 def _captures(folder: Path) -> dict[int, Path]:
-    """Every capture in a run's folder, or in one of captures alone, by its tick, in order."""
+    """Every capture in a run's folder, or in that of its captures, by its tick, in order."""
     if (folder / CAPTURES).is_dir():
         folder = folder / CAPTURES
     if not folder.is_dir():
