@@ -5,6 +5,7 @@ does not matter. A batch is refused as a whole, with nothing changed, or applied
 """
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,11 @@ class Limits:
 
 
 def listed(values: Iterable[Any], what: str) -> list[Any]:
-    """The values as a list. Raises Refused, naming ``what`` they are, if they are not iterable."""
+    """The values, an array or tensor among them, as a list. Raises Refused, naming ``what`` they
+    are, if they are not iterable.
+    """
+    if hasattr(values, "tolist"):
+        values = values.tolist()
     try:
         return list(values)
     except TypeError:
@@ -121,11 +126,15 @@ def integer(value: object) -> int | None:
 
 def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
     """The ids as a list. Raises Refused if there are none, or any is not in the vocabulary."""
+    if isinstance(ids, bytes | bytearray | memoryview):
+        raise Refused(f"{what}: bytes are not ids; if they are text, decode them first")
+    if isinstance(ids, str):
+        raise Refused(f"{what}: text is not ids; encode it first, with Brain.encode")
     checked = []
     for index, token in enumerate(listed(ids, f"{what}: ids")):
         number = integer(token)
         if number is None:
-            raise Refused(f"{what}: id {index} is {token!r}, not an integer token id")
+            raise Refused(f"{what}: id {index} is {shown(token)}, not an integer token id")
         if not 0 <= number < vocab_size:
             raise Refused(
                 f"{what}: id {number} at index {index} is outside the vocabulary "
@@ -161,14 +170,14 @@ def resolve(actions: Sequence[Action], mirror: Mirror, limits: Limits) -> Edit:
             for position in _positions(action.positions, mirror, name):
                 edit.boost[position] = edit.boost.get(position, 0.0) + amount
         else:
-            raise Refused(f"{action!r} is not an action: use Append, Cull, Replace, Pin, …")
+            raise Refused(f"{shown(action)} is not an action: use Append, Cull, Replace, Pin, …")
     _check_whole(edit, mirror, limits)
     return edit
 
 
 def _finite(amount: object) -> float:
     try:
-        if isinstance(amount, (int, float)) and math.isfinite(amount):
+        if isinstance(amount, numbers.Real) and math.isfinite(amount):
             return float(amount)
     except OverflowError:
         raise Refused("Boost: the amount is too large a number") from None

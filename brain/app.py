@@ -15,11 +15,9 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +27,7 @@ from brain.config.overrides import literal_arguments
 from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
 from brain.machine.signals import endings_are_ctrl_c
 from brain.machine.streams import take_streams
+from brain.record.run_folder import keep_composed, run_folder
 from conf.schema import register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -46,8 +45,11 @@ def main() -> None:
         with _in_one_line(), endings_are_ctrl_c():
             take_streams()
             try:
-                sys.argv[1:] = literal_arguments(sys.argv[1:])
-                _application()
+                if "--version" in sys.argv[1:]:
+                    print(_version())
+                else:
+                    sys.argv[1:] = literal_arguments(sys.argv[1:])
+                    _application()
             finally:
                 sys.stdout.flush()  # here, where somebody hears that it cannot be done
     except Exception as error:
@@ -69,8 +71,10 @@ def _application(composed: DictConfig) -> None:
     with _in_one_line():
         try:
             conf = typed(composed)
-            run_dir = Path(HydraConfig.get().runtime.output_dir)
-            importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+            with run_folder(getattr(conf.task, "path", None)) as run_dir:
+                importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+                if any(run_dir.iterdir()):
+                    keep_composed()
         except RuntimeError as error:
             import torch  # takes a second, which --help need not wait for
 
@@ -103,6 +107,18 @@ def _write_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _version() -> str:
+    import torch
+
+    from brain.config.settings import device_of
+    from brain.machine.environment import environment
+
+    here = environment(device := device_of("auto"))
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    ours = here["positronic-brain"] or "of a folder that is not installed"
+    return f"positronic-brain {ours}, PyTorch {here['torch']}, {here['device']}{name}"
 
 
 def _leave(message: str, status: int) -> None:

@@ -112,9 +112,23 @@ class Brain:
     def observer(self, observer: Observer | None) -> None:
         self.loop.observer = observer
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids: nothing added, nothing dropped."""
-        return self.tokenizer.encode(text)
+    def encode(self, text: str, source: str = "user", *, special: bool | None = None) -> list[int]:
+        """Text to ids: nothing added, nothing dropped.
+
+        Args:
+            text: Any text.
+            source: Who it comes from: one of ``brain.mirror.SOURCES``.
+            special: Whether special tokens written out in it become control tokens. None: as the
+                setting ``special`` says; where that is null, unless the source is ``tool``.
+        Raises:
+            Refused: It is no text, or the vocabulary cannot spell it.
+        """
+        if not isinstance(text, str):
+            raise Refused(f"encode: {shown(text)} is not a text")
+        source_number(source)
+        if special is None:
+            special = self.settings.conf.special
+        return self.tokenizer.encode(text, special=source != "tool" if special is None else special)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, control tokens included."""
@@ -180,7 +194,13 @@ class Brain:
 
     # Step 0
 
-    def prime(self, context: str | Sequence[int], source: str = "user") -> None:
+    def prime(
+        self,
+        context: str | Sequence[int],
+        source: str = "user",
+        *,
+        special: bool | None = None,
+    ) -> None:
         """Replaces the context. Afterwards all N tokens are remembered at positions 0 to N - 1, and
         the first tick re-reads the last of them.
 
@@ -189,11 +209,13 @@ class Brain:
         Args:
             context: Ids, taken literally, or text, which gets BOS if the model wants it.
             source: Who it comes from: one of ``brain.mirror.SOURCES``.
+            special: Of a text, as for ``encode``.
         Raises:
             Refused: It is empty, too long, or not of the vocabulary.
         """
         if isinstance(context, str):
-            context = self.tokenizer.initial_prompt(context) if context else []
+            ids = self.encode(context, source, special=special)
+            context = self.tokenizer.with_bos(ids) if context else []
         ids = token_ids(context, self.checkpoint.config.vocab_size, "prompt")
         if len(ids) > self.capacity:
             raise Refused(
@@ -277,18 +299,23 @@ class Brain:
                 if stop_at_eos and tick.token in self.tokenizer.eos_ids:
                     return
 
-    def feed(self, ids: Sequence[int], source: str = "user") -> Tensor:
+    def feed(
+        self, ids: str | Sequence[int], source: str = "user", *, special: bool | None = None
+    ) -> Tensor:
         """Teacher-forced ticks: these tokens instead of sampled ones. The last one is left pending,
         as after any tick.
 
         Args:
-            ids: Token ids, taken literally.
+            ids: Token ids, taken literally, or text, which ``encode`` turns into them.
             source: Who they come from.
+            special: Of a text, as for ``encode``.
         Returns:
             The negative log-likelihood of each in nats: [len(ids)] float32 on the host.
         Raises:
             Refused: They are not of the vocabulary, or do not fit where nothing is forgotten.
         """
+        if isinstance(ids, str):
+            ids = self.encode(ids, source, special=special)
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
         source_number(source)
         self.loop.require_room(len(checked))
@@ -387,6 +414,7 @@ class Brain:
             unfinished=self.unfinished,
             conf=saves.plain(self.settings.conf),
             policy_sha256=self.settings.policy_sha256,
+            vocabulary_sha256=self.checkpoint.vocabulary_sha256,
         )
 
     def resume(self, snapshot: saves.Snapshot) -> None:
@@ -415,7 +443,7 @@ class Brain:
         Returns:
             The notes that were saved with it.
         Raises:
-            OtherWeights: It was saved with another model. Nothing has changed.
+            OtherModel: It was saved with another model. Nothing has changed.
             Refused: The save is damaged or does not fit. Nothing has changed.
         """
         snapshot, notes = saves.read(

@@ -1,6 +1,8 @@
 """Messages for the person who uses the program: refusals and warnings, one line each."""
 
+import difflib
 import warnings
+from collections.abc import Iterable
 
 
 class Refused(ValueError):
@@ -59,6 +61,22 @@ def shown(value: object) -> str:
     except RecursionError:
         text = f"{type(value).__name__} nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def did_you_mean(given: object, known: Iterable[str], within: str = "") -> str:
+    """The end of a message about an unknown word: the nearest of those that are known ``within`` a
+    group, or nothing where none is near.
+    """
+    words = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(str(given).lower(), words, 1)
+    return f"; did you mean {within}{words[near[0]]}?" if near else ""
+
+
+def unknown(key: str, given: object, known: Iterable[str]) -> Refused:
+    """The refusal of a word that is none of those that a key knows."""
+    known = list(known)
+    hint = did_you_mean(given, known)
+    return Refused(f"{key}: {shown(given)} is unknown; use {', '.join(known)}{hint}")
 
 
 class BrainWarning(UserWarning):

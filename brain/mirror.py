@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from brain.errors import Refused
+from brain.errors import Refused, did_you_mean
 from compiled.state import COLUMNS, ROW_COLUMNS, State
 
 SOURCES = ("system", "user", "model", "tool", "repair")
@@ -16,7 +16,8 @@ SOURCES = ("system", "user", "model", "tool", "repair")
 def source_number(source: str) -> int:
     """The number of a source. Raises Refused for a name that is not in SOURCES."""
     if source not in SOURCES:
-        raise Refused(f"source {source!r} is unknown: use one of {', '.join(SOURCES)}")
+        hint = did_you_mean(source, SOURCES)
+        raise Refused(f"source {source!r} is unknown: use one of {', '.join(SOURCES)}{hint}")
     return SOURCES.index(source)
 
 
@@ -40,7 +41,8 @@ class Mirror:
         try:
             return self.__dict__["columns"][name]  # type: ignore[no-any-return]
         except KeyError:
-            raise AttributeError(f"the mirror has no column {name!r}") from None
+            hint = did_you_mean(name, self.__dict__.get("columns", ()))
+            raise AttributeError(f"the mirror has no column {name!r}{hint}") from None
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.columns]

@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from brain.actions import integer
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
 from brain.checkpoints.hub import hub_folder
@@ -16,7 +17,7 @@ from brain.config.compose import compose_conf, typed
 from brain.config.older import add_unsaid
 from brain.config.overrides import literal, override
 from brain.config.settings import Settings, settings_of
-from brain.errors import Refused, one_line
+from brain.errors import Refused, one_line, shown
 from brain.files import given_path
 from brain.machine.cpu_operator import begin_native_decoder
 from brain.machine.graph_cache import name_graph_folder
@@ -73,7 +74,10 @@ def load(
     folder = given_path(folder)
     conf = _saved_conf(folder)
     if capacity is not None:
-        conf = dataclasses.replace(conf, capacity=capacity)
+        slots = integer(capacity)
+        if slots is None:
+            raise Refused(f"capacity must be a number of slots, not {shown(capacity)}")
+        conf = dataclasses.replace(conf, capacity=slots)
     given = None if policy is None else custom_policy(policy)
     if given is not None:
         conf = dataclasses.replace(conf, cull=dataclasses.replace(conf.cull, policy=given.name))

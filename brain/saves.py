@@ -41,8 +41,8 @@ _ROW_AXIS = {"keys": 2, "values": 2, **dict.fromkeys(ROW_COLUMNS, 0)}
 """What a save holds of a row, and the axis of slots in it."""
 
 
-class OtherWeights(Refused):
-    """The save was made with another model."""
+class OtherModel(Refused):
+    """The save was made with other weights, or another tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Snapshot:
     unfinished: bytes  # of a character that the text has begun
     conf: dict[str, Any]  # the configuration as plain data
     policy_sha256: str | None = None  # of the source of a custom policy
+    vocabulary_sha256: str | None = None  # saves from before it have none
+
+
+def brief(sha256: object) -> str:
+    """As much of a hash as a message needs."""
+    return "none" if sha256 is None else f"{str(sha256)[:12]}…"
 
 
 def occupied_rows(state: State) -> dict[str, Tensor]:
@@ -92,6 +98,8 @@ def write(folder: str | Path, snapshot: Snapshot, notes: Any = None) -> None:
     }
     if snapshot.policy_sha256 is not None:
         description["policy_sha256"] = snapshot.policy_sha256
+    if snapshot.vocabulary_sha256 is not None:
+        description["vocabulary_sha256"] = snapshot.vocabulary_sha256
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -137,15 +145,30 @@ def read(
     Returns:
         The snapshot, and the notes that were written with it.
     Raises:
-        OtherWeights: It was saved with another model.
+        OtherModel: It was saved with other weights or another tokenizer.
         Refused: It is damaged, or does not fit into the memory.
     """
     folder = given_path(folder)
     description = read_description(folder)
     if description.get("model_sha256") != checkpoint.sha256:
-        raise OtherWeights(f"{folder} was saved with other weights than those of {checkpoint.name}")
+        saved, found = brief(description.get("model_sha256")), brief(checkpoint.sha256)
+        raise OtherModel(
+            f"{folder} was saved with other weights than those of {checkpoint.name}: their SHA-256 "
+            f"was {saved}, now it is {found}"
+        )
+    vocabulary = description.get("vocabulary_sha256")
+    if vocabulary is not None and vocabulary != checkpoint.vocabulary_sha256:
+        raise OtherModel(
+            f"{folder} was saved with another tokenizer than that of {checkpoint.name}: the "
+            f"SHA-256 of the vocabulary was {brief(vocabulary)}, now it is "
+            f"{brief(checkpoint.vocabulary_sha256)}; put the old one back"
+        )
     if description.get("policy_sha256") != policy_sha256:
-        raise Refused(f"{folder} was saved with a policy of another source: give the same one")
+        saved, found = brief(description.get("policy_sha256")), brief(policy_sha256)
+        raise Refused(
+            f"{folder} was saved with a policy of another source: its SHA-256 was {saved}, now it "
+            f"is {found}; give the same one"
+        )
     path = folder / TENSORS
     _check_file(path, description.get("sha256"), checkpoint, state)
     rows, saved_cursor = _tensors(path, checkpoint.config.vocab_size, state, cursor)
@@ -178,6 +201,7 @@ def read(
         unfinished=unfinished,
         conf=description.get("conf", {}),
         policy_sha256=policy_sha256,
+        vocabulary_sha256=vocabulary,
     )
     return snapshot, description.get("notes")
 

@@ -262,6 +262,7 @@ class Conf:
     path: str | None = None  # of model=folder: short for model.path
     prompt: str = MISSING
     source: str = "user"  # who the prompt comes from: system, user, tool
+    special: bool | None = None  # special tokens in a text become such; null: but not in a tool's
     ticks: int = 200
     stop_at_eos: bool = False
     save_every: int = 2000  # ticks from one save in the run folder to the next; 0: at the end only

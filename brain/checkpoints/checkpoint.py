@@ -1,11 +1,16 @@
 """A model that has been found, checked and loaded."""
 
+import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
+from brain.errors import Refused
 from brain.tokens import Tokenizer
 from compiled.llama import LlamaConfig, Weights
+
+SAMPLE = 1 << 16  # characters that are split to see how a vocabulary does it
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,3 +29,18 @@ class Checkpoint:
         SHA-256, of several that of their sorted digests. Takes seconds per gigabyte on first use.
         """
         return self.hash_weights()
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        """Identifies what the ids stand for, and how a text is split into them: that of a sample
+        from the vocabulary itself.
+        """
+        vocabulary = self.tokenizer.vocabulary
+        digest = hashlib.sha256()
+        for spelling in vocabulary.spelling:
+            digest.update(b"-" if spelling is None else b"%d:%s" % (len(spelling), spelling))
+        words = [spelling.decode(errors="ignore") for spelling in vocabulary.spelling if spelling]
+        sample = "".join(words[:: 1 + sum(map(len, words)) // SAMPLE])
+        with suppress(Refused):  # it cannot split that
+            digest.update(repr(vocabulary.split_plain(sample)).encode())
+        return digest.hexdigest()

@@ -1,16 +1,19 @@
 """From Hydra overrides to the typed configuration."""
 
 import dataclasses
-from typing import cast
+import re
+from collections.abc import Iterator
+from typing import Any, cast, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from brain.config.overrides import as_given
 from brain.config.type_check import check_types
-from brain.errors import Refused, one_line
+from brain.errors import Refused, did_you_mean, one_line
 from conf.schema import Conf, Source, register
 
 _OF_SOURCES = (
@@ -41,7 +44,7 @@ def typed(conf: DictConfig) -> Conf:
     """The dataclasses behind a composed configuration. Raises Refused for a value of another type
     than the schema's, which can come in behind an escaped interpolation.
     """
-    found = cast(Conf, OmegaConf.to_object(conf))
+    found = cast(Conf, as_given(OmegaConf.to_object(conf)))
     check_types(found, Conf)
     return _with_path_in_model(found)
 
@@ -65,10 +68,39 @@ def _with_path_in_model(conf: Conf) -> Conf:
 
 
 def configuration_error(error: BaseException) -> str:
-    """Hydra's error about an override, in one line."""
+    """Hydra's error about an override, in one line, with the nearest key or choice."""
     reasons = [str(error).split("\n")[0]]
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         reasons.append(str(cause).split("\n")[0])
     reason = ": ".join(dict.fromkeys(reason.rstrip(".") for reason in reasons if reason))
-    return f"{reason or one_line(error)}; brain --help lists the keys"
+    return f"{reason or one_line(error)}{_nearest(error)}; brain --help lists the keys"
+
+
+def _nearest(error: BaseException) -> str:
+    """The key or choice that was meant, where there is one like it."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options:
+        asked = str(error.missing_cfg_file).rpartition("/")[2]
+        return did_you_mean(asked, (o for o in error.options if not o.endswith("schema")))
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        within, dot, name = str(cause.full_key).rpartition(".")
+        kind = cause.object_type
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        near = did_you_mean(name, (field.name for field in fields), within + dot)
+        grouped = {key.rpartition(".")[2]: key for key in _keys(Conf)}
+        alone = not dot and name in grouped
+        return near or (f"; did you mean {grouped[name]}?" if alone else "")
+    if found := re.match(r"Invalid value '(.*)', expected one of \[(.*)\]", str(cause)):
+        return did_you_mean(found[1], found[2].split(", "))
+    if found := re.match(r"Value '(.*)' is not a valid bool", str(cause)):
+        return did_you_mean(found[1], ("true", "false"))
+    return ""
+
+
+def _keys(kind: Any, within: str = "") -> Iterator[str]:
+    """Every key of a schema, in full."""
+    for name, inner in get_type_hints(kind).items():
+        yield within + name
+        if dataclasses.is_dataclass(inner):
+            yield from _keys(inner, f"{within}{name}.")

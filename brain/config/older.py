@@ -9,6 +9,7 @@ from conf.schema import LookupConf, WeightFormat
 _UNSAID: dict[tuple[str, ...], Any] = {
     ("lookup",): dataclasses.asdict(LookupConf()),
     ("path",): None,
+    ("special",): True,
     ("weights",): WeightFormat.model.value,
     ("engine", "native"): False,
     ("cull", "novelty", "lifetime"): None,

@@ -4,17 +4,21 @@ Hydra's override grammar gives commas, quotes, braces, parentheses and dollar si
 their own. A prompt is not a program: what the shell hands over is what the brain is given.
 """
 
+import dataclasses
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from brain.errors import Refused
+from brain.errors import Refused, shown
 
 TEXT_KEYS = (
     *("prompt", "path", "model.path", "model.wheel", "cache_dir"),
@@ -29,13 +33,28 @@ MULTIRUN = ("-m", "--multirun")
 
 
 def literal(value: Any) -> Any:
-    """A value, or anything plain that holds some, without interpolations: ``${`` is text in it."""
+    """A value, or anything plain that holds some, as text: ``${`` is no interpolation in it, and
+    ``???``, which OmegaConf takes for a missing value, gets a backslash until ``as_given``.
+    """
     if isinstance(value, dict):
         return {key: literal(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [literal(inner) for inner in value]
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+        marked = f"\\{value}" if re.fullmatch(r"\\*\?\?\?", value) else value
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", marked)
+    return value
+
+
+def as_given(value: Any) -> Any:
+    """A value, or dataclasses that hold some, without the backslash that ``literal`` put there."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for name, inner in vars(value).items():
+            setattr(value, name, as_given(inner))
+    elif isinstance(value, list):
+        return [as_given(inner) for inner in value]
+    elif isinstance(value, str) and re.fullmatch(r"\\+\?\?\?", value):
+        return value[1:]
     return value
 
 
@@ -50,21 +69,46 @@ def _in_quotes(text: str) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    """``key=value`` for a Python value. A word may also choose from a config group."""
+    """``key=value`` for a Python value. A word may also choose from a config group. Raises Refused
+    for a value that no key can have.
+    """
+    value = _plain(key, value)
     if isinstance(value, str):
         word = re.fullmatch(r"[A-Za-z_][\w.-]*", value, re.ASCII)
         bare = word and value.lower() not in ("null", "true", "false", "nan", "inf")
         return f"{key}={value}" if bare else f"{key}={quoted(value)}"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return f"{key}=[{','.join(override('', item)[1:] for item in value)}]"
+    if isinstance(value, dict):
+        pairs = (override(name, inner).replace("=", ":", 1) for name, inner in value.items())
+        return f"{key}={{{','.join(pairs)}}}"
     return f"{key}={json.dumps(value)}"
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as JSON has it: text for a path, a dtype, a device or an enumeration's member."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, PurePath | torch.device):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "tolist"):  # numbers and arrays of NumPy and PyTorch
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(_plain(key, name)): _plain(key, inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(key, inner) for inner in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise Refused(f"{key} cannot be {shown(value)}: give a text, a number or a list of them")
 
 
 def literal_arguments(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with the values of TEXT_KEYS, and FOLDER_KEYS, quoted, flags first:
-    Hydra loses overrides that follow ``-m`` if others precede it. A value that is quoted already is
-    left alone; so is, in a multirun, any value that Hydra can read, because commas separate the
-    runs there. Raises Refused for what this locale cannot read.
+    Hydra loses overrides that follow ``-m`` if others precede it. In a multirun a text that Hydra
+    can read is left alone, because commas separate the runs there. Raises Refused for what this
+    locale cannot read.
     """
     for argument in (*arguments, os.getcwd()):
         if any("\udc80" <= character <= "\udcff" for character in argument):
@@ -79,17 +123,13 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
         if argument in MULTIRUN:
             continue
         key, equals, value = argument.partition("=")
-        if equals and key in TEXT_KEYS and not _as_it_is(argument, value, multirun):
+        is_text = equals and key.lstrip("+") in TEXT_KEYS
+        if is_text and not (multirun and _is_readable(argument)):
             argument = f"{key}={quoted(value)}"
         elif equals and key in FOLDER_KEYS and not _is_readable(argument):
             argument = f"{key}={_in_quotes(value)}"
         result.append(argument)
     return result
-
-
-def _as_it_is(argument: str, value: str, multirun: bool) -> bool:
-    wrapped = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-    return (multirun or wrapped) and _is_readable(argument)
 
 
 def _is_readable(argument: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from brain.errors import Refused, shown
+from brain.errors import Refused, did_you_mean, shown
 from brain.files import given_path
 from brain.machine.compiler import require_capture
 from brain.machine.memory import free_bytes
@@ -146,7 +146,8 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise Refused(f"device={name} is unknown: use auto, cpu, cuda or cuda:N") from None
+        hint = did_you_mean(name, ("auto", "cpu", "cuda"))
+        raise Refused(f"device={name} is unknown: use auto, cpu, cuda or cuda:N{hint}") from None
     if device.type not in ("cpu", "cuda"):
         raise Refused(f"device={name} is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -185,7 +186,9 @@ def eviction_of(cull: CullConf, capacity: int, given: CustomPolicy | None = None
     brightness = cull.brightness
     unknown = set(brightness.seeds) - set(SOURCES)
     if unknown:
-        raise Refused(f"cull.brightness.seeds: unknown source {sorted(unknown)[0]!r}")
+        name = min(unknown)
+        hint = did_you_mean(name, SOURCES)
+        raise Refused(f"cull.brightness.seeds: unknown source {name!r}{hint}")
     for name, value in (("gain", brightness.gain), ("maximum", brightness.maximum)):
         if not value >= 0:
             raise Refused(f"cull.brightness.{name} must be 0 or more, not {value}")

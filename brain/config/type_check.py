@@ -5,7 +5,7 @@ import types
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from brain.errors import Refused, shown
+from brain.errors import Refused, did_you_mean, shown
 
 
 def check_types(value: Any, kind: Any, name: str = "") -> None:
@@ -14,6 +14,10 @@ def check_types(value: Any, kind: Any, name: str = "") -> None:
     """
     if dataclasses.is_dataclass(kind) and isinstance(value, kind):  # type: ignore[arg-type]
         kinds = get_type_hints(kind)
+        for unknown in sorted(vars(value).keys() - kinds):  # added with a plus
+            within = f"{name}." if name else ""
+            hint = did_you_mean(unknown, kinds, within)
+            raise Refused(f"{within}{unknown} is not a key{hint}")
         for field in dataclasses.fields(kind):
             key = f"{name}.{field.name}" if name else field.name
             check_types(getattr(value, field.name), kinds[field.name], key)

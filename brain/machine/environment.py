@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-PEERS = ("transformers", "llama-cpp-python")
+PACKAGES = ("positronic-brain", "transformers", "llama-cpp-python")
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{package: _version(package) for package in PEERS},
+        **{package: _version(package) for package in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -7,7 +7,7 @@ first; protection is not its business.
 
 import math
 
-from brain.errors import Refused
+from brain.errors import Refused, did_you_mean
 from brain.policies import brightness, h2o, keydiff, novelty, random, sink_recent, surprise, tova
 from brain.policies.custom import CustomPolicy, custom_policy
 from compiled.choose import KeepScore
@@ -41,6 +41,6 @@ def policy(name: str, culling: Culling, share: float, lifetime: float | None = N
     if name not in PLAIN:
         raise Refused(
             f"cull.policy {name!r} is unknown: use one of {', '.join(POLICIES)}, or "
-            "package.module:function"
+            f"package.module:function{did_you_mean(name, POLICIES)}"
         )
     return PLAIN[name]

@@ -15,6 +15,10 @@ replace    positions (neighbours), and the text or ids to put there; source (def
 inject     text or ids to add after the last token; source (default user). They pass through the
            loop like spoken tokens, so that a full memory makes room for them
 =========  =======================================================================================
+
+A text may have ``"special": true`` or ``false`` beside it: whether special tokens written out in it
+become control tokens. Without it the setting ``special`` of the run decides; as that comes, a text
+with the source ``tool`` stays text.
 """
 
 import json
@@ -24,14 +28,14 @@ from typing import Any, NamedTuple
 
 from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
 from brain.brain import Brain
-from brain.errors import Refused, Unwritten, one_line, shown
+from brain.errors import Refused, Unwritten, did_you_mean, one_line, shown, unknown
 from brain.files import open_plain, parse_json, require_own
 
 INBOX, ANSWERS = "commands.jsonl", "answers.jsonl"
 LONGEST_LINE = 1 << 20  # characters of one batch
 MOST_AT_ONCE = 8 * LONGEST_LINE  # bytes that are read at a time
-
-Encode = Callable[[str], Sequence[int]]
+Encode = Callable[..., Sequence[int]]
+"""``(text, source, special=…) → ids``, as :meth:`brain.Brain.encode`."""
 
 
 def parse_batch(line: str, encode: Encode) -> list[Action]:
@@ -57,7 +61,7 @@ def _action(given: Any, number: int, encode: Encode) -> Action:
     fields = dict(given)
     do = fields.pop("do")
     if do not in _READERS:
-        raise Refused(f"action {number}: {shown(do)} is unknown; use {', '.join(_READERS)}")
+        raise unknown(f"action {number}", do, _READERS)
     found = _Fields(fields, f"action {number} ({do})", encode)
     action = _READERS[do](found)
     found.require_all_taken()
@@ -69,9 +73,11 @@ class _Fields:
 
     def __init__(self, given: dict[str, Any], where: str, encode: Encode) -> None:
         self._given, self._where, self._encode = given, where, encode
+        self._known: set[str] = set()
 
     def take(self, name: str, *kinds: type, default: Any = None) -> Any:
         """Takes a field of one of these types. Raises Refused if it is missing without default."""
+        self._known.add(name)
         if name not in self._given:
             if default is None:
                 raise Refused(f"{self._where}: {name} is missing")
@@ -82,23 +88,24 @@ class _Fields:
             raise Refused(f"{self._where}: {name} is {shown(value)}, expected {expected}")
         return value
 
-    def tokens(self) -> Sequence[int]:
-        """Takes text or ids, exactly one of them, as ids."""
+    def text(self, default: str) -> tuple[Sequence[int], str]:
+        """Takes text or ids, exactly one of them, as ids, and their source."""
         if ("text" in self._given) == ("ids" in self._given):
             raise Refused(f"{self._where}: give either text or ids")
+        source = self.take("source", str, default=default)
         if "ids" in self._given:
-            return self.take("ids", list)  # type: ignore[no-any-return]
-        return self._encode(self.take("text", str))
+            return self.take("ids", list), source
+        special = self.take("special", bool) if "special" in self._given else None
+        return self._encode(self.take("text", str), source, special=special), source
 
     def positions(self) -> list[int]:
         return self.take("positions", list)  # type: ignore[no-any-return]
 
-    def source(self, default: str) -> str:
-        return self.take("source", str, default=default)  # type: ignore[no-any-return]
-
     def require_all_taken(self) -> None:
         if self._given:
-            raise Refused(f"{self._where}: {shown(min(self._given))} is not a field of it")
+            name = min(self._given)
+            hint = did_you_mean(name, self._known - self._given.keys())
+            raise Refused(f"{self._where}: {shown(name)} is not a field of it{hint}")
 
 
 _READERS: dict[str, Callable[[_Fields], Action]] = {
@@ -106,8 +113,8 @@ _READERS: dict[str, Callable[[_Fields], Action]] = {
     "boost": lambda f: Boost(f.positions(), f.take("amount", int, float)),
     "cull": lambda f: Cull(f.positions()),
     "redact": lambda f: Redact(f.positions()),
-    "replace": lambda f: Replace(f.positions(), f.tokens(), f.source("repair")),
-    "inject": lambda f: Append(f.tokens(), f.source("user")),
+    "replace": lambda f: Replace(f.positions(), *f.text("repair")),
+    "inject": lambda f: Append(*f.text("user")),
 }
 
 

@@ -15,6 +15,8 @@ A row that was redacted leaves the record too: a new save takes the place of all
 journals, and its token and text leave the files.
 """
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -36,7 +38,7 @@ from brain.record.journal import Journal, read_journal
 from brain.record.numbered_saves import NumberedSaves
 from brain.record.run_files import ALL, DRAFT, REPAIRS, TOKENS, TRANSCRIPT, RunFiles
 from brain.repair import Repair
-from brain.saves import OtherWeights, plain
+from brain.saves import OtherModel, brief, plain
 from brain.tick import Tick
 from brain.tokens import StreamDecoder
 from conf.schema import Conf
@@ -161,18 +163,32 @@ class RunRecord:
         conf = record.get("conf")
         recorded = conf if isinstance(conf, dict) else {}
         add_unsaid(recorded)
-        for key, given in _lasting(self._conf).items():
+        conf, settings = self._conf, self._brain.settings
+        if conf.special is None and isinstance(recorded.get("special"), bool):
+            conf = dataclasses.replace(conf, special=recorded["special"])  # the rule it began with
+        for key, given in _lasting(conf).items():
             difference = _difference(key, recorded.get(key), given)
             if difference is not None:
                 raise Refused(
                     f"{self._folder} has the record of another run ({difference}): give the same "
                     "settings to go on with it, or choose another folder"
                 )
-        if record.get("policy_sha256") != self._brain.settings.policy_sha256:
+        was, now = record.get("policy_sha256"), settings.policy_sha256
+        if was != now:
             raise Refused(
-                f"{self._folder} has the record of a run whose policy {self._conf.cull.policy} had "
-                "another source: give the same one, or choose another folder"
+                f"{self._folder} has the record of a run whose policy {conf.cull.policy} had "
+                f"another source (SHA-256 {brief(was)} in the record, {brief(now)} given): give "
+                "the same one, or choose another folder"
             )
+        was, now = record.get("vocabulary_sha256"), self._brain.checkpoint.vocabulary_sha256
+        if was is not None and was != now:
+            raise Refused(
+                f"{self._folder} has the record of a run with another tokenizer (SHA-256 of the "
+                f"vocabulary {brief(was)} in the record, {brief(now)} given): put the old one back "
+                "to go on with it, or choose another folder"
+            )
+        ours = dataclasses.replace(settings.conf, special=conf.special)
+        self._brain.settings = dataclasses.replace(settings, conf=ours)
         self.inbox.read = _count(record.get("inbox"), "inbox", path)
         return True
 
@@ -187,6 +203,7 @@ class RunRecord:
         self._switch_journal(0)
         # Commands that an earlier run in this folder was given are not for this one.
         record = {"format": FORMAT, "conf": _lasting(self._conf), "inbox": self.inbox.read}
+        record["vocabulary_sha256"] = self._brain.checkpoint.vocabulary_sha256
         if (policy_sha256 := self._brain.settings.policy_sha256) is not None:
             record["policy_sha256"] = policy_sha256
         draft = self._saves.folder / (SETTINGS + DRAFT)
@@ -231,7 +248,7 @@ class RunRecord:
             path = self._saves.save(number)
             try:
                 return number, _checked(self._brain.restore(path), path), damaged
-            except OtherWeights:
+            except OtherModel:
                 raise
             except Refused as refusal:
                 warn(f"{refusal}; going back to the save before it")
@@ -377,6 +394,11 @@ def _difference(name: str, recorded: Any, given: Any) -> str | None:
             found = _difference(f"{name}.{key}", recorded.get(key), given.get(key))
             if found is not None:
                 return found
+    if isinstance(recorded, str) and isinstance(given, str):  # long texts, from where they differ
+        pairs = zip(recorded, given, strict=False)
+        start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) - 20
+        if start > 0:
+            recorded, given = f"…{recorded[start:]}", f"…{given[start:]}"
     return f"{name}: {shown(recorded)} in the record, {shown(given)} given"
 
 

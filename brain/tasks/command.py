@@ -20,7 +20,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise Refused("task.path is missing: give the folder of a running brain")
     if task.actions is None:
         raise Refused('task.actions is missing: give a JSON list, like [{"do":"pin",…}]')
-    parse_batch(task.actions, lambda text: [0] if text else [])
+    parse_batch(task.actions, lambda text, *_, **__: [0] if text else [])
     folder = given_path(task.path)
     send(folder, task.actions)
     if is_taken(folder):

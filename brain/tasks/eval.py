@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from brain.brain import Brain
 from brain.config.settings import FEWEST_ROWS_TO_CULL, settings_of
-from brain.errors import Refused
+from brain.errors import Refused, unknown
 from brain.machine.environment import environment
 from brain.measure.evaluation import retrieval
 from brain.measure.evaluation.contestants import contestants
@@ -91,7 +91,7 @@ def run(conf: Conf, run_dir: Path) -> None:
 def _check(task: EvalTask, conf: Conf) -> None:
     for measure in task.measures:
         if measure not in MEASURES:
-            raise Refused(f"task.measures: {measure!r} is unknown; use {', '.join(MEASURES)}")
+            raise unknown("task.measures", measure, MEASURES)
     if not task.measures:
         raise Refused(f"task.measures is empty: use {', '.join(MEASURES)}")
     if not task.policies or not task.budgets:
@@ -134,5 +134,5 @@ def _kinds(names: Sequence[str]) -> list[Kind]:
     known = {kind.name: kind for kind in KINDS}
     for name in names:
         if name not in known:
-            raise Refused(f"task.kinds: {name!r} is unknown; use {', '.join(known)}")
+            raise unknown("task.kinds", name, known)
     return [known[name] for name in names] or list(KINDS)

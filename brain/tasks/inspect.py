@@ -9,12 +9,21 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 
 from brain.errors import Refused, one_line, printable
-from brain.files import RECORD_BYTES, given_path, open_plain, read_json
+from brain.files import (
+    RECORD_BYTES,
+    SETTINGS_BYTES,
+    given_path,
+    open_plain,
+    read_json,
+    read_text,
+)
 from brain.record.captures import TOP_IN_JSON
 from brain.record.heatmap import FILE, Row, in_terminal, page, read_rows, rows_of
+from brain.record.lock import is_taken
 from brain.record.numbered_saves import NumberedSaves
 from brain.record.run_files import TRANSCRIPT
-from brain.record.run_record import SAVES, SETTINGS
+from brain.record.run_folder import CAPTURES
+from brain.record.run_record import FAILED, SAVES, SETTINGS
 from brain.saves import TENSORS
 from brain.terminal import note
 from conf.schema import Conf, InspectTask
@@ -23,7 +32,6 @@ DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 """Errors of reading a description that has another shape than ours."""
 UNREADABLE = (*DAMAGED, OSError, MemoryError, SafetensorError)
 
-CAPTURES = "captures"
 TRACES = (FILE, CAPTURES, TRANSCRIPT, f"{SAVES}/{SETTINGS}")
 """Files in the folder of a run, whenever it was killed."""
 
@@ -52,6 +60,9 @@ def run(conf: Conf, run_dir: Path) -> None:
     picture = run_dir / "memory.html"
     # Half a surrogate pair is not a character: it is shown as a question mark.
     picture.write_text(page(rows, what), "utf-8", "replace")
+    of_run = folder.parent if folder.name == CAPTURES else folder
+    if not (of_run / FILE).is_file():
+        note(f"the run in {printable(str(of_run))} {_why_unended(of_run)}")
     note(f"heat map: {picture}")
 
 
@@ -127,10 +138,20 @@ def _why_empty(folder: Path, tick: int | None) -> str:
             f"task.tick={tick} was not captured: the run in {folder} has no captures; leave out "
             "task.tick, or run brain with capture=true in another folder"
         )
-    return (
-        f"the run in {folder} has not ended: there is no {FILE} yet; wait for its end or, if it "
-        "was killed, give the same command again"
-    )
+    return f"the run in {folder} {_why_unended(folder)}"
+
+
+def _why_unended(folder: Path) -> str:
+    """What became of a run that has not written what it remembers."""
+    try:
+        if is_taken(folder):
+            return f"is still running: there is no {FILE} yet; wait for its end"
+        failure = read_text(folder / FAILED, SETTINGS_BYTES).strip()
+    except FileNotFoundError:
+        return f"was killed, so there is no {FILE}: give the same command again to go on with it"
+    except (Refused, OSError, ValueError):
+        return f"has not ended: there is no {FILE} yet"
+    return f"has failed ({failure}): there is no {FILE}; to go on, give the same command again"
 
 
 def _shapes(path: Path) -> dict[str, tuple[str, list[int]]]:

@@ -21,6 +21,7 @@ from brain.opening import open_brain
 from brain.record.captures import CaptureWriter
 from brain.record.heatmap import FILE, remembered, write_rows
 from brain.record.lock import sole_writer
+from brain.record.run_folder import CAPTURES, keep_composed
 from brain.record.run_record import FAILED, RunRecord
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
@@ -62,8 +63,9 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
     record_graphs()
     record = RunRecord(run_dir, brain, conf)
     went_on = record.begin(lambda: brain.prime(conf.prompt, conf.source))
+    keep_composed()
     if conf.capture:
-        brain.observer = CaptureWriter(run_dir / "captures", brain, conf.capture_top)
+        brain.observer = CaptureWriter(run_dir / CAPTURES, brain, conf.capture_top)
     if went_on:
         note(f"going on after {record.spoken} tokens")
     if sys.stderr.isatty():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,28 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, tiny_folder: Path) -> None:
     assert b"Traceback" not in told
     assert b"BrokenPipe" not in told
     assert not list(tmp_path.rglob("failed.txt"))  # a reader who leaves is no failure
+
+
+def test_a_reader_who_leaves_the_help_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "brain.app", "--help"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (0, b"")
+
+
+def test_the_version_is_ours_pytorchs_and_the_device(command_line: CommandLine) -> None:
+    status, out, err = command_line("--version")
+    assert (status, err) == (0, "")
+    (line,) = out.splitlines()
+    assert line.startswith(f"positronic-brain {version('positronic-brain')}, PyTorch ")
+    assert torch.__version__ in line
+    assert line.partition(", PyTorch ")[2].split(", ")[1].startswith(("cpu", "cuda"))
 
 
 def test_help_reads_like_a_manual(tmp_path: Path, tiny_folder: Path) -> None:

@@ -53,7 +53,7 @@ BAD_IDS: dict[str, tuple[Any, str]] = {
     "numpy float": (np.array([1.0]), "1.0"),
     "text": (["a"], "'a'"),
     "nothing": ([None], "None"),
-    "a tensor of no integer": (torch.tensor([2.5]), "tensor(2.5000)"),
+    "a tensor of no integer": (torch.tensor([2.5]), "2.5"),
     "no list": (5, "must be a list, not 5"),
 }
 
@@ -641,3 +641,71 @@ def test_an_edit_wider_than_every_graph_is_called_directly(open_tiny: OpenTiny) 
         else:
             np.testing.assert_array_equal(captured.mirror.columns[name], column, name)
     assert [captured.tick().token for _ in range(4)] == [plain.tick().token for _ in range(4)]
+
+
+# What it is given ---------------------------------------------------------------------------------
+
+END = "<|end|>"  # id 0
+
+
+def test_special_tokens_in_a_text_are_control_tokens_unless_a_tool_says_them(
+    open_tiny: OpenTiny,
+) -> None:
+    b = open_tiny()
+    as_text = b.tokenizer.encode(END, special=False)
+    assert (b.encode(END), b.encode(END, "tool")) == ([0], as_text)
+    assert (b.encode(END, special=False), b.encode(END, "tool", special=True)) == (as_text, [0])
+    for source, ids in (("user", [0]), ("tool", as_text)):
+        b.prime(f"a{END}", source)
+        assert b.mirror.token_id.tolist() == [*b.encode("a"), *ids]
+        b.feed(END, source)
+        assert (b.ticks, b.cursor.token.tolist()) == (len(ids), ids[-1:])
+    for rule, ids in ((True, [0]), (False, as_text)):
+        ruled = open_tiny(special=rule)
+        assert ruled.encode(END, "tool") == ruled.encode(END, "user") == ids
+
+
+def test_a_fed_text_is_what_encode_makes_of_it(eager_brain: Brain) -> None:
+    told = []
+    for given in ("hello all", eager_brain.encode("hello all")):
+        eager_brain.prime(IDS[:5])
+        told.append((eager_brain.feed(given).tolist(), everything(eager_brain)))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple], ids=["numpy", "torch", "tuple"])
+def test_ids_and_positions_may_be_arrays(kind: Any, eager_brain: Brain) -> None:
+    eager_brain.prime(kind(IDS[:6]))
+    assert eager_brain.mirror.token_id.tolist() == IDS[:6]
+    amount: Any = np.float32(0.5)
+    eager_brain.patch([Pin(kind([1, 2])), Append(kind(IDS[6:8])), Boost([0], amount)])
+    eager_brain.feed(kind(IDS[8:10]))
+    assert eager_brain.mirror.pinned.tolist()[:3] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (b"abc", "decode them first"),
+        (bytearray(b"abc"), "decode them first"),
+        (memoryview(b"abc"), "decode them first"),
+        (np.array([1.0, 2.0]), "not an integer token id"),
+        (torch.tensor([True]), "not an integer token id"),
+        (np.array([[1, 2]]), "not an integer token id"),
+        (torch.tensor(3), "must be a list"),
+    ],
+    ids=["bytes", "bytearray", "memoryview", "floats", "flags", "two dimensions", "number"],
+)
+def test_what_may_not_be_ids_is_refused_in_one_line(
+    given: Any, told: str, eager_brain: Brain
+) -> None:
+    eager_brain.prime(IDS[:5])
+    before = everything(eager_brain)
+    for call in (eager_brain.prime, eager_brain.feed, lambda ids: eager_brain.patch([Append(ids)])):
+        with pytest.raises(Refused, match=told):
+            call(given)
+    with pytest.raises(Refused, match="encode it first"):
+        eager_brain.patch([Append("text")])  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="did you mean user"):
+        eager_brain.prime(IDS[:5], "usr")
+    assert everything(eager_brain) == before

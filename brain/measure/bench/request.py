@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from brain.config.settings import settings_of
-from brain.errors import Refused
+from brain.errors import Refused, unknown
 from brain.measure.bench.contestants import ENGINES, INT8, PRECISIONS
 from brain.measure.bench.job import WARM_UP_TOKENS
 from brain.opening import MOST_THREADS
@@ -52,7 +52,7 @@ def check(task: BenchTask, conf: Conf, precisions: Sequence[str], keys: set[str]
     for key, (chosen, possible) in known.items():
         for name in chosen:
             if name not in possible:
-                raise Refused(f"task.{key}: {name!r} is unknown; use {', '.join(possible)}")
+                raise unknown(f"task.{key}", name, possible)
         if not chosen:
             raise Refused(f"task.{key} is empty: use {', '.join(possible)}")
     for name in ("context", "prefill", "tokens", "repeats", "rows"):

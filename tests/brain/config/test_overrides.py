@@ -1,14 +1,19 @@
 """Text reaches the configuration character for character."""
 
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brain.config.compose import compose_conf
 from brain.config.overrides import literal_arguments, override
 from brain.errors import Refused
+from conf.schema import DType
 
 AWKWARD = [
     "It's (odd), isn't it?",
@@ -23,6 +28,11 @@ AWKWARD = [
     "123",
     "a=b,c: d",
     " around ",
+    '"Where are you going?"',
+    "'Twas brillig'",
+    "???",
+    "\\???",
+    '""',
     "日本 é\n\tx",
 ]
 
@@ -39,12 +49,6 @@ def test_any_keyword_text_is_taken_literally(text: str) -> None:
     assert compose_conf([override("prompt", text)]).prompt == text
 
 
-def test_hydra_quoting_still_works() -> None:
-    assert compose_conf(literal_arguments(["prompt='a, b'"])).prompt == "a, b"
-    # A value that only looks quoted is no Hydra value, so it is text.
-    assert compose_conf(literal_arguments(["prompt='a' and 'b'"])).prompt == "'a' and 'b'"
-
-
 def test_a_multirun_may_sweep_over_prompts() -> None:
     assert literal_arguments(["prompt=a,b", "-m"]) == ["--multirun", "prompt=a,b"]
     assert literal_arguments(["prompt=a,b"]) == ['prompt="a,b"']
@@ -59,7 +63,20 @@ def test_a_multirun_may_sweep_over_prompts() -> None:
         ("engine.widths", [1, 5], lambda conf: conf.engine.widths == [1, 5]),
         ("cull.target", None, lambda conf: conf.cull.target is None),
         ("sampler.temperature", 1e-3, lambda conf: conf.sampler.temperature == 1e-3),
+        ("cache_dir", Path("/a b"), lambda conf: conf.cache_dir == "/a b"),
+        ("dtype", torch.bfloat16, lambda conf: conf.dtype is DType.bfloat16),
+        ("dtype", DType.float16, lambda conf: conf.dtype is DType.float16),
+        ("device", torch.device("cpu"), lambda conf: conf.device == "cpu"),
+        ("capacity", np.int64(77), lambda conf: conf.capacity == 77),
+        ("engine.widths", np.array([1, 5]), lambda conf: conf.engine.widths == [1, 5]),
+        ("seed", torch.tensor(7), lambda conf: conf.seed == 7),
+        (
+            "cull.brightness.seeds",
+            {"user": 2},
+            lambda conf: conf.cull.brightness.seeds["user"] == 2,
+        ),
     ],
+    ids=[*"abcdefghijklmn"],
 )
 def test_keywords_are_overrides(key: str, value: Any, seen: Any) -> None:
     assert seen(compose_conf([override(key, value)]))
@@ -73,3 +90,27 @@ def test_wrong_overrides_are_refused_in_one_line(wrong: str) -> None:
         compose_conf([wrong])
     assert "\n" not in str(refusal.value)
     assert wrong.split("=")[0].split(".")[-1] in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("capacty=3", "capacity"),
+        ("sampler.temprature=1", "sampler.temperature"),
+        ("temperature=1", "sampler.temperature"),
+        ("+sampler.topk=1", "sampler.top_k"),
+        ("engine=complied", "compiled"),
+        ("dtype=BF16loat", "bfloat16"),
+        ("stop_at_eos=ture", "true"),
+        ("hydra.run.dri=x", "hydra.run.dir"),
+    ],
+)
+def test_what_is_misspelt_gets_the_nearest_right_one(wrong: str, meant: str) -> None:
+    with pytest.raises(Refused, match=rf"; did you mean {re.escape(meant)}\?"):
+        compose_conf([wrong])
+
+
+@pytest.mark.parametrize("value", [b"abc", {1}, object()], ids=["bytes", "set", "object"])
+def test_a_value_of_no_key_is_refused(value: Any) -> None:
+    with pytest.raises(Refused, match="seed cannot be"):
+        override("seed", value)

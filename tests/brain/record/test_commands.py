@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = list(range(10, 30))
 
 
-def letters(text: str) -> list[int]:
+def letters(text: str, *_: object, **__: object) -> list[int]:
     return [ord(character) for character in text]
 
 
@@ -90,6 +90,36 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 def test_whatever_comes_is_understood_or_refused(line: str) -> None:
     with contextlib.suppress(Refused):
         parse_batch(line, letters)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ('{"do": "ijnect", "text": "a"}', "inject"),
+        ('{"do": "inject", "text": "a", "sorce": "user"}', "source"),
+    ],
+    ids=["action", "field"],
+)
+def test_a_misspelt_word_of_a_command_gets_the_nearest(line: str, meant: str) -> None:
+    with pytest.raises(Refused, match=rf"did you mean {meant}\?"):
+        parse_batch(line, letters)
+
+
+def test_a_command_says_whether_special_tokens_in_its_text_are_such(open_tiny: OpenTiny) -> None:
+    b = open_tiny()
+    as_text = b.tokenizer.encode("<|end|>", special=False)
+    told = {
+        '"source": "user"': [0],
+        '"source": "tool"': as_text,
+        '"source": "tool", "special": true': [0],
+        '"source": "user", "special": false': as_text,
+    }
+    for fields, ids in told.items():
+        (action,) = parse_batch(f'{{"do": "inject", "text": "<|end|>", {fields}}}', b.encode)
+        assert isinstance(action, Append)
+        assert action.ids == ids
+    with pytest.raises(Refused, match="'special' is not a field"):
+        parse_batch('{"do": "inject", "ids": [1], "special": true}', b.encode)
 
 
 def test_an_inbox_applies_complete_lines_once_and_answers_each(

@@ -15,11 +15,13 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from soak import soak
 
+from brain import load
 from brain.brain import Brain
 from brain.errors import BrainWarning, Refused, Unwritten
 from brain.record.commands import ANSWERS, send
 from brain.record.lock import sole_writer
 from brain.record.run_record import RunRecord
+from brain.saves import sealed
 from fixture_types import OpenTiny
 from killed_runs import ORDERS, RECORD, Killed, power_cut_at, was_sent
 from processes import ENVIRONMENT, call, command
@@ -179,6 +181,74 @@ def test_a_record_from_before_novelty_had_a_lifetime_was_made_without_one(
     with pytest.raises(Refused, match=r"\(cull\."):
         go(open_tiny(), tmp_path, 6)
     go(open_tiny(**none), tmp_path, 6).close()
+
+
+def test_a_run_keeps_the_rule_for_special_tokens_that_it_began_with(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    order = '[{"do": "inject", "text": "<|end|>", "source": "tool"}]'
+
+    def from_tool(run_record: RunRecord) -> list[int]:
+        rows = run_record._brain.mirror
+        pairs = zip(rows.token_id.tolist(), rows.sources(), strict=True)
+        run_record.close()
+        return [token for token, source in pairs if source == "tool"]
+
+    began = go(open_tiny(), tmp_path / "run", 3)
+    began.save()
+    began.close()
+    path = tmp_path / "run" / "saves" / "run.json"
+    record = json.loads(path.read_text("utf-8"))
+    assert record["conf"].pop("special") is None  # as before there was the setting
+    path.write_text(json.dumps(record), "utf-8")
+    assert from_tool(go(open_tiny(), tmp_path / "run", 6, {3: order})) == [0]
+    assert from_tool(go(open_tiny(), tmp_path / "run", 7)) == [0]  # replayed by the same rule
+    with pytest.raises(Refused, match=r"special: True in the record, False given"):
+        go(open_tiny(special=False), tmp_path / "run", 8)
+    as_text = open_tiny().tokenizer.encode("<|end|>", special=False)
+    assert from_tool(go(open_tiny(), tmp_path / "new", 6, {3: order})) == as_text
+
+
+@pytest.mark.parametrize("part", ["vocab", "merges"])
+def test_another_tokenizer_is_refused(
+    part: str, tiny_folder: Path, open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    path = {"model.path": str(model)}
+    b = open_tiny(**path)
+    run_record = go(b, tmp_path / "run", 3)
+    run_record.save()
+    run_record.close()
+    b.save(tmp_path / "save")
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    if part == "vocab":
+        words = content["model"]["vocab"]
+        words["he"], words["ll"] = words["ll"], words["he"]
+    else:
+        content["model"]["merges"].pop()
+    file.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(Refused, match=r"another tokenizer .*in the record, .* given"):
+        go(open_tiny(**path), tmp_path / "run", 6)
+    with pytest.raises(Refused, match="another tokenizer"):
+        load(tmp_path / "save")
+    for where, name in ((tmp_path / "save", "brain.json"), (tmp_path / "run/saves", "run.json")):
+        told = json.loads((where / name).read_text("utf-8"))
+        del told["vocabulary_sha256"]  # from before there was a hash
+        (where / name).write_text(json.dumps(sealed(told) if "seal" in told else told), "utf-8")
+    assert load(tmp_path / "save").ticks == 3
+    with pytest.raises(Refused, match="another tokenizer"):  # its saves have one
+        go(open_tiny(**path), tmp_path / "run", 6)
+
+
+def test_a_difference_at_the_end_of_a_long_text_is_shown(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    text = "abc " * 40
+    go(open_tiny(prompt=text + "this"), tmp_path, 1).close()
+    with pytest.raises(Refused, match=r"prompt: '….*this' in the record, '….*that' given"):
+        go(open_tiny(prompt=text + "that"), tmp_path, 2)
 
 
 def test_I13_nothing_of_a_redacted_row_is_left_in_the_record(

@@ -1,5 +1,6 @@
 """``task=inspect`` shows a captured tick, or what a run remembers."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from brain.record.heatmap import (
     BARS,
     read_rows,
 )
+from brain.record.lock import sole_writer
 from fixture_types import CommandLine
 from processes import call
 
@@ -94,15 +96,32 @@ def test_a_run_without_captures_says_so(show: Show) -> None:
     )
 
 
-def test_a_run_that_has_not_ended_says_so(tmp_path: Path, show: Show) -> None:
+def test_a_run_that_has_not_ended_says_why(tmp_path: Path, show: Show) -> None:
     show(*RUN)
-    (tmp_path / "run" / "memory.json").unlink()
-    told = "refused: the run in run has not ended: there is no memory.json yet; wait for its end "
-    told += "or, if it was killed, give the same command again"
+    run = tmp_path / "run"
+    (run / "memory.json").unlink()
+    told = "refused: the run in run was killed, so there is no memory.json: give the same command "
+    told += "again to go on with it"
     assert show(*SHOW) == told
     assert "has no captures" in show(*SHOW, "task.tick=2")
-    (tmp_path / "run" / "captures").mkdir()
+    (run / "captures").mkdir()
     assert show(*SHOW, "task.tick=2") == told
+    (run / "failed.txt").write_text("the disk is full\n", "utf-8")
+    assert "has failed (the disk is full)" in show(*SHOW)
+    with sole_writer(run):
+        assert "is still running" in show(*SHOW)
+
+
+def test_it_writes_into_the_folder_of_the_run(tmp_path: Path, show: Show) -> None:
+    show(*RUN)
+    for number in ("1", "2"):
+        show(*SHOW[:2])
+        assert (tmp_path / "run" / "tasks" / number / "memory.html").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    shutil.rmtree(tmp_path / "run" / "tasks")
+    (tmp_path / "run" / "tasks").write_text("where nothing can be written")
+    show(*SHOW[:2])
+    assert len(list((tmp_path / "outputs").rglob("memory.html"))) == 1
 
 
 def test_more_rows_than_a_capture_keeps_are_refused(show: Show) -> None:

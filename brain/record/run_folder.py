@@ -1,0 +1,137 @@
+"""The folder that a command writes into: made when a task begins, and taken away again where
+nothing was put into it, so that a refused command leaves none.
+
+Hydra would make it, and write into it, before anything is checked. So Hydra gets a folder
+elsewhere; what it wrote there follows when the task has begun to write.
+"""
+
+import atexit
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from brain.config.overrides import quoted
+from brain.errors import Refused
+from brain.files import given_path, require_own
+
+TASKS, CAPTURES = "tasks", "captures"
+"""In the folder of a run: what tasks about it wrote, each in a numbered folder; captured ticks."""
+
+
+@dataclass
+class _Command:
+    """Where the command of this process writes."""
+
+    folder: Path  # of its run, or of all runs of a multirun
+    settled: bool  # the user gave its name, or it has been made
+    scratch: Path  # what Hydra has instead
+
+
+_commands: list[_Command] = []  # the one of this process, once Hydra knows it
+
+
+class Diverted(Callback):
+    """Gives Hydra another folder, and keeps it from going there: relative paths mean the same
+    whatever ``hydra.job.chdir`` is.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Before the folder of a run is made."""
+        self._divert(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Before the folder of a multirun is made."""
+        self._divert(config, "hydra.sweep.dir")
+
+    def _divert(self, config: DictConfig, key: str) -> None:
+        _commands.clear()
+        overrides = config.hydra.overrides.hydra
+        named = any(given.lstrip("+").startswith(f"{key}=") for given in overrides)
+        folder = Path(os.path.abspath(str(OmegaConf.select(config, key))))
+        scratch = tempfile.mkdtemp(prefix="brain-")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        _commands.append(_Command(folder, named, Path(scratch)))
+        with read_write(config), open_dict(config):
+            OmegaConf.update(config, key, scratch)
+            config.hydra.job.chdir = False
+            # The runs of a multirun are composed anew.
+            overrides.extend([f"{key}={quoted(scratch)}", "hydra.job.chdir=false"])
+
+
+@contextmanager
+def run_folder(about: str | None) -> Iterator[Path]:
+    """Makes the folder of a task, within a ``with`` statement; afterwards removes it, and those
+    above it that were made for it, where they are empty. One that nobody named is never shared.
+
+    Args:
+        about: The folder of the run that the task is about. Unless another one was named, it writes
+            into a numbered folder there; where that cannot be made, as if it were about none.
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    if not _commands:
+        raise Refused("there is no folder for temporary files: set TMPDIR to one")
+    (command,) = _commands
+    made: list[Path] = []
+    if not command.settled:
+        command.folder, made = _unused(command.folder, about)
+        command.settled = True
+    of_hydra = Path(HydraConfig.get().runtime.output_dir)
+    folder = command.folder / of_hydra.relative_to(command.scratch)
+    made = _make(folder, exist_ok=True) + made
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
+
+
+def keep_composed() -> None:
+    """Puts what Hydra wrote into the folder that it belongs to. Does nothing the second time.
+    Raises OSError.
+    """
+    (command,) = _commands
+    for path in command.scratch.rglob("*.yaml"):
+        to = command.folder / path.relative_to(command.scratch)
+        require_own([to.parent, to])
+        to.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text("utf-8").replace(str(command.scratch), str(command.folder))
+        to.write_text(text, "utf-8")
+    shutil.rmtree(command.scratch, ignore_errors=True)
+
+
+def _unused(folder: Path, about: str | None) -> tuple[Path, list[Path]]:
+    """Makes a folder that nobody else has made; returns it, and all that was not there."""
+    run = None if about is None else Path(os.path.abspath(given_path(about)))
+    if run is not None and run.is_dir():
+        tasks = (run.parent if run.name == CAPTURES else run) / TASKS
+        require_own([tasks])
+        with suppress(OSError):
+            return _next(tasks / str(number) for number in itertools.count(1))
+    others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return _next(itertools.chain([folder], others))
+
+
+def _next(paths: Iterator[Path]) -> tuple[Path, list[Path]]:
+    while True:
+        path = next(paths)
+        with suppress(FileExistsError):
+            return path, _make(path, exist_ok=False)
+
+
+def _make(path: Path, *, exist_ok: bool) -> list[Path]:
+    """Makes a folder; returns it and those above it as far as they were not there, it first."""
+    missing = list(itertools.takewhile(lambda p: not os.path.lexists(p), (path, *path.parents)))
+    path.mkdir(parents=True, exist_ok=exist_ok)
+    return missing
