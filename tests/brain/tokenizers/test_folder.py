@@ -1,6 +1,8 @@
 """Tokenizers of folders that contradict themselves: the ids of transformers, or a line about it.
 
-``python tests/brain/tokenizers/test_folder.py --folders 1000`` draws more of them.
+``PYTHONPATH=tests/support python tests/brain/tokenizers/test_folder.py --folders 1000`` draws more
+of them; where protobuf is installed, also folders that have only a tokenizer.model, which transformers
+does not read without it.
 """
 
 import argparse
