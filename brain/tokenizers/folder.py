@@ -381,7 +381,8 @@ def begins(folder: Folder, reader: str | None, vocabulary: Vocabulary) -> tuple[
     """
     own = vocabulary.id_of(vocabulary.bos_text) if vocabulary.bos_text is not None else None
     said = _named_ids(folder, "bos", vocabulary)
-    default = DEFAULTS.get(reader, {}).get("bos_token")
+    named = any("bos_token" in folder.settings[place] for place in (CONFIG, SPECIAL_MAP))
+    default = None if named else DEFAULTS.get(reader, {}).get("bos_token")
     places = [*said[:2], ("", vocabulary.id_of(default) if default else None), *said[2:]]
     if len(vocabulary.prepended) == 1 and folder.vocabulary != SENTENCEPIECE:
         places.insert(0, (f"the template of {folder.vocabulary}", vocabulary.prepended[0]))

@@ -118,7 +118,7 @@ def _byte_level_json(
         ],
         "normalizer": None,
         "pre_tokenizer": _pre_tokenizer(pre, where),
-        "post_processor": None,
+        "post_processor": _template(fields, tokens),
         "decoder": BYTE_LEVEL | {"use_regex": True},
         "model": {
             "type": "BPE",
@@ -134,6 +134,23 @@ def _byte_level_json(
         },
     }
     return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def _template(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
+    """What puts BOS before a text, if the file asks for it: a tokenizer.json's own way."""
+    index = fields.get("tokenizer.ggml.bos_token_id")
+    wanted = fields.get("tokenizer.ggml.add_bos_token", False)
+    if not wanted or type(index) is not int or not 0 <= index < len(tokens):
+        return None
+    bos, text = {"id": tokens[index], "type_id": 0}, {"id": "A", "type_id": 0}
+    other = {"id": "B", "type_id": 1}
+    single = [{"SpecialToken": bos}, {"Sequence": text}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": other}],
+        "special_tokens": {bos["id"]: {"id": bos["id"], "ids": [index], "tokens": [bos["id"]]}},
+    }
 
 
 def _pre_tokenizer(pre: str, where: str) -> dict[str, Any]:

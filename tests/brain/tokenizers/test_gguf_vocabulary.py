@@ -45,6 +45,14 @@ def test_I10_gguf_byte_level_vocabulary(tmp_path: Path, byte_level_json: str, pr
     assert tokenizer.bos_id is None
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gguf_byte_level_bos(tmp_path: Path, byte_level_json: str, wanted: bool) -> None:
+    fields = byte_level_fields(byte_level_json, "gpt-2")
+    fields |= {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": wanted}
+    tokenizer = load_tokenizer(save_files(tmp_path, tokenizer_files(fields, "x.gguf")))
+    assert (tokenizer.bos_id, tokenizer.wants_bos) == (0, wanted)
+
+
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 def test_I10_gguf_sentencepiece_vocabulary(
     spm_folder: Path, tmp_path: Path, dummy_prefix: bool

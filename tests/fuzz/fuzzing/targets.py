@@ -159,10 +159,17 @@ def tokenizer_settings(case: Case) -> None:
         (folder / "tokenizer.json").unlink()
         case.specimens.copy(case.specimens.sentencepiece, folder / "tokenizer.model")
     added = {"added_tokens_decoder": {"300": {"content": "<x>"}, "301": "<y>"}}
-    told = json.loads((folder / "tokenizer_config.json").read_text()) | added
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told |= added if rng.random() < 0.5 else {"extra_special_tokens": ["<x>"]}
+    told["tokenizer_class"] = rng.choice(("LlamaTokenizer", "GPT2Tokenizer", "TokenizersBackend"))
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     (folder / "added_tokens.json").write_text(json.dumps({"<z>": 302}))
-    names = ("tokenizer_config.json", "added_tokens.json", "generation_config.json")
+    named = {"eos_token": {"content": "<z>", "rstrip": True}, "additional_special_tokens": ["<w>"]}
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    names = (
+        *("tokenizer_config.json", "added_tokens.json", "generation_config.json"),
+        *("special_tokens_map.json", "config.json"),
+    )
     path = folder / rng.choice(names)
     if not case.replace(path):
         path.write_bytes(damaged_json(path.read_bytes(), rng))
