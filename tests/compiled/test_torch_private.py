@@ -203,7 +203,10 @@ def test_what_fails_in_a_backend_is_the_compilers_error() -> None:
     def fail(module: GraphModule, inputs: list[Tensor]) -> Any:
         raise OSError(28, "No space left on device")
 
-    call: Callable[..., Any] = torch.compile(lambda x: x * 3, backend=fail, fullgraph=True)
+    def triple(x: Tensor) -> Tensor:
+        return x * 3
+
+    call: Callable[..., Any] = torch.compile(triple, backend=fail, fullgraph=True)
     with pytest.raises(torch_private.compiler_error()) as raised:
         call(torch.ones(3))
     assert isinstance(raised.value.inner_exception, OSError)  # type: ignore[attr-defined]

@@ -172,8 +172,8 @@ def test_a_path_that_needs_quotes_gets_a_link_without(
     (private,) = links.iterdir()
     assert len(list(private.iterdir())) == 3
     private.chmod(0o777)  # others could have the compiler's files elsewhere
+    monkeypatch.setenv(VARIABLE, str(folder))
     with pytest.raises(Refused, match=VARIABLE):
-        monkeypatch.setenv(VARIABLE, str(folder))
         name_graph_folder()
     monkeypatch.setenv(VARIABLE, str(tmp_path / "Jörg"))
     name_graph_folder()
@@ -194,8 +194,8 @@ def test_a_run_says_the_same_after_every_kept_file_was_damaged(
     """PyTorch alone ends in a bus error, or an exception, on a library that is cut short."""
     support = str(Path(precompiled_headers.__file__).parent)
     home = tmp_path / "Jörg's first"  # PyTorch quotes no path that it gives to the C++ compiler
-    path = os.pathsep.join(filter(None, (support, os.environ.get("PYTHONPATH"))))
-    named = {VARIABLE: str(home / "inductor"), "PYTHONPATH": path}
+    modules = os.pathsep.join(filter(None, (support, os.environ.get("PYTHONPATH"))))
+    named = {VARIABLE: str(home / "inductor"), "PYTHONPATH": modules}
 
     def say() -> tuple[str, str]:
         options = [
