@@ -186,6 +186,9 @@ def test_a_record_from_before_novelty_had_a_lifetime_was_made_without_one(
 def test_a_run_keeps_the_rule_for_special_tokens_that_it_began_with(
     open_tiny: OpenTiny, tmp_path: Path
 ) -> None:
+    def roomy(**rule: bool) -> Brain:
+        return open_tiny(capacity=96, **{"cull.target": 96}, **rule)
+
     order = '[{"do": "inject", "text": "<|end|>", "source": "tool"}]'
 
     def from_tool(run_record: RunRecord) -> list[int]:
@@ -194,19 +197,19 @@ def test_a_run_keeps_the_rule_for_special_tokens_that_it_began_with(
         run_record.close()
         return [token for token, source in pairs if source == "tool"]
 
-    began = go(open_tiny(), tmp_path / "run", 3)
+    began = go(roomy(), tmp_path / "run", 3)
     began.save()
     began.close()
     path = tmp_path / "run" / "saves" / "run.json"
     record = json.loads(path.read_text("utf-8"))
     assert record["conf"].pop("special") is None  # as before there was the setting
     path.write_text(json.dumps(record), "utf-8")
-    assert from_tool(go(open_tiny(), tmp_path / "run", 6, {3: order})) == [0]
-    assert from_tool(go(open_tiny(), tmp_path / "run", 7)) == [0]  # replayed by the same rule
+    assert from_tool(go(roomy(), tmp_path / "run", 6, {3: order})) == [0]
+    assert from_tool(go(roomy(), tmp_path / "run", 7)) == [0]  # replayed by the same rule
     with pytest.raises(Refused, match=r"special: True in the record, False given"):
-        go(open_tiny(special=False), tmp_path / "run", 8)
-    as_text = open_tiny().tokenizer.encode("<|end|>", special=False)
-    assert from_tool(go(open_tiny(), tmp_path / "new", 6, {3: order})) == as_text
+        go(roomy(special=False), tmp_path / "run", 8)
+    as_text = began._brain.tokenizer.encode("<|end|>", special=False)
+    assert from_tool(go(roomy(), tmp_path / "new", 6, {3: order})) == as_text
 
 
 @pytest.mark.parametrize("part", ["vocab", "merges"])

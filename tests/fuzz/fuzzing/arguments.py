@@ -25,6 +25,7 @@ KEYS = (
         "dtype",
         "device",
         "stop_at_eos",
+        "special",
         "capture",
         "model",
         "engine",
