@@ -443,8 +443,9 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_default_folder_is_below_the_current_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, undisturbed: Observed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(check, "replay", lambda brain, script: undisturbed)
     monkeypatch.chdir(tmp_path)
     assert refusal(compose_conf(["task=golden"]), tmp_path).startswith("tests/golden: no such")
     (tmp_path / "tests" / "golden").mkdir(parents=True)
