@@ -223,8 +223,8 @@ def test_tiles_are_the_whole(bucket: int, tile: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compiled.attention, "TILE", 1000)
     whole, mass = attend(*tensors)
     monkeypatch.setattr(compiled.attention, "TILE", tile)
-    forms: tuple[Callable[..., tuple[Tensor, Tensor | None]], ...]
-    forms = (attend, attend_per_query, attend_causally)
+    forms: list[Callable[..., tuple[Tensor, Tensor | None]]]
+    forms = [attend, attend_per_query, attend_causally]
     # Padding sees rows behind it or does not; nobody looks at what it makes of them.
     for form in forms:
         attended, parts = form(*tensors)
