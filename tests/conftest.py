@@ -41,11 +41,31 @@ THREADS = torch.get_num_threads()
 INVARIANT = re.compile(r"test_I\d+_")
 
 
+TOGETHER = {
+    "captured_brains": {
+        "either_brain",
+        "warm_brain",
+        "layered_brain",
+        "reading_brain",
+        "warm_parrot",
+    },
+    "whole_models": {"roomy_brain", "reference_model", "brains"},
+}
+"""Fixtures that take longer to make than to use: all tests that use one of a group run in one
+process (``--dist loadgroup``). So do all others of a file, for the fixtures of the file.
+"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is in ``invariants/`` or carries the number of an invariant in its name."""
+    """Marks what is in ``invariants/`` or carries the number of an invariant in its name, and what
+    runs in one process with its like.
+    """
     for item in items:
         if item.path.parent.name == "invariants" or INVARIANT.match(item.name):
             item.add_marker(pytest.mark.invariant)
+        used = set(getattr(item, "fixturenames", ()))
+        group = next((name for name, shared in TOGETHER.items() if used & shared), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -397,3 +417,9 @@ def command_line(
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def tiny_command_line(command_line: CommandLine, tiny_folder: Path) -> CommandLine:
+    """The same on the tiny model."""
+    return functools.partial(command_line, "model=folder", f"model.path={tiny_folder}")

@@ -50,19 +50,15 @@ def test_the_command_line_and_the_library_say_the_same(run_folder: Path, tiny_fo
     assert [tick.token for tick in b.stream(8)] == report["tokens"]
 
 
-def test_inspect_prints_a_captured_tick(run_folder: Path, tiny_folder: Path) -> None:
+def test_inspect_prints_a_captured_tick(run_folder: Path, tiny_command_line: CommandLine) -> None:
     tokens = json.loads((run_folder / "run.json").read_text("utf-8"))["tokens"]
     for tick in (1, 8):
-        done = call(
-            run_folder.parent,
-            tiny_folder,
-            "task=inspect",
-            f"task.path={run_folder}",
-            f"task.tick={tick}",
-        )
-        assert done.stdout.startswith(f"tick {tick}\n")
-        assert f"spoke token {tokens[tick - 1]} " in done.stdout
-        assert "read.out.mass" in done.stdout
+        task = ["task=inspect", f"task.path={run_folder}", f"task.tick={tick}"]
+        status, shown, _ = tiny_command_line(*task)
+        assert status == 0
+        assert shown.startswith(f"tick {tick}\n")
+        assert f"spoke token {tokens[tick - 1]} " in shown
+        assert "read.out.mass" in shown
 
 
 def test_multirun_runs_every_combination(tmp_path: Path, tiny_folder: Path) -> None:
@@ -125,31 +121,29 @@ def test_a_refusal_is_status_2_for_the_shell(tmp_path: Path, tiny_folder: Path) 
 
 
 def test_a_memory_that_forgets_nothing_ends_its_run_with_everything_written(
-    tmp_path: Path, tiny_folder: Path
+    tmp_path: Path, tiny_command_line: CommandLine
 ) -> None:
     arguments = ["prompt=abcdefgh", "ticks=50", "capacity=16", "cull=none", "hydra.run.dir=out"]
     for _ in range(2):  # the same again adds nothing
-        done = call(tmp_path, tiny_folder, *arguments, status=2)
-        assert done.stderr.splitlines()[-1].startswith("refused: memory is full: 17 rows")
+        status, _, told = tiny_command_line(*arguments)
+        assert status == 2
+        assert told.splitlines()[-1].startswith("refused: memory is full: 17 rows")
         report = json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))
         assert report["rows"] == 16
         assert len(report["tokens"]) == 9
         assert (tmp_path / "out" / "memory.json").exists()
         (save,) = (tmp_path / "out" / "saves").glob("*/brain.json")
-    call(tmp_path, tiny_folder, "task=inspect", "task.path=out")
+    assert tiny_command_line("task=inspect", "task.path=out")[0] == 0
     roomier = brain.load(save.parent, capacity=32)
     assert len(list(roomier.stream(4))) == 4
 
 
-def test_the_folder_of_a_model_has_a_short_name(tmp_path: Path, tiny_folder: Path) -> None:
-    done = subprocess.run(
-        [*command(tiny_folder)[:3], "model=folder", f"path={tiny_folder}", "prompt=abc", "ticks=2"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_folder_of_a_model_has_a_short_name(
+    command_line: CommandLine, tiny_folder: Path
+) -> None:
+    asked = ["model=folder", f"path={tiny_folder}", "prompt=abc", "ticks=2"]
+    status, _, told = command_line(*asked)
+    assert status == 0, told
     opened = brain.open("folder", path=str(tiny_folder), capacity=16)
     assert opened.settings.conf.path is None
     assert opened.settings.conf.model.path == str(tiny_folder)
@@ -218,14 +212,15 @@ def test_the_version_is_ours_pytorchs_and_the_device(command_line: CommandLine) 
     assert line.partition(", PyTorch ")[2].split(", ")[1].startswith(("cpu", "cuda"))
 
 
-def test_help_reads_like_a_manual(tmp_path: Path, tiny_folder: Path) -> None:
-    done = call(tmp_path, tiny_folder, "--help")
+def test_help_reads_like_a_manual(command_line: CommandLine) -> None:
+    status, manual, _ = command_line("--help")
+    assert status == 0
     for heading in ("NAME", "SYNOPSIS", "DESCRIPTION", "KEYS", "GROUPS", "TASKS", "EXIT STATUS"):
-        assert f"\n{heading}" in "\n" + done.stdout
+        assert f"\n{heading}" in "\n" + manual
     conf = Path(brain.__file__).parents[1] / "conf"
     for group in ("model", "engine", "sampler", "cull", "task"):
         for choice in (conf / group).glob("*.yaml"):
-            assert choice.stem in done.stdout
+            assert choice.stem in manual
 
 
 def test_a_device_without_memory_is_told_in_one_line(

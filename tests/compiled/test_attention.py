@@ -1,6 +1,7 @@
 """Who sees whom, and what attention makes of it, against plain loops in float64."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -222,9 +223,12 @@ def test_tiles_are_the_whole(bucket: int, tile: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compiled.attention, "TILE", 1000)
     whole, mass = attend(*tensors)
     monkeypatch.setattr(compiled.attention, "TILE", tile)
-    per_query = attend_per_query(*tensors)
+    forms: list[Callable[..., tuple[Tensor, Tensor | None]]]
+    forms = [attend, attend_per_query, attend_causally]
     # Padding sees rows behind it or does not; nobody looks at what it makes of them.
-    for attended, parts in (attend(*tensors), per_query, attend_causally(*tensors)):
+    for form in forms:
+        attended, parts = form(*tensors)
+        assert (parts is None) == (form is attend_causally)
         # The same sums of a few numbers of size 1 in another order: 2^-24 each.
         torch.testing.assert_close(attended[:length], whole[:length], rtol=1e-5, atol=1e-6)
         if parts is not None:

@@ -6,17 +6,17 @@ import torch
 from brain import Brain
 from fixture_types import OpenTiny
 
-WIDTHS, BUCKETS = (1, 4, 16), (32, 48)
+LAYERED = ((1, 32), (1, 48), (4, 32), (16, 48))
+"""Widths and buckets of reads: each of both, one and several tokens in either bucket."""
 
 
 @pytest.fixture(scope="session")
 def layered_brain(open_tiny: OpenTiny) -> Brain:
     """The tiny brain with its reads captured layer by layer, as on a GPU, without the operator."""
     b = open_tiny(engine="compiled", **{"engine.native": False})
-    for width in WIDTHS:
+    for width, bucket in LAYERED:
         zeros = torch.zeros(width, dtype=torch.int64)
-        for bucket in BUCKETS:
-            b.graphs.read(zeros, zeros + 0, torch.tensor(0), high_water=bucket)
+        b.graphs.read(zeros, zeros + 0, torch.tensor(0), high_water=bucket)
     return b
 
 

@@ -16,8 +16,7 @@ from brain.measure.evaluation.fluency import Fluency
 from brain.measure.evaluation.retrieval import Answer, Course, Recall, lay_course, planted
 from brain.measure.evaluation.streams import Streams
 from brain.measure.evaluation.texts import excerpts, read_text
-from fixture_types import OpenTiny
-from processes import call
+from fixture_types import CommandLine, OpenTiny
 from toys import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -313,12 +312,12 @@ def test_what_makes_no_sense_is_refused_before_anything_long(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_task_writes_tables_and_pictures(
+    tiny_command_line: CommandLine, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("It was a truth, not much acknowledged. " * 400)
-    done = call(
-        tmp_path,
-        tiny_folder,
+    status, shown, told = tiny_command_line(
         "task=eval",
         f"task.text={text}",
         "task.measures=[fluency,retrieval,repair,endurance]",
@@ -336,14 +335,14 @@ def test_the_task_writes_tables_and_pictures(tiny_folder: Path, tmp_path: Path) 
         "capacity=32",
         "hydra.run.dir=out",
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0, told
     for word in ("fluency", "retrieval", "repair", "endurance", "sink_recent", "novelty", "full"):
-        assert word in done.stdout
+        assert word in shown
     report = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert {row["budget"] for row in report["fluency"]} == {32, 64}
     assert len(report["retrieval"]) == 3 * 2 * 2  # 0.501 of these budgets are 0.5 of them
     header, row = (
-        next(line for line in done.stdout.splitlines() if re.match(start, line))
+        next(line for line in shown.splitlines() if re.match(start, line))
         for start in (r"policy +rows +1×", "novelty +32 +[0-9.]+ ±")
     )
     assert header.count("×") == row.count("±") == 3

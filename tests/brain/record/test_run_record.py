@@ -22,9 +22,9 @@ from brain.record.commands import ANSWERS, send
 from brain.record.lock import sole_writer
 from brain.record.run_record import RunRecord
 from brain.saves import sealed
-from fixture_types import OpenTiny
+from fixture_types import CommandLine, OpenTiny
 from killed_runs import ORDERS, RECORD, Killed, power_cut_at, was_sent
-from processes import ENVIRONMENT, call, command
+from processes import ENVIRONMENT, command
 from toys import digest, raw_bytes
 
 PROMPT = "The lighthouse keeper had not spoken"
@@ -421,7 +421,9 @@ def test_a_full_disk_is_told_and_loses_nothing(
     assert told(folder) == told(tmp_path / "whole")
 
 
-def test_kill_9_and_the_same_command_again(tiny_folder: Path, tmp_path: Path) -> None:
+def test_kill_9_and_the_same_command_again(
+    tiny_folder: Path, tmp_path: Path, tiny_command_line: CommandLine
+) -> None:
     """As a user would: processes, signals, and the text on standard output."""
     settings = [f"prompt={PROMPT}", "capacity=64", "save_every=40"]
     arguments = command(tiny_folder, *settings, "ticks=400")
@@ -433,16 +435,19 @@ def test_kill_9_and_the_same_command_again(tiny_folder: Path, tmp_path: Path) ->
     assert len(report["tokens"]) == 400
     # Once more: there is nothing left to say, and nothing is said.
     before = told(out)
-    again = [*settings, "ticks=400", f"hydra.run.dir={out}"]
-    assert call(tmp_path, tiny_folder, *again).stdout == ""
+    status, text, _ = tiny_command_line(*settings, "ticks=400", f"hydra.run.dir={out}")
+    assert (status, text) == (0, "")
     assert told(out) == before
     # More of the same: the text alone goes to standard output.
-    more = call(tmp_path, tiny_folder, *settings, "ticks=420", f"hydra.run.dir={out}").stdout
+    status, more, _ = tiny_command_line(*settings, "ticks=420", f"hydra.run.dir={out}")
+    assert status == 0
     after = (out / "transcript.txt").read_text("utf-8")
     assert after.endswith(more)
     assert len(more) > 0
     another = ["prompt=Another", "capacity=64", f"hydra.run.dir={out}"]
-    assert "prompt: " in call(tmp_path, tiny_folder, *another, status=2).stderr
+    status, _, refusal = tiny_command_line(*another)
+    assert status == 2
+    assert "prompt: " in refusal
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])

@@ -6,21 +6,28 @@ import time
 from pathlib import Path
 
 from brain.record.commands import ANSWERS
-from processes import ENVIRONMENT, call, command
+from fixture_types import CommandLine
+from processes import ENVIRONMENT, command
 
 
-def test_a_command_to_a_run_that_has_ended_waits_for_it(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_command_to_a_run_that_has_ended_waits_for_it(
+    tiny_command_line: CommandLine, tmp_path: Path
+) -> None:
     arguments = ["prompt=abc", "ticks=4", "capacity=32", "hydra.run.dir=out"]
-    call(tmp_path, tiny_folder, *arguments)
+    assert tiny_command_line(*arguments)[0] == 0
     order = '[{"do": "inject", "text": "hi", "source": "tool"}]'
-    done = call(tmp_path, tiny_folder, "task=command", "task.path=out", f"task.actions={order}")
-    assert "is not running" in done.stderr
+    task = ["task=command", "task.path=out", f"task.actions={order}"]
+    status, _, told = tiny_command_line(*task)
+    assert status == 0
+    assert "is not running" in told
     assert not (tmp_path / "out" / ANSWERS).exists()
-    call(tmp_path, tiny_folder, *arguments)
+    assert tiny_command_line(*arguments)[0] == 0
     assert (tmp_path / "out" / ANSWERS).exists()
 
 
-def test_a_running_brain_takes_commands(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_running_brain_takes_commands(
+    tiny_folder: Path, tmp_path: Path, tiny_command_line: CommandLine
+) -> None:
     running = subprocess.Popen(
         command(
             tiny_folder,
@@ -41,7 +48,8 @@ def test_a_running_brain_takes_commands(tiny_folder: Path, tmp_path: Path) -> No
             assert time.monotonic() < deadline
             time.sleep(0.05)
         batch = '[{"do":"pin","positions":[0]},{"do":"inject","text":"now","source":"system"}]'
-        call(tmp_path, tiny_folder, "task=command", "task.path=out", f"task.actions={batch}")
+        task = ["task=command", "task.path=out", f"task.actions={batch}"]
+        assert tiny_command_line(*task)[0] == 0
         while not (out / ANSWERS).exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
