@@ -135,7 +135,7 @@ def _backend(
     def compile_module(module: GraphModule, inputs: list[Tensor]) -> Any:
         start = time.perf_counter()
         if device.type == "cpu":
-            prepared().result()
+            prepared().exception()  # if it failed, the compiler does it again, and says so
         compiled_module = inductor(module, inputs)
         made.append((module, time.perf_counter() - start))
         return compiled_module

@@ -31,7 +31,9 @@ def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
     try:
         library = built_library(SOURCE, compiler, defined, cache_dir)
         load(library)  # a folder may be mounted without the right to execute
-    except (Refused, OSError) as error:
+    except Refused as refusal:
+        raise Refused(f"{refusal}; or use engine.native=false") from None
+    except OSError as error:
         raise Refused(f"{one_line(error)}; or use engine.native=false") from None
     return library
 
