@@ -75,13 +75,25 @@ def _application(composed: DictConfig) -> None:
                 importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
                 if any(run_dir.iterdir()):
                     keep_composed()
-        except RuntimeError as error:
-            import torch  # takes a second, which --help need not wait for
-
-            if not isinstance(error, torch.OutOfMemoryError):
+        except (RuntimeError, MemoryError) as error:
+            lacking = _lacking(error)
+            if lacking is None:
                 raise
-            reason = one_line(error).split(". ")[0]
-            _leave(f"refused: {reason}; use a smaller capacity, model or dtype", REFUSED)
+            _leave(f"refused: {lacking}", REFUSED)
+
+
+def _lacking(error: Exception) -> str | None:
+    """What the machine has too little of, and what helps, if that is what the error says."""
+    import torch  # takes a second, which --help need not wait for
+
+    whole = one_line(error)
+    of_host = whole.partition("DefaultCPUAllocator: ")[2]
+    reason = (of_host or whole).split(". ")[0]
+    if of_host or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"{reason}; use a smaller capacity, model or dtype"
+    if "can't start new thread" in reason:
+        return f"{reason}; set threads=1, or allow more processes (ulimit -u)"
+    return None
 
 
 @contextmanager

@@ -223,16 +223,41 @@ def test_help_reads_like_a_manual(command_line: CommandLine) -> None:
             assert choice.stem in manual
 
 
-def test_a_device_without_memory_is_told_in_one_line(
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.\nSee docs"
+            ),
+            "CUDA out of memory; use a smaller capacity, model or dtype",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 40 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "can't allocate memory: you tried to allocate 40 bytes; "
+            "use a smaller capacity, model or dtype",
+        ),
+        (MemoryError(), "MemoryError; use a smaller capacity, model or dtype"),
+        (
+            RuntimeError("can't start new thread"),
+            "can't start new thread; set threads=1, or allow more processes (ulimit -u)",
+        ),
+    ],
+    ids=["device", "host", "python", "threads"],
+)
+def test_what_the_machine_lacks_is_told_in_one_line(
+    error: Exception,
+    told: str,
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.\nSee docs"
-        )
+        raise error
 
     monkeypatch.setattr("brain.tasks.run.open_brain", full)
     monkeypatch.chdir(tmp_path)
@@ -243,4 +268,4 @@ def test_a_device_without_memory_is_told_in_one_line(
         app.main()
     assert left.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "refused: CUDA out of memory; use a smaller capacity, model or dtype"
+    assert said == f"refused: {told}"
