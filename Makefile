@@ -13,9 +13,9 @@ run: $(VENV)/.installed  ## install what is needed and speak (ARGS='prompt="Once
 	@$(BIN)/brain $(ARGS)
 
 # Tests start many short multi-threaded jobs; threads that spin while they wait would fight over few
-# cores. Tests that share what takes long to make share a process: see TOGETHER in tests/conftest.py.
+# cores.
 test: $(VENV)/.installed-test  ## run the tests in WORKERS=2 processes (ARGS="tests/compiled -k patch")
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 invariants: $(VENV)/.installed-test  ## run the tests of the invariants alone
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m invariant $(ARGS)

@@ -41,31 +41,11 @@ THREADS = torch.get_num_threads()
 INVARIANT = re.compile(r"test_I\d+_")
 
 
-TOGETHER = {
-    "captured_brains": {
-        "either_brain",
-        "warm_brain",
-        "layered_brain",
-        "reading_brain",
-        "warm_parrot",
-    },
-    "whole_models": {"roomy_brain", "reference_model", "brains"},
-}
-"""Fixtures that take longer to make than to use: all tests that use one of a group run in one
-process (``--dist loadgroup``). So do all others of a file, for the fixtures of the file.
-"""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is in ``invariants/`` or carries the number of an invariant in its name, and what
-    runs in one process with its like.
-    """
+    """Marks what is in ``invariants/`` or carries the number of an invariant in its name."""
     for item in items:
         if item.path.parent.name == "invariants" or INVARIANT.match(item.name):
             item.add_marker(pytest.mark.invariant)
-        used = set(getattr(item, "fixturenames", ()))
-        group = next((name for name, shared in TOGETHER.items() if used & shared), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
