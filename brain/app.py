@@ -18,17 +18,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from brain.config.compose import configuration_error, typed
 from brain.config.overrides import literal_arguments
+from brain.config.settings import device_of
 from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
+from brain.machine.environment import environment
 from brain.machine.signals import endings_are_ctrl_c
 from brain.machine.streams import take_streams
 from brain.record.run_folder import keep_composed, run_folder
-from conf.schema import register
+from conf.schema import InspectTask, register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 
@@ -71,7 +74,8 @@ def _application(composed: DictConfig) -> None:
     with _in_one_line():
         try:
             conf = typed(composed)
-            with run_folder(getattr(conf.task, "path", None)) as run_dir:
+            about = conf.task.path if isinstance(conf.task, InspectTask) else None
+            with run_folder(about) as run_dir:
                 importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
                 if any(run_dir.iterdir()):
                     keep_composed()
@@ -84,8 +88,6 @@ def _application(composed: DictConfig) -> None:
 
 def _lacking(error: Exception) -> str | None:
     """What the machine has too little of, and what helps, if that is what the error says."""
-    import torch  # takes a second, which --help need not wait for
-
     whole = one_line(error)
     of_host = whole.partition("DefaultCPUAllocator: ")[2]
     reason = (of_host or whole).split(". ")[0]
@@ -105,11 +107,11 @@ def _in_one_line() -> Iterator[None]:
         _leave(f"refused: {refusal}", REFUSED)
     except BrokenPipeError:
         pass  # whoever read our output has left
+    except (HydraException, OmegaConfBaseException) as error:  # some of them are OSErrors
+        _leave(f"refused: {configuration_error(error)}", REFUSED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _leave(f"refused: {where}{error.strerror or one_line(error)}", REFUSED)
-    except (HydraException, OmegaConfBaseException) as error:
-        _leave(f"refused: {configuration_error(error)}", REFUSED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
 
@@ -122,14 +124,9 @@ def _write_utf8() -> None:
 
 
 def _version() -> str:
-    import torch
-
-    from brain.config.settings import device_of
-    from brain.machine.environment import environment
-
     here = environment(device := device_of("auto"))
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    ours = here["positronic-brain"] or "of a folder that is not installed"
+    ours = here["positronic-brain"] or "(not installed)"
     return f"positronic-brain {ours}, PyTorch {here['torch']}, {here['device']}{name}"
 
 

@@ -384,6 +384,7 @@ class Brain:
         fed = [(token_ids(a.ids, vocab_size, "Append"), a.source) for a in appended]
         for _, source in fed:
             source_number(source)
+        self.loop.settle()
         if rest:
             self.patch(rest)  # after all checks but its own: the batch is refused as a whole
         before = self.ticks

@@ -35,9 +35,7 @@ def not_finite_error(flag: int, when: str, checkpoint: Checkpoint) -> NotFinite:
         remedy = f"the model overflows {dtype}: use dtype=" + (
             "bfloat16 or float32" if dtype == "float16" else "float32"
         )
-    return NotFinite(
-        f"{when}: NaN or infinity in {what}; {remedy}. The memory is as it was before that"
-    )
+    return NotFinite(f"{when}: NaN or infinity in {what}; {remedy}")
 
 
 def damaged_tensor(checkpoint: Checkpoint) -> str | None:

@@ -25,15 +25,15 @@ class NotFinite(Refused):
     """A read made NaN or infinity. Nothing of it is remembered: the memory is as before it."""
 
 
-LONGEST = 4000  # characters of a refusal
-
-
 class OutputLost(Refused):
     """Standard output cannot be written."""
 
 
 class Unwritten(Refused):
     """The record of a run could not be written: only what was written before counts."""
+
+
+LONGEST = 4000  # characters of a refusal
 
 
 def one_line(error: BaseException) -> str:

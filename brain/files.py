@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,11 +122,11 @@ def cache_folder(given: Path | None = None) -> Path:
     """
     if given is not None:
         return given
-    try:
-        return user_cache_path("positronic-brain")
-    except RuntimeError:
-        message = "no home folder is known to keep files in: set HOME, or give cache_dir=FOLDER"
-        raise Refused(message) from None
+    with suppress(RuntimeError):
+        found = user_cache_path("positronic-brain")
+        if found.is_absolute():
+            return found
+    raise Refused("no home folder is known to keep files in: set HOME, or give cache_dir=FOLDER")
 
 
 def given_path(path: str | Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 
 from brain.config.settings import Settings
 from brain.diagnosis import not_finite_error
-from brain.errors import MemoryFull, Refused, warn
+from brain.errors import MemoryFull, NotFinite, Refused, warn
 from brain.machine.signals import Uninterrupted
 from brain.memory import Memory
 from brain.repair import Repairs
@@ -101,7 +101,7 @@ class Loop:
         """
         memory, graphs = self.memory, self.memory.graphs
         with graphs.ranges(TICK):
-            self.detokenizer.make_room()
+            self.settle()  # the search was waited for, and so is what came before it
             self.stay_in_range(1)
             before = memory.account
             graphs.begin_step()
@@ -147,11 +147,12 @@ class Loop:
         void = [*tick.detokenizer.drop_void(), tick]
         first = void[0]
         fault = not_finite_error(first.not_finite, f"tick {first.number}", self.memory.checkpoint)
+        message = f"{fault}; the memory is as it was before that"
         for each in void:
-            each.fault = fault
+            each.fault = message
         if tick.detokenizer is self.detokenizer:  # nothing has replaced the memory since
             self.memory.account = first.before
-        raise fault
+        raise NotFinite(message)
 
     def require_room(self, ticks: int) -> None:
         """Raises Refused if there is nothing to read; MemoryFull if there is no room for the rows

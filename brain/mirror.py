@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from brain.errors import Refused, did_you_mean
+from brain.errors import Refused, did_you_mean, unknown
 from compiled.state import COLUMNS, ROW_COLUMNS, State
 
 SOURCES = ("system", "user", "model", "tool", "repair")
@@ -16,8 +16,7 @@ SOURCES = ("system", "user", "model", "tool", "repair")
 def source_number(source: str) -> int:
     """The number of a source. Raises Refused for a name that is not in SOURCES."""
     if source not in SOURCES:
-        hint = did_you_mean(source, SOURCES)
-        raise Refused(f"source {source!r} is unknown: use one of {', '.join(SOURCES)}{hint}")
+        raise unknown("source", source, SOURCES)
     return SOURCES.index(source)
 
 

@@ -98,10 +98,10 @@ def open_brain(conf: Conf, policy: CustomPolicy | None = None) -> Brain:
     settings = settings_of(conf, policy)
     use_threads(conf.threads)
     if settings.graphs.compiled and settings.device.type == "cpu":
-        name_graph_folder()
         # Both run while weights are loaded.
         if settings.operator is not None:
             begin_native_decoder(settings.operator, settings.cache)
+        name_graph_folder()
         prepared()
     return Brain(checkpoint_of(conf, settings), settings)
 

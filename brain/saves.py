@@ -339,3 +339,6 @@ def _check_values(rows: dict[str, Tensor], cursor: Cursor, path: Path) -> None:
     for name, numbers in floats.items():
         if numbers.isnan().any():
             raise Refused(f"{path}: {name} holds NaN")
+    for name in ("keys", "values"):  # which a program may have saved that did not look at them
+        if not rows[name].isfinite().all():
+            raise Refused(f"{path}: {name} hold NaN or infinity: use an earlier save")

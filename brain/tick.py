@@ -173,7 +173,8 @@ class Tick:
         self.count = after.count
         self.before = before
         self.detokenizer = detokenizer
-        self.fault: NotFinite | None = None
+        self.fault: str | None = None
+        self._proved = False
         self.rebased = rebased
         self.repairs = repairs
         self.width = width
@@ -184,13 +185,16 @@ class Tick:
 
     def prove(self) -> None:
         """Waits for the tick. Raises NotFinite if it has not happened."""
+        if self._proved:
+            return
         if self.fault is not None:
-            raise self.fault
+            raise NotFinite(self.fault)
         if self.not_finite:
             take_back = self._when_void()
             if take_back is None:  # its brain is gone
                 raise NotFinite(f"tick {self.number}: NaN or infinity in its read")
             take_back(self)
+        self._proved = True
 
     @property
     def not_finite(self) -> int:

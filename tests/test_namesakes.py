@@ -9,7 +9,7 @@ ROOT = Path(brain.__file__).parents[1]
 
 COVERED = (
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "checkpoint hf_config llama_names"),
-    ("brain/checkpoints/test_folder.py", "brain/checkpoints", "packing safetensors_file"),
+    ("brain/checkpoints/test_folder.py", "brain/checkpoints", "packing safetensors_file stored"),
     ("brain/checkpoints/test_gguf_file.py", "brain/checkpoints", "gguf_header"),
     ("brain/checkpoints/test_wheel.py", "brain/machine", "built_folder integrity"),
     ("brain/config/test_overrides.py", "brain/config", "compose"),

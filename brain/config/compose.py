@@ -1,6 +1,7 @@
 """From Hydra overrides to the typed configuration."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Any, cast, get_type_hints
@@ -89,8 +90,10 @@ def _nearest(error: BaseException) -> str:
         fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
         near = did_you_mean(name, (field.name for field in fields), within + dot)
         grouped = {key.rpartition(".")[2]: key for key in _keys(Conf)}
-        alone = not dot and name in grouped
-        return near or (f"; did you mean {grouped[name]}?" if alone else "")
+        if near or dot:
+            return near
+        close = difflib.get_close_matches(name.lower(), grouped, 1)
+        return f"; did you mean {grouped[close[0]]}?" if close else ""
     if found := re.match(r"Invalid value '(.*)', expected one of \[(.*)\]", str(cause)):
         return did_you_mean(found[1], found[2].split(", "))
     if found := re.match(r"Value '(.*)' is not a valid bool", str(cause)):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from brain.errors import Refused, did_you_mean, shown
+from brain.errors import Refused, did_you_mean, shown, unknown
 from brain.files import given_path
 from brain.machine.compiler import require_capture
 from brain.machine.memory import free_bytes
@@ -184,11 +184,8 @@ def _check_sampler(sampler: SamplerConf) -> None:
 def eviction_of(cull: CullConf, capacity: int, given: CustomPolicy | None = None) -> Eviction:
     """What decides which rows stay in a memory of this capacity. Raises Refused, naming the key."""
     brightness = cull.brightness
-    unknown = set(brightness.seeds) - set(SOURCES)
-    if unknown:
-        name = min(unknown)
-        hint = did_you_mean(name, SOURCES)
-        raise Refused(f"cull.brightness.seeds: unknown source {name!r}{hint}")
+    if others := set(brightness.seeds) - set(SOURCES):
+        raise unknown("cull.brightness.seeds", min(others), SOURCES)
     for name, value in (("gain", brightness.gain), ("maximum", brightness.maximum)):
         if not value >= 0:
             raise Refused(f"cull.brightness.{name} must be 0 or more, not {value}")

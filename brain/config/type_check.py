@@ -14,10 +14,10 @@ def check_types(value: Any, kind: Any, name: str = "") -> None:
     """
     if dataclasses.is_dataclass(kind) and isinstance(value, kind):  # type: ignore[arg-type]
         kinds = get_type_hints(kind)
-        for unknown in sorted(vars(value).keys() - kinds):  # added with a plus
+        if added := vars(value).keys() - kinds:  # with a plus
             within = f"{name}." if name else ""
-            hint = did_you_mean(unknown, kinds, within)
-            raise Refused(f"{within}{unknown} is not a key{hint}")
+            hint = did_you_mean(min(added), kinds, within)
+            raise Refused(f"{within}{min(added)} is not a key{hint}")
         for field in dataclasses.fields(kind):
             key = f"{name}.{field.name}" if name else field.name
             check_types(getattr(value, field.name), kinds[field.name], key)

@@ -21,7 +21,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from brain.config.overrides import quoted
-from brain.errors import Refused
 from brain.files import given_path, require_own
 
 TASKS, CAPTURES = "tasks", "captures"
@@ -37,7 +36,8 @@ class _Command:
     scratch: Path  # what Hydra has instead
 
 
-_commands: list[_Command] = []  # the one of this process, once Hydra knows it
+_commands: list[_Command | Exception] = []
+"""The one of this process, once Hydra knows it, or why there is none."""
 
 
 class Diverted(Callback):
@@ -47,25 +47,33 @@ class Diverted(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Before the folder of a run is made."""
-        self._divert(config, "hydra.run.dir")
+        self._divert(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Before the folder of a multirun is made."""
-        self._divert(config, "hydra.sweep.dir")
+        self._divert(config, "sweep")
 
-    def _divert(self, config: DictConfig, key: str) -> None:
-        _commands.clear()
-        overrides = config.hydra.overrides.hydra
-        named = any(given.lstrip("+").startswith(f"{key}=") for given in overrides)
+    def _divert(self, config: DictConfig, kind: str) -> None:
+        try:
+            _commands[:] = [self._diverted(config, kind)]
+        except Exception as error:  # Hydra would make a warning of it
+            _commands[:] = [error]
+
+    def _diverted(self, config: DictConfig, kind: str) -> _Command:
+        key, overrides = f"hydra.{kind}.dir", config.hydra.overrides.hydra
+        written = OmegaConf.to_container(config.hydra[kind], resolve=False)
+        assert isinstance(written, dict)
+        given = any(override.lstrip("+").startswith(f"{key}=") for override in overrides)
+        named = given or "${now:" not in str(written["dir"])  # as the default is
         folder = Path(os.path.abspath(str(OmegaConf.select(config, key))))
         scratch = tempfile.mkdtemp(prefix="brain-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        _commands.append(_Command(folder, named, Path(scratch)))
         with read_write(config), open_dict(config):
             OmegaConf.update(config, key, scratch)
             config.hydra.job.chdir = False
             # The runs of a multirun are composed anew.
             overrides.extend([f"{key}={quoted(scratch)}", "hydra.job.chdir=false"])
+        return _Command(folder, named, Path(scratch))
 
 
 @contextmanager
@@ -77,19 +85,18 @@ def run_folder(about: str | None) -> Iterator[Path]:
         about: The folder of the run that the task is about. Unless another one was named, it writes
             into a numbered folder there; where that cannot be made, as if it were about none.
     Raises:
-        OSError: The folder cannot be made.
+        OSError: The folder, or one for temporary files, cannot be made.
     """
-    if not _commands:
-        raise Refused("there is no folder for temporary files: set TMPDIR to one")
-    (command,) = _commands
+    command = _command()
     made: list[Path] = []
-    if not command.settled:
-        command.folder, made = _unused(command.folder, about)
-        command.settled = True
-    of_hydra = Path(HydraConfig.get().runtime.output_dir)
-    folder = command.folder / of_hydra.relative_to(command.scratch)
-    made = _make(folder, exist_ok=True) + made
     try:
+        if not command.settled:
+            command.folder, made = _unused(command.folder, about)
+            command.settled = True
+        of_hydra = Path(HydraConfig.get().runtime.output_dir)
+        within = of_hydra.is_relative_to(command.scratch)
+        folder = command.folder / of_hydra.relative_to(command.scratch) if within else of_hydra
+        made = _make(folder, exist_ok=True) + made
         yield folder
     finally:
         with suppress(OSError):  # something is in it
@@ -101,14 +108,35 @@ def keep_composed() -> None:
     """Puts what Hydra wrote into the folder that it belongs to. Does nothing the second time.
     Raises OSError.
     """
-    (command,) = _commands
+    command = _command()
     for path in command.scratch.rglob("*.yaml"):
         to = command.folder / path.relative_to(command.scratch)
         require_own([to.parent, to])
         to.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text("utf-8").replace(str(command.scratch), str(command.folder))
-        to.write_text(text, "utf-8")
+        if str(command.scratch) in path.read_text("utf-8"):
+            told = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+            OmegaConf.save(_moved(told, command), to)
+        else:
+            shutil.copyfile(path, to)
     shutil.rmtree(command.scratch, ignore_errors=True)
+
+
+def _command() -> _Command:
+    (command,) = _commands
+    if isinstance(command, Exception):
+        raise command
+    return command
+
+
+def _moved(told: Any, command: _Command) -> Any:
+    """A composed configuration, naming the folder that its files are in now."""
+    if isinstance(told, dict):
+        return {key: _moved(value, command) for key, value in told.items()}
+    if isinstance(told, list):
+        return [_moved(value, command) for value in told]
+    return (
+        told.replace(str(command.scratch), str(command.folder)) if isinstance(told, str) else told
+    )
 
 
 def _unused(folder: Path, about: str | None) -> tuple[Path, list[Path]]:
@@ -126,8 +154,11 @@ def _unused(folder: Path, about: str | None) -> tuple[Path, list[Path]]:
 def _next(paths: Iterator[Path]) -> tuple[Path, list[Path]]:
     while True:
         path = next(paths)
-        with suppress(FileExistsError):
+        try:
             return path, _make(path, exist_ok=False)
+        except FileExistsError:
+            if not os.path.lexists(path):  # something above it is no folder
+                raise
 
 
 def _make(path: Path, *, exist_ok: bool) -> list[Path]:

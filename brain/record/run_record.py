@@ -52,6 +52,7 @@ FREE = (
 )
 """Settings that may change when a run goes on: none of them changes what it says."""
 FAILED = "failed.txt"
+COMPOSED = ".hydra"  # the configuration, as Hydra composed it
 REPORTS = ("run.json", FILE, FAILED)  # what a run writes about itself when it ends
 
 
@@ -144,10 +145,11 @@ class RunRecord:
 
     def _require_own(self) -> None:
         """Raises Refused if anything in the folder leads out of it."""
-        require_own(self._folder / name for name in (*ALL, INBOX, SAVES, *REPORTS))
+        require_own(self._folder / name for name in (*ALL, INBOX, SAVES, COMPOSED, *REPORTS))
         require_own(self._folder.glob(f"*{DRAFT}"))
-        if self._saves.folder.is_dir():
-            require_own(self._saves.folder.iterdir())
+        for folder in (self._saves.folder, self._folder / COMPOSED):
+            if folder.is_dir():
+                require_own(folder.iterdir())
 
     def _has_record(self) -> bool:
         """Whether there is a record of this very run. Raises Refused if it is of another."""
@@ -180,8 +182,8 @@ class RunRecord:
                 f"another source (SHA-256 {brief(was)} in the record, {brief(now)} given): give "
                 "the same one, or choose another folder"
             )
-        was, now = record.get("vocabulary_sha256"), self._brain.checkpoint.vocabulary_sha256
-        if was is not None and was != now:
+        was = record.get("vocabulary_sha256")
+        if was is not None and was != (now := self._brain.checkpoint.vocabulary_sha256):
             raise Refused(
                 f"{self._folder} has the record of a run with another tokenizer (SHA-256 of the "
                 f"vocabulary {brief(was)} in the record, {brief(now)} given): put the old one back "

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 import brain
 from fixture_types import CommandLine
@@ -103,3 +104,39 @@ def test_every_file_of_a_run_is_in_the_table(tmp_path: Path, run: Run) -> None:
         if content is not None:
             fitting = [p for p in table if fnmatch(name, f"{p}*" if p.endswith("/") else p)]
             assert fitting, name
+
+
+def test_what_stands_in_the_way_of_a_folder_is_told(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "outputs").symlink_to(tmp_path / "unmounted")
+    status, err = run()
+    assert status == 2
+    assert "outputs" in err.splitlines()[-1]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".hydra").symlink_to(tmp_path)
+    status, err = run("hydra.run.dir=out")
+    assert status == 2
+    assert ".hydra is a link" in err.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".hydra"}
+
+
+def test_a_run_of_a_multirun_may_be_elsewhere(tmp_path: Path, run: Run) -> None:
+    where = tmp_path / "else: where # it is"
+    assert run("-m", "seed=1", f"hydra.sweep.subdir='{where}'")[0] == 0
+    assert (where / "run.json").exists()
+
+
+def test_what_hydra_writes_names_the_folder(tmp_path: Path, run: Run) -> None:
+    name = "a: b # c"
+    assert run(f"hydra.run.dir={name}")[0] == 0
+    told = OmegaConf.load(tmp_path / name / ".hydra" / "hydra.yaml")
+    assert Path(str(OmegaConf.to_container(told)["hydra"]["run"]["dir"])) == tmp_path / name  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("task=inspekt", "inspect"), ("temprature=0.5", "sampler.temperature"), ("sead=3", "seed")],
+)
+def test_a_misspelt_word_gets_the_nearest(run: Run, wrong: str, meant: str) -> None:
+    status, err = run(wrong)
+    assert status == 2
+    assert f"did you mean {meant}?" in err.splitlines()[-1]
