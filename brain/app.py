@@ -30,7 +30,7 @@ from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
 from brain.machine.environment import environment
 from brain.machine.signals import endings_are_ctrl_c
 from brain.machine.streams import take_streams
-from brain.record.run_folder import keep_composed, run_folder
+from brain.record.run_folder import clear_away, keep_composed, run_folder
 from conf.schema import InspectTask, register
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -54,6 +54,7 @@ def main() -> None:
                     sys.argv[1:] = literal_arguments(sys.argv[1:])
                     _application()
             finally:
+                clear_away()
                 sys.stdout.flush()  # here, where somebody hears that it cannot be done
     except Exception as error:
         if _has_begun(error):

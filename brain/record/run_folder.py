@@ -5,7 +5,6 @@ Hydra would make it, and write into it, before anything is checked. So Hydra get
 elsewhere; what it wrote there follows when the task has begun to write.
 """
 
-import atexit
 import itertools
 import os
 import shutil
@@ -67,7 +66,6 @@ class Diverted(Callback):
         named = given or "${now:" not in str(written["dir"])  # as the default is
         folder = Path(os.path.abspath(str(OmegaConf.select(config, key))))
         scratch = tempfile.mkdtemp(prefix="brain-")
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         with read_write(config), open_dict(config):
             OmegaConf.update(config, key, scratch)
             config.hydra.job.chdir = False
@@ -119,6 +117,14 @@ def keep_composed() -> None:
         else:
             shutil.copyfile(path, to)
     shutil.rmtree(command.scratch, ignore_errors=True)
+
+
+def clear_away() -> None:
+    """Removes what Hydra had instead of the folder. To be called at the end."""
+    for command in _commands:
+        if isinstance(command, _Command):
+            shutil.rmtree(command.scratch, ignore_errors=True)
+    _commands.clear()
 
 
 def _command() -> _Command:

@@ -104,7 +104,7 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
     written.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
-    before = record.spoken
+    before, on_terminal = record.spoken, sys.stdout.isatty()
     ended: BaseException | None = None
     with asked_to_stop() as asked:
         record.inbox.poll()  # what came after the last token, if the run was killed
@@ -121,10 +121,10 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
         record.finish(remainder)
         if record.spoken > before and not isinstance(ended, OutputLost):
             try:
-                _print(remainder + "\n" if sys.stdout.isatty() else remainder)
+                _print(remainder + "\n" if on_terminal else remainder)
             except OutputLost as error:
                 ended = ended or error
-        if isinstance(ended, OutputLost) and asked():  # what was lost is the terminal
+        if isinstance(ended, OutputLost) and on_terminal:  # it has gone, as a signal says, too
             ended = KeyboardInterrupt()
     return ended
 

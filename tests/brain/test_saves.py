@@ -123,7 +123,7 @@ def test_any_description_is_loaded_or_refused(
     (copy / DESCRIPTION).write_text(json.dumps(sealed(described)), "utf-8")
     with contextlib.suppress(Refused):
         brain.load(copy)
-        assert key in ("torch", "notes", "unfinished", "high_water", "conf")
+        assert key in ("torch", "notes", "unfinished", "high_water", "conf", "vocabulary_sha256")
 
 
 def test_a_character_goes_on_where_it_stopped(open_tiny: OpenTiny, tmp_path: Path) -> None:

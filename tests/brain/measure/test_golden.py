@@ -20,6 +20,7 @@ from torch import Tensor
 
 from brain import Brain, Refused
 from brain.config.compose import compose_conf
+from brain.errors import NotFinite
 from brain.measure.golden import check
 from brain.measure.golden.cases import CONTEXT, cases
 from brain.measure.golden.check import Brains, examine
@@ -357,7 +358,8 @@ def test_one_disturbed_number_of_a_weight_is_found() -> None:
 def test_nan_is_found(dtype: str) -> None:
     brain, golden = toy_brain(dtype)
     brain.checkpoint.weights.final_norm[0] = float("nan")
-    assert examine(golden, brain).failure is not None
+    with pytest.raises(NotFinite, match=r"model\.norm\.weight"):
+        examine(golden, brain)
 
 
 def toy_brain(dtype: str) -> tuple[Brain, Golden]:
