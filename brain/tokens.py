@@ -8,25 +8,27 @@ import codecs
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 
 from brain.errors import Refused, shown
 from brain.tokenizers.folder import (
+    ADDED,
     CONFIG,
-    DEFAULTS,
     GPT2,
     LIBRARY,
+    LISTED,
     LLAMA,
     SENTENCEPIECE,
-    VOCAB,
     Folder,
+    Stated,
     begins,
+    check_tokens,
     ends,
     prefix_space,
     read_folder,
     reading_class,
-    report_tokens,
     report_unheeded,
     stated_tokens,
     tokens_to_add,
@@ -35,10 +37,9 @@ from brain.tokenizers.sentencepiece_model import (
     changing_nothing,
     listed_pieces,
     load_sentencepiece,
-    merges_otherwise,
+    merges_in_order,
     piece_list,
     read_sentencepiece,
-    with_space,
 )
 from brain.tokenizers.sentencepiece_model import puts_space as sentencepiece_puts_space
 from brain.tokenizers.tokenizer_json import (
@@ -189,115 +190,46 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     said = read_folder(folder)
     reader = reading_class(said)
     report_unheeded(said)
-    if said.vocabulary == SENTENCEPIECE:
-        vocabulary = _from_sentencepiece(said, reader)
+    where = str(folder / LIBRARY)
+    spec = parse_tokenizer_json(said.library, where) if said.library else {}
+    stated = stated_tokens(said, reader, spec.get("added_tokens"))
+    if said.library:
+        vocabulary = _from_library(said, reader, spec, stated, where)
     else:
-        vocabulary = _from_library(said, reader)
-    bos_id, wants_bos = begins(said, reader, vocabulary)
-    return Tokenizer(vocabulary, bos_id, ends(said, vocabulary), wants_bos)
+        vocabulary = _from_sentencepiece(said, reader, stated)
+    bos_id, wants_bos = begins(said, stated, vocabulary)
+    return Tokenizer(vocabulary, bos_id, ends(said, stated, vocabulary), wants_bos)
 
 
-def _from_library(said: Folder, reader: str | None) -> Vocabulary:
-    """The vocabulary of a folder whose ``tokenizer.json`` counts."""
-    where = str(said.path / said.vocabulary)
-    spec = parse_tokenizer_json(said.library, where)
-    if reader is None and said.vocabulary == VOCAB:
-        raise Refused(
-            f"{where}: no tokenizer.json beside it, and no GPT2Tokenizer reads it; add one"
-        )
-    stated = stated_tokens(said, spec.get("added_tokens"))
+def _from_library(
+    said: Folder, reader: str | None, spec: dict[str, Any], stated: list[Stated], where: str
+) -> Vocabulary:
+    """The vocabulary of a folder whose ``tokenizer.json``, parsed as ``spec``, counts."""
     prefix = prefix_space(said, reader, file_says=puts_space(spec, where))
     made = spec
-    if reader == GPT2 and said.vocabulary == LIBRARY and not is_byte_level(spec, where):
-        raise Refused(
-            f"{where}: not byte-level, as {reader} of the folder's settings is; name "
-            "PreTrainedTokenizerFast there"
-        )
-    if reader is not None:
-        made = {LLAMA: as_llama, GPT2: as_gpt2}[reader](spec, prefix)
-        if not isinstance(made["model"]["vocab"], dict):
+    if reader:
+        made = as_llama(spec, prefix) if reader == LLAMA else as_gpt2(spec, prefix)
+        fits = reader == LLAMA or is_byte_level(spec, where)
+        if not fits or not isinstance(made["model"]["vocab"], dict):
+            kind = "BPE" if fits else "byte-level"
             raise Refused(
-                f"{where}: no BPE vocabulary, which {reader} of the folder's settings needs; name "
-                "PreTrainedTokenizerFast there"
+                f"{where}: no {kind} vocabulary, which {reader} of the folder's settings needs; "
+                "name PreTrainedTokenizerFast there"
             )
-        parts = overruled_parts(spec, made, where)
-        if parts and said.vocabulary == LIBRARY:
+        if parts := overruled_parts(spec, made, where):
             said.warn(f"{reader}, named in the settings, overrules {', '.join(parts)} of {LIBRARY}")
     library = load_library(made, where)
     with refusing(f"{where}: tokenizer cannot be loaded"):
-        added = tokens_to_add(
-            said, DEFAULTS.get(reader, {}), stated, library.get_added_tokens_decoder()
-        )
-        library.add_tokens([s.token for s in added.values()])
+        library.add_tokens(tokens_to_add(stated, library.get_added_tokens_decoder()))
     cut = library.get_added_tokens_decoder()
-    report_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
+    check_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
     vocabulary = vocabulary_of(library, made, where)
     if said.sentencepiece:
-        _report_other_pieces(said, vocabulary, library.get_vocab(with_added_tokens=True))
+        _compare(said, vocabulary)
     return vocabulary
 
 
-def _from_sentencepiece(said: Folder, reader: str | None) -> Vocabulary:
-    """The vocabulary of a folder that has only a ``tokenizer.model``."""
-    where = str(said.path / SENTENCEPIECE)
-    try:
-        processor = load_sentencepiece(said.sentencepiece, where)
-    except Refused as refusal:
-        raise Refused(f"{refusal}; if it is a list for tiktoken, put {LIBRARY} there") from None
-    prefix = prefix_space(said, reader, file_says=sentencepiece_puts_space(processor))
-    model = said.sentencepiece
-    if reader == LLAMA:
-        own = with_space(model, put=prefix != "never")
-        model = changing_nothing(own)
-        both = load_sentencepiece(own, where), load_sentencepiece(model, where)
-        if any(both[0].encode(text) != both[1].encode(text) for text in PROBES):
-            said.warn(f"{reader} changes no text and overrules the normalizer of {SENTENCEPIECE}")
-        if merges_otherwise(model, processor):
-            said.warn(
-                f"{SENTENCEPIECE} counts; {reader}, named in the settings, would merge its pieces "
-                "in the order of their ids"
-            )
-    elif reader is not None:
-        raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
-    stated = stated_tokens(said, None)
-    listed = listed_pieces(model, where)
-    pieces = piece_list(processor, where)
-    roles = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
-    roles["unk_token"] = unknown = processor.unk_id()
-    defaults = {role: pieces[index] for role, index in roles.items() if index >= 0}
-    added = tokens_to_add(
-        said,
-        DEFAULTS.get(reader, defaults),
-        stated,
-        {},
-        [token for index, token in listed.items() if index != unknown],
-    )
-    ids = {piece: index for index, piece in enumerate(pieces)}
-    cut: dict[int, AddedToken] = dict(listed)
-    theirs: dict[str, int] = {}  # the ids that transformers gives
-    for text in added:
-        theirs[text] = ids.get(text, len(ids) + sum(t not in ids for t in theirs))
-    for text, s in added.items():
-        free = max([len(ids), *(index + 1 for index in cut)])
-        cut[ids.get(text, free if s.index is None else s.index)] = s.token
-    report_tokens(said, stated, cut, normalizes=False)
-    ours = {token.content: index for index, token in cut.items()}
-    if differing := sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)):
-        text = differing[0]
-        said.warn(
-            f"added token {shown(text)} is {ours.get(text, 'none')} as the folder's settings say, "
-            f"{theirs.get(text, 'none')} by the order of transformers after {SENTENCEPIECE}"
-        )
-    for token in cut.values() if reader is None else ():
-        if token.normalized and (token.lstrip or token.rstrip):
-            said.warn(
-                f"added token {shown(token.content)} takes the spaces beside it, as {CONFIG} says; "
-                f"transformers looks for it in the text as {SENTENCEPIECE} changes it"
-            )
-    return read_sentencepiece(model, where, cut, prefix=prefix)
-
-
-def _report_other_pieces(said: Folder, vocabulary: Vocabulary, ids: dict[str, int]) -> None:
+def _compare(said: Folder, vocabulary: Vocabulary) -> None:
     """Says where a ``tokenizer.model`` beside a ``tokenizer.json`` would give other ids. One that
     is none of SentencePiece's, such as a list for tiktoken, says nothing.
     """
@@ -307,14 +239,64 @@ def _report_other_pieces(said: Folder, vocabulary: Vocabulary, ids: dict[str, in
         pieces = piece_list(processor, where)
     except Refused:
         return
-    for index, piece in enumerate(pieces):
-        if ids.get(piece) != index:
-            found = f"is {ids[piece]} in {LIBRARY}" if piece in ids else f"is not in {LIBRARY}"
+    differing = [piece for index, piece in enumerate(pieces) if vocabulary.id_of(piece) != index]
+    differing += [t for t in PROBES if processor.encode(t) != vocabulary.split_plain(t)]
+    if differing:
+        said.warn(
+            f"{LIBRARY} overrules {SENTENCEPIECE}, which has other ids for {shown(differing[0])}"
+        )
+
+
+def _from_sentencepiece(said: Folder, reader: str | None, stated: list[Stated]) -> Vocabulary:
+    """The vocabulary of a folder that has only a ``tokenizer.model``."""
+    where, model = str(said.path / SENTENCEPIECE), said.sentencepiece
+    try:
+        processor = load_sentencepiece(model, where)
+    except Refused as refusal:
+        raise Refused(f"{refusal}; if it is a list for tiktoken, put {LIBRARY} there") from None
+    prefix = prefix_space(said, reader, file_says=sentencepiece_puts_space(processor))
+    if reader == GPT2:
+        raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
+    if reader == LLAMA:
+        model = changing_nothing(model, space=sentencepiece_puts_space(processor))
+        plain = load_sentencepiece(model, where)
+        if any(processor.encode(text) != plain.encode(text) for text in PROBES):
+            said.warn(f"{reader} changes no text and overrules the normalizer of {SENTENCEPIECE}")
+        if not merges_in_order(processor):
             said.warn(
-                f"{LIBRARY} overrules {SENTENCEPIECE}: piece {index}, {shown(piece)}, {found}"
+                f"{SENTENCEPIECE} counts; {reader}, named in the settings, would merge its pieces "
+                "in the order of their ids"
             )
-            return
-    for text in PROBES:
-        if processor.encode(text) != vocabulary.split_plain(text):
-            said.warn(f"{LIBRARY} overrules {SENTENCEPIECE}, which splits {text!r} otherwise")
-            return
+        model = changing_nothing(model, space=prefix != "never")
+    pieces = {piece: index for index, piece in enumerate(piece_list(processor, where))}
+    listed = listed_pieces(model, where)
+    numbers = {s.text: s.index for s in reversed(stated) if s.index is not None} | pieces
+    given: dict[str, AddedToken] = {}
+    for s in stated:
+        if s.heeded and s.text in numbers:
+            given.setdefault(s.text, s.token)
+        elif s.heeded and s.place != reader:
+            raise Refused(
+                f"{said.path}: {s.place} has the special token {shown(s.text)}, which has no id in "
+                f"{SENTENCEPIECE} or {ADDED}; give it one there"
+            )
+    cut = listed | {numbers[text]: token for text, token in given.items()}
+    check_tokens(said, stated, cut, normalizes=False)
+    new = sorted(numbers[text] for text in given if text not in pieces)
+    numbered = {s.text for s in stated if s.heeded and s.index is not None} | set(pieces)
+    replaced = any(s.heeded and s.role in LISTED for s in stated)
+    if (
+        new != [*range(len(pieces), len(pieces) + len(new))]
+        or not numbered.issuperset(given)
+        or (replaced and not {token.content for token in listed.values()} <= set(given))
+    ):
+        said.warn(
+            f"ids of added tokens {shown(sorted(given))} are as {CONFIG} and {ADDED} say; others "
+            f"by the order of transformers, which numbers them anew after {SENTENCEPIECE}"
+        )
+    if reader is None and any(t.normalized and (t.lstrip or t.rstrip) for t in cut.values()):
+        said.warn(
+            f"added tokens take the spaces beside them, as {CONFIG} says; transformers looks for "
+            f"it in the text as {SENTENCEPIECE} changes it"
+        )
+    return read_sentencepiece(model, where, cut, prefix=prefix)
