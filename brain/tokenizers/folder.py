@@ -242,11 +242,12 @@ def tokens_to_add(stated: Iterable[Stated], held: Mapping[int, AddedToken]) -> l
     """The tokens that are added to a tokenizer.json that ``held`` these already, in the order in
     which transformers numbers new ones.
     """
-    known = {token.content for token in held.values()}
-    heeded = [s for s in stated if s.heeded and (s.index is not None or s.text not in known)]
-    added: dict[str, AddedToken] = {}
-    for s in sorted(heeded, key=lambda s: MOST_TOKENS if s.index is None else s.index):
-        added.setdefault(s.text, s.token)
+    heeded = [s for s in stated if s.heeded]
+    by_id = {s.index: s for s in reversed(heeded) if s.index is not None}
+    added = {s.text: s.token for _, s in sorted(by_id.items())}
+    known = {token.content for token in held.values()} | set(added)
+    # Of names the last counts.
+    added |= {s.text: s.token for s in heeded if s.index is None and s.text not in known}
     return list(added.values())
 
 

@@ -23,6 +23,7 @@ MOST_GROWTH = 64
 """Of a text before it is split; SmolLM's doubles at most, Llama's is four times as long."""
 DEEPEST = 8  # sequences within sequences of steps
 MODELS = ("BPE", "Unigram", "WordLevel")
+STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
 LLAMA_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
@@ -181,28 +182,30 @@ def _made_anew(
 
 def overruled_parts(spec: dict[str, Any], made: dict[str, Any], where: str) -> list[str]:
     """The parts of a ``tokenizer.json`` that change ids, and are others in what is made of it."""
+    told_elsewhere = ("trim_offsets", "str_rep", "add_prefix_space")
 
-    def steps(told: dict[str, Any], part: str, key: str) -> list[dict[str, Any]]:
-        ignored = ("trim_offsets", "str_rep", "add_prefix_space")  # told elsewhere, if it matters
-        byte_level = {"use_regex": True}  # which older files leave out
-        return [
-            (byte_level if step.get("type") == "ByteLevel" else {})
-            | {key: value for key, value in step.items() if key not in ignored}
-            for step in _steps(told.get(part), key, where)
-        ]
+    def parts(told: dict[str, Any]) -> dict[str, object]:
+        steps = {
+            part: [
+                {"use_regex": True} | {k: v for k, v in step.items() if k not in told_elsewhere}
+                for step in _steps(told.get(part), key, where)
+            ]
+            for part, key in STEPS.items()
+        }
+        flags = ("byte_fallback", "ignore_merges")
+        return {**steps, **{flag: bool(told["model"].get(flag)) for flag in flags}}
 
-    parts = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
-    flags = ("byte_fallback", "ignore_merges")
-    return [p for p, key in parts.items() if steps(spec, p, key) != steps(made, p, key)] + [
-        flag for flag in flags if bool(spec["model"].get(flag)) != bool(made["model"].get(flag))
-    ]
+    before, after = parts(spec), parts(made)
+    kinds = [step.get("type") for step in _steps(spec.get("normalizer"), "normalizers", where)]
+    if kinds == ["Prepend", "Replace"] and not before["pre_tokenizer"]:
+        # What Metaspace does, as it was written once: they differ only after a special token.
+        before |= {part: after[part] for part in STEPS}
+    return [part for part in before if before[part] != after[part]]
 
 
 def puts_space(spec: dict[str, Any], where: str) -> bool:
     """Whether a ``tokenizer.json`` asks for a space before a text."""
-    steps = _steps(spec.get("normalizer"), "normalizers", where)
-    steps += _steps(spec.get("pre_tokenizer"), "pretokenizers", where)
-    for step in steps:
+    for step in [s for part, key in STEPS.items() for s in _steps(spec.get(part), key, where)]:
         kind = step.get("type")
         if kind == "Prepend" or (kind == "ByteLevel" and step.get("add_prefix_space")):
             return True
@@ -260,7 +263,7 @@ def _steps(part: Any, key: str, where: str, depth: int = 0) -> list[dict[str, An
 def _check_growth(spec: dict[str, Any], where: str) -> None:
     """Refuses steps of which each makes a text longer: together they would do so exponentially."""
     growth = 1
-    for part, key in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+    for part, key in STEPS.items():
         for step in _steps(spec.get(part), key, where):
             growth *= 2 if step.get("type") == "ByteLevel" else 1
             for added in (step.get("content"), step.get("prepend")):

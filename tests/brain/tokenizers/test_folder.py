@@ -61,6 +61,7 @@ OLD_LLAMA = {
         ],
     },
 }
+SPACED = {"content": "</s>", "rstrip": True}
 OTHER_BEGINNING = ("transformers puts none", "only BOS is put there", OTHER_IDS[1])
 
 
@@ -207,7 +208,8 @@ def pieces_of(specimens: Specimens, text: str) -> list[int]:
             "which overrules tokenizer.jso",
         ),
         ({"tokenizer_json": {"normalizer": {"type": "NFKC"}}}, "overrules normalizer of tokenizer"),
-        ({"tokenizer_json": OLD_LLAMA}, "overrules normalizer, pre_tokenizer of tokenizer.json"),
+        ({"tokenizer_json": OLD_LLAMA}, None),
+        ({"tokenizer_json": OLD_LLAMA, "tokenizer_config_json": {"legacy": True}}, None),
         ({"tokenizer_config_json": {"tokenizer_class": "TokenizersBackend"}}, None),
         ({"config_json": {"model_type": "mistral"}}, None),
         (
@@ -216,7 +218,6 @@ def pieces_of(specimens: Specimens, text: str) -> list[int]:
         ),
         ({"tokenizer_config_json": {"extra_special_tokens": ["<tool>"]}}, None),
         ({"added_tokens_json": {"<tool>": 350}}, None),
-        ({"added_tokens_json": {"<tool>": 360}}, "its id is 360 in added_tokens.json, but 350"),
         (
             {"special_tokens_map_json": {"pad_token": {"content": "<|user|>", "rstrip": True}}},
             None,
@@ -267,8 +268,27 @@ def test_what_is_overruled_is_told(
         ({"tokenizer_config_json": {"extra_special_tokens": 1}}, "extra_special_tokens"),
         ({"tokenizer_config_json": {"add_bos_token": "yes"}}, "add_bos_token"),
         ({"special_tokens_map_json": {"eos_token": {"content": "</s>", "lstrip": 3}}}, "flag"),
+        (
+            {"added_tokens_json": {"<tool>": 360}},
+            "its id is 360 in added_tokens.json, but 350 with tokenizer.json",
+        ),
+        (
+            {"tokenizer_config_json": {"added_tokens_decoder": {"2": SPACED}}},
+            "rstrip is False in tokenizer.json, but True with tokenizer_config.json",
+        ),
+        (
+            {
+                "tokenizer_config_json": {"extra_special_tokens": ["<tool>"]},
+                "special_tokens_map_json": {"extra_special_tokens": ["<tool>", "mid"]},
+            },
+            "extra_special_tokens in tokenizer_config.json is not what",
+        ),
+        (
+            {"tokenizer_json": None, "tokenizer_config_json": {"pad_token": "<pad>"}},
+            "'<pad>', which has no id in tokenizer.model",
+        ),
     ],
-    ids=range(8),
+    ids=range(12),
 )
 def test_what_nobody_can_settle_is_refused(
     specimens: Specimens, tmp_path: Path, changes: dict[str, Any], message: str
@@ -319,16 +339,14 @@ def test_models_of_other_kinds(specimens: Specimens, tmp_path: Path, kind: str) 
     assert ids_of(folder) == reference_ids(folder)
 
 
-def test_loose_files_of_gpt2(specimens: Specimens, tmp_path: Path) -> None:
-    model = specimens.byte_json["model"]
-    merges = "#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"])
+def test_loose_files_of_gpt2_are_refused_with_the_remedy(tmp_path: Path) -> None:
     files: dict[str, Json | bytes] = {
-        "config.json": {"model_type": "llama"},
         "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
-        "vocab.json": model["vocab"],
-        "merges.txt": merges.encode(),
+        "vocab.json": {"a": 0},
+        "merges.txt": b"#version: 0.2\n",
     }
-    assert ids_of(write_folder(tmp_path, files)) == reference_ids(tmp_path)
+    with pytest.raises(Refused, match=r"no tokenizer; .* from vocab.json and merges.txt"):
+        load_tokenizer(write_folder(tmp_path, files))
 
 
 def test_a_space_that_begins_a_text_is_kept(specimens: Specimens, tmp_path: Path) -> None:
