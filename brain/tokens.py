@@ -5,7 +5,7 @@ Tokenizing adds nothing and drops nothing. The one place where a BOS token is ev
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from brain.errors import Refused, shown
+from brain.tokenizers import sentencepiece_model, tokenizer_json
 from brain.tokenizers.folder import (
     ADDED,
     CONFIG,
@@ -29,33 +30,14 @@ from brain.tokenizers.folder import (
     prefix_space,
     read_folder,
     reading_class,
+    report_space,
     report_unheeded,
     stated_tokens,
     tokens_to_add,
 )
-from brain.tokenizers.sentencepiece_model import (
-    changing_nothing,
-    listed_pieces,
-    load_sentencepiece,
-    merges_in_order,
-    piece_list,
-    read_sentencepiece,
-)
-from brain.tokenizers.sentencepiece_model import puts_space as sentencepiece_puts_space
-from brain.tokenizers.tokenizer_json import (
-    as_gpt2,
-    as_llama,
-    is_byte_level,
-    load_library,
-    overruled_parts,
-    parse_tokenizer_json,
-    puts_space,
-    refusing,
-    vocabulary_of,
-)
 from brain.tokenizers.vocabulary import Vocabulary, WarnOnce
 
-PROBES = ("Hello world", "two  spaces", "ﬁve Ⅻ 12 ①", "naïve cafe\u0301\n\tend ")
+PROBES = ("Hello world", "two  spaces", "ﬁve Ⅻ 12 ① 漢 🤖", "naïve cafe\u0301\n\tend ")
 """Texts that show how a vocabulary normalizes and cuts."""
 
 
@@ -190,13 +172,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     said = read_folder(folder)
     reader = reading_class(said)
     report_unheeded(said)
-    where = str(folder / LIBRARY)
-    spec = parse_tokenizer_json(said.library, where) if said.library else {}
+    where = str(folder / said.vocabulary)
+    spec = tokenizer_json.parse_tokenizer_json(said.library, where) if said.library else {}
     stated = stated_tokens(said, reader, spec.get("added_tokens"))
     if said.library:
         vocabulary = _from_library(said, reader, spec, stated, where)
     else:
-        vocabulary = _from_sentencepiece(said, reader, stated)
+        vocabulary = _from_sentencepiece(said, reader, stated, where)
+    if reader is None:
+        report_space(said, vocabulary)
     bos_id, wants_bos = begins(said, stated, vocabulary)
     return Tokenizer(vocabulary, bos_id, ends(said, stated, vocabulary), wants_bos)
 
@@ -205,71 +189,73 @@ def _from_library(
     said: Folder, reader: str | None, spec: dict[str, Any], stated: list[Stated], where: str
 ) -> Vocabulary:
     """The vocabulary of a folder whose ``tokenizer.json``, parsed as ``spec``, counts."""
-    prefix = prefix_space(said, reader, file_says=puts_space(spec, where))
-    made = spec
+    prefix, made = prefix_space(said, reader), spec
     if reader:
-        made = as_llama(spec, prefix) if reader == LLAMA else as_gpt2(spec, prefix)
-        fits = reader == LLAMA or is_byte_level(spec, where)
+        remake = tokenizer_json.as_llama if reader == LLAMA else tokenizer_json.as_gpt2
+        made = remake(spec, prefix)
+        fits = reader == LLAMA or tokenizer_json.is_byte_level(spec, where)
         if not fits or not isinstance(made["model"]["vocab"], dict):
             kind = "BPE" if fits else "byte-level"
             raise Refused(
                 f"{where}: no {kind} vocabulary, which {reader} of the folder's settings needs; "
                 "name PreTrainedTokenizerFast there"
             )
-        if parts := overruled_parts(spec, made, where):
-            said.warn(f"{reader}, named in the settings, overrules {', '.join(parts)} of {LIBRARY}")
-    library = load_library(made, where)
-    with refusing(f"{where}: tokenizer cannot be loaded"):
+    library = tokenizer_json.load_library(made, where)
+    with tokenizer_json.refusing(f"{where}: tokenizer cannot be loaded"):
         library.add_tokens(tokens_to_add(stated, library.get_added_tokens_decoder()))
     cut = library.get_added_tokens_decoder()
     check_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
-    vocabulary = vocabulary_of(library, made, where)
+    vocabulary = tokenizer_json.vocabulary_of(library, made, where)
+    if reader:
+        file = tokenizer_json.load_library(spec, where)
+        _compare(
+            said,
+            f"{reader} of the settings",
+            vocabulary,
+            LIBRARY,
+            lambda t: file.encode(t, add_special_tokens=False).ids,
+        )
     if said.sentencepiece:
-        _compare(said, vocabulary)
+        try:
+            model = sentencepiece_model.load_sentencepiece(said.sentencepiece, where)
+            pieces = sentencepiece_model.piece_list(model, where)
+        except Refused:  # a list for tiktoken, it may be
+            return vocabulary
+        if any(vocabulary.id_of(piece) != index for index, piece in enumerate(pieces)):
+            said.warn(f"{LIBRARY} overrules {SENTENCEPIECE}, which has other ids")
+        else:
+            _compare(said, LIBRARY, vocabulary, SENTENCEPIECE, model.encode)
     return vocabulary
 
 
-def _compare(said: Folder, vocabulary: Vocabulary) -> None:
-    """Says where a ``tokenizer.model`` beside a ``tokenizer.json`` would give other ids. One that
-    is none of SentencePiece's, such as a list for tiktoken, says nothing.
-    """
-    where = str(said.path / SENTENCEPIECE)
-    try:
-        processor = load_sentencepiece(said.sentencepiece, where)
-        pieces = piece_list(processor, where)
-    except Refused:
-        return
-    differing = [piece for index, piece in enumerate(pieces) if vocabulary.id_of(piece) != index]
-    differing += [t for t in PROBES if processor.encode(t) != vocabulary.split_plain(t)]
-    if differing:
-        said.warn(
-            f"{LIBRARY} overrules {SENTENCEPIECE}, which has other ids for {shown(differing[0])}"
-        )
+def _compare(
+    said: Folder, winner: str, vocabulary: Vocabulary, file: str, split: Callable[[str], list[int]]
+) -> None:
+    """Says where ``winner`` overrules a file that would ``split`` texts otherwise."""
+    for text in PROBES:
+        if vocabulary.split_plain(text) != split(text):
+            said.warn(f"{winner}, which overrules {file}, splits {text!r} otherwise")
+            return
 
 
-def _from_sentencepiece(said: Folder, reader: str | None, stated: list[Stated]) -> Vocabulary:
+def _from_sentencepiece(
+    said: Folder, reader: str | None, stated: list[Stated], where: str
+) -> Vocabulary:
     """The vocabulary of a folder that has only a ``tokenizer.model``."""
-    where, model = str(said.path / SENTENCEPIECE), said.sentencepiece
+    model = said.sentencepiece
     try:
-        processor = load_sentencepiece(model, where)
+        processor = sentencepiece_model.load_sentencepiece(model, where)
     except Refused as refusal:
         raise Refused(f"{refusal}; if it is a list for tiktoken, put {LIBRARY} there") from None
-    prefix = prefix_space(said, reader, file_says=sentencepiece_puts_space(processor))
+    prefix = prefix_space(said, reader)
     if reader == GPT2:
         raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
     if reader == LLAMA:
-        model = changing_nothing(model, space=sentencepiece_puts_space(processor))
-        plain = load_sentencepiece(model, where)
-        if any(processor.encode(text) != plain.encode(text) for text in PROBES):
-            said.warn(f"{reader} changes no text and overrules the normalizer of {SENTENCEPIECE}")
-        if not merges_in_order(processor):
-            said.warn(
-                f"{SENTENCEPIECE} counts; {reader}, named in the settings, would merge its pieces "
-                "in the order of their ids"
-            )
-        model = changing_nothing(model, space=prefix != "never")
-    pieces = {piece: index for index, piece in enumerate(piece_list(processor, where))}
-    listed = listed_pieces(model, where)
+        model = sentencepiece_model.changing_nothing(model, space=prefix != "never")
+    pieces = {
+        piece: index for index, piece in enumerate(sentencepiece_model.piece_list(processor, where))
+    }
+    listed = sentencepiece_model.listed_pieces(model, where)
     numbers = {s.text: s.index for s in reversed(stated) if s.index is not None} | pieces
     given: dict[str, AddedToken] = {}
     for s in stated:
@@ -289,14 +275,18 @@ def _from_sentencepiece(said: Folder, reader: str | None, stated: list[Stated]) 
         new != [*range(len(pieces), len(pieces) + len(new))]
         or not numbered.issuperset(given)
         or (replaced and not {token.content for token in listed.values()} <= set(given))
+        or (reader is None and any(t.normalized and (t.lstrip or t.rstrip) for t in cut.values()))
     ):
         said.warn(
-            f"ids of added tokens {shown(sorted(given))} are as {CONFIG} and {ADDED} say; others "
-            f"by the order of transformers, which numbers them anew after {SENTENCEPIECE}"
+            f"added tokens are cut out and numbered as {CONFIG} and {ADDED} say, not by the order "
+            f"of transformers after {SENTENCEPIECE}"
         )
-    if reader is None and any(t.normalized and (t.lstrip or t.rstrip) for t in cut.values()):
-        said.warn(
-            f"added tokens take the spaces beside them, as {CONFIG} says; transformers looks for "
-            f"it in the text as {SENTENCEPIECE} changes it"
-        )
-    return read_sentencepiece(model, where, cut, prefix=prefix)
+    vocabulary = sentencepiece_model.read_sentencepiece(model, where, cut, prefix=prefix)
+    if reader == LLAMA:
+        _compare(said, f"{reader} of the settings", vocabulary, SENTENCEPIECE, processor.encode)
+        if not sentencepiece_model.merges_in_order(processor):
+            said.warn(
+                f"{SENTENCEPIECE} counts; {reader} of the settings would merge its pieces in the "
+                "order of their ids"
+            )
+    return vocabulary

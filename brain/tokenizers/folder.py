@@ -261,45 +261,46 @@ def check_tokens(
     result = {token.content: (index, token) for index, token in cut.items()}
     lines: list[str] = []
     for s in stated:
-        others = [o for o in stated if o.text == s.text and o.place != s.place]
-        others.sort(key=lambda o: o.index is None)
-        place = others[0].place if others else folder.vocabulary
         if s.text not in result:
-            lines.append(f"{shown(s.text)} of {s.place} is none with {folder.vocabulary}")
+            lines.append(f"{shown(s.text)} of {s.place} is none as transformers reads {CONFIG}")
             continue
         index, token = result[s.text]
         facts = [("its id", index if s.index is None else s.index, index)]
         facts += [(flag, getattr(s.token, flag), getattr(token, flag)) for flag in s.flags]
         for what, said, came in facts:
             if said != came and (normalizes or what != "normalized"):
-                lines.append(
-                    f"{shown(s.text)}: {what} is {said} in {s.place}, but {came} with {place}"
-                )
-                if s.index is not None or not any(o.index is not None for o in others):
-                    raise Refused(f"{folder.path}: added token {lines[-1]}; make them agree")
+                others = [o for o in stated if o.text == s.text and o.place != s.place]
+                numbered = [o.place for o in others if o.index is not None]
+                place = [*numbered, *(o.place for o in others), folder.vocabulary][0]
+                line = f"{shown(s.text)}: {what} is {said} in {s.place}, but {came} with {place}"
+                if s.index is not None or not numbered:
+                    raise Refused(f"{folder.path}: added token {line}; make them agree")
+                lines.append(line)
     if lines:
         more = f" ({len(lines) - 1} more differ)" if len(lines) > 1 else ""
         folder.warn(f"added token {lines[0]}, which counts{more}")
 
 
-def prefix_space(folder: Folder, reader: str | None, *, file_says: bool) -> str:
-    """Where a space is put before text: ``never``, ``first`` (where a text begins) or ``always``
-    (also after every added token); ``as it is`` where the vocabulary's file alone decides.
-
-    Places: ``add_prefix_space`` and ``legacy`` of tokenizer_config.json, which LlamaTokenizer and
-    GPT2Tokenizer follow (by default true and false); else what ``file_says``.
+def prefix_space(folder: Folder, reader: str | None) -> str:
+    """Where ``add_prefix_space`` and ``legacy`` of tokenizer_config.json put a space, as the class
+    reads them: ``never``, ``first`` (where a text begins) or ``always`` (also after every added
+    token); ``as it is`` where the vocabulary's file alone decides.
     """
     asked, legacy = folder.flag("add_prefix_space"), folder.flag("legacy")
-    wanted = asked if asked is not None else reader == LLAMA if reader else file_says
-    if wanted != file_says:
-        by, overruled = folder.vocabulary, f"add_prefix_space in {CONFIG}"
-        if reader:
-            by, overruled = f"{CONFIG}, read by {reader}", folder.vocabulary
-        put = "a" if wanted == bool(reader) else "no"
-        folder.warn(f"{by} puts {put} space before a text, which overrules {overruled}")
-    if not reader:
+    if reader is None:
         return "as it is"
+    wanted = asked if asked is not None else reader == LLAMA
     return "never" if not wanted else "always" if legacy or reader == GPT2 else "first"
+
+
+def report_space(folder: Folder, vocabulary: Vocabulary) -> None:
+    """Says where the vocabulary's file overrules ``add_prefix_space`` of tokenizer_config.json."""
+    asked, put = folder.flag("add_prefix_space"), vocabulary.leading_space
+    if asked is not None and asked != put:
+        folder.warn(
+            f"{folder.vocabulary} puts {'a' if put else 'no'} space before a text, which overrules "
+            f"add_prefix_space in {CONFIG}"
+        )
 
 
 def begins(

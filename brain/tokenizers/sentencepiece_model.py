@@ -61,12 +61,6 @@ def piece_list(processor: SentencePieceProcessor, where: str) -> list[str]:
         raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
 
 
-def puts_space(processor: SentencePieceProcessor) -> bool:
-    """Whether the model puts a space before a text."""
-    first: list[str] = processor.encode("x", out_type=str)
-    return bool(first) and first[0].startswith(SPACE)
-
-
 def changing_nothing(model: bytes, *, space: bool) -> bytes:
     """The same model keeping every character and space of a text, as LlamaTokenizer reads it, and
     putting a space before it or not.
@@ -91,9 +85,7 @@ def merges_in_order(processor: SentencePieceProcessor) -> bool:
         and not processor.is_unknown(index)
         and len(processor.id_to_piece(index)) > 1
     ]
-    unused = any(map(processor.is_unused, range(processor.get_piece_size())))
-    whole = all(map(float.is_integer, scores))
-    return whole and not unused and scores == sorted(set(scores), reverse=True)
+    return all(map(float.is_integer, scores)) and scores == sorted(set(scores), reverse=True)
 
 
 def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
@@ -152,7 +144,8 @@ def read_sentencepiece(
     sections.add_tokens(list(cut.values()))
     text_of = {own: token.content for own, token in sections.get_added_tokens_decoder().items()}
     added_ids = {token.content: index for index, token in cut.items()}
-    dummy = puts_space(processor)
+    first: list[str] = processor.encode("x", out_type=str)
+    dummy = bool(first) and first[0].startswith(SPACE)
     differs = WarnOnce(
         f"{where}: a space at the beginning of a text, or after a special token written in it, "
         "counts as written; transformers puts one, or takes it for the one it puts"

@@ -180,41 +180,6 @@ def _made_anew(
     }
 
 
-def overruled_parts(spec: dict[str, Any], made: dict[str, Any], where: str) -> list[str]:
-    """The parts of a ``tokenizer.json`` that change ids, and are others in what is made of it."""
-    told_elsewhere = ("trim_offsets", "str_rep", "add_prefix_space")
-
-    def parts(told: dict[str, Any]) -> dict[str, object]:
-        steps = {
-            part: [
-                {"use_regex": True} | {k: v for k, v in step.items() if k not in told_elsewhere}
-                for step in _steps(told.get(part), key, where)
-            ]
-            for part, key in STEPS.items()
-        }
-        flags = ("byte_fallback", "ignore_merges")
-        return {**steps, **{flag: bool(told["model"].get(flag)) for flag in flags}}
-
-    before, after = parts(spec), parts(made)
-    kinds = [step.get("type") for step in _steps(spec.get("normalizer"), "normalizers", where)]
-    if kinds == ["Prepend", "Replace"] and not before["pre_tokenizer"]:
-        # What Metaspace does, as it was written once: they differ only after a special token.
-        before |= {part: after[part] for part in STEPS}
-    return [part for part in before if before[part] != after[part]]
-
-
-def puts_space(spec: dict[str, Any], where: str) -> bool:
-    """Whether a ``tokenizer.json`` asks for a space before a text."""
-    for step in [s for part, key in STEPS.items() for s in _steps(spec.get(part), key, where)]:
-        kind = step.get("type")
-        if kind == "Prepend" or (kind == "ByteLevel" and step.get("add_prefix_space")):
-            return True
-        if kind == "Metaspace":
-            scheme = step.get("prepend_scheme", "always")
-            return scheme != "never" and step.get("add_prefix_space") is not False
-    return False
-
-
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Refuses any error of the library: a bare Exception or, for a panic, a BaseException."""

@@ -45,8 +45,7 @@ PLACES = (
 KEPT = "keeps it; transformers"  # a space that begins a text
 OTHER_IDS = (
     "counts as written; transformers",  # the same, and after special tokens, of tokenizer.model
-    "by the order of transformers",  # ids that a folder states and transformers renumbers
-    "transformers looks for it in the text as",  # normalized, and taking spaces
+    "by the order of transformers after",  # ids that a folder states and it renumbers; normalized
     "would merge its pieces",  # a tokenizer.model that LlamaTokenizer reads as what it is not
     "split_special_tokens in tokenizer_config.json is not followed",
 )
@@ -201,13 +200,13 @@ def pieces_of(specimens: Specimens, text: str) -> list[int]:
     [
         ({"tokenizer_model": b"none of SentencePiece's"}, None),
         ({"tokenizer_model": tiktoken_list()}, None),
-        ({"tokenizer_config_json": {"legacy": True}}, "overrules pre_tokenizer of tokenizer.json"),
+        ({"tokenizer_config_json": {"legacy": True}}, None),
         ({"tokenizer_config_json": {"add_prefix_space": False}}, "which overrules tokenizer.json"),
         (
             {"tokenizer_json": {"pre_tokenizer": metaspace("never")}},
             "which overrules tokenizer.jso",
         ),
-        ({"tokenizer_json": {"normalizer": {"type": "NFKC"}}}, "overrules normalizer of tokenizer"),
+        ({"tokenizer_json": {"normalizer": {"type": "NFKC"}}}, "which overrules tokenizer.json"),
         ({"tokenizer_json": OLD_LLAMA}, None),
         ({"tokenizer_json": OLD_LLAMA, "tokenizer_config_json": {"legacy": True}}, None),
         ({"tokenizer_config_json": {"tokenizer_class": "TokenizersBackend"}}, None),
@@ -345,7 +344,7 @@ def test_loose_files_of_gpt2_are_refused_with_the_remedy(tmp_path: Path) -> None
         "vocab.json": {"a": 0},
         "merges.txt": b"#version: 0.2\n",
     }
-    with pytest.raises(Refused, match=r"no tokenizer; .* from vocab.json and merges.txt"):
+    with pytest.raises(Refused, match=r"no tokenizer; .*from vocab.json and merges.txt"):
         load_tokenizer(write_folder(tmp_path, files))
 
 
