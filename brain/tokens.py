@@ -193,12 +193,11 @@ def _from_library(
     if reader:
         remake = tokenizer_json.as_llama if reader == LLAMA else tokenizer_json.as_gpt2
         made = remake(spec, prefix)
-        fits = reader == LLAMA or tokenizer_json.is_byte_level(spec, where)
-        if not fits or not isinstance(made["model"]["vocab"], dict):
-            kind = "BPE" if fits else "byte-level"
+        other_kind = reader == GPT2 and not tokenizer_json.is_byte_level(spec, where)
+        if other_kind or not isinstance(made["model"]["vocab"], dict):
             raise Refused(
-                f"{where}: no {kind} vocabulary, which {reader} of the folder's settings needs; "
-                "name PreTrainedTokenizerFast there"
+                f"{where}: not the vocabulary that {reader} of the folder's settings needs; name "
+                "PreTrainedTokenizerFast there"
             )
     library = tokenizer_json.load_library(made, where)
     with tokenizer_json.refusing(f"{where}: tokenizer cannot be loaded"):

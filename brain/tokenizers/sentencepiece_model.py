@@ -108,14 +108,13 @@ def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
 def read_sentencepiece(
     model: bytes,
     where: str,
-    added: Mapping[int, AddedToken] | None = None,
+    cut: Mapping[int, AddedToken],
     *,
-    prefix: str = "as it is",
+    prefix: str,
 ) -> Vocabulary:
     """The vocabulary in a serialized SentencePiece model. Raises Refused, naming it as ``where``.
 
-    ``added``: tokens that the model's folder adds, or declares special, by id.
-    In ``split``, control, unknown and added tokens written out in the text become their id. Only
+    ``cut``: tokens that become their id in ``split`` where they are written in the text. Only
     the text's beginning, or what follows a leading BOS, gets the model's dummy space: so that
     decoding restores the text. ``prefix`` says where transformers puts it; ``always``, also after
     added tokens where there is no space, is followed.
@@ -125,7 +124,6 @@ def read_sentencepiece(
     bare = load_sentencepiece(bare_model, where)
     pieces = piece_list(processor, where)
     bos, eos = processor.bos_id(), processor.eos_id()
-    cut = {**listed_pieces(model, where), **(added or {})}
 
     spelling: list[bytes | None] = [None] * max(len(pieces), *(index + 1 for index in cut), 0)
     for index, piece in enumerate(pieces):

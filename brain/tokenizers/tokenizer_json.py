@@ -84,12 +84,8 @@ def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabul
         except UnicodeError:  # half a surrogate pair, which JSON can hold, is not a token
             return None
 
-    spelling = _spellings(
-        library,
-        where,
-        byte_level=byte_level,
-        byte_fallback=bool(spec["model"].get("byte_fallback")),
-    )
+    fallback = bool(spec["model"].get("byte_fallback"))
+    spelling = _spellings(library, where, byte_level=byte_level, byte_fallback=fallback)
     bare, spaced = (encoded(text, special=True) for text in ("x", " x"))
     with refusing(f"{where}: tokenizer cannot split a text"):
         full = list(library.encode("x", add_special_tokens=True).ids)
@@ -120,12 +116,6 @@ def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabul
     )
 
 
-def read_tokenizer_json(content: str, where: str) -> Vocabulary:
-    """The vocabulary in a ``tokenizer.json`` text, as it is. Raises Refused."""
-    spec = parse_tokenizer_json(content, where)
-    return vocabulary_of(load_library(spec, where), spec, where)
-
-
 def as_llama(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
     """What transformers' LlamaTokenizer makes of a ``tokenizer.json``: its vocabulary, merges and
     template, all else new. ``prefix``: where a space is put, ``never``, ``first`` or ``always``.
@@ -137,45 +127,32 @@ def as_llama(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
     ]
     if prefix != "never":
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return _made_anew(
-        spec,
-        model={"fuse_unk": True, "byte_fallback": True},
-        pre_tokenizer={
-            "type": "Metaspace",
-            "replacement": SPACE,
-            "prepend_scheme": prefix,
-            "split": False,
-        },
-        decoder={"type": "Sequence", "decoders": decoders},
-    )
+    metaspace = {"replacement": SPACE, "prepend_scheme": prefix, "split": False}
+    decoder = {"type": "Sequence", "decoders": decoders}
+    return _made_anew(spec, {"type": "Metaspace", **metaspace}, decoder, byte_fallback=True)
 
 
 def as_gpt2(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The same for GPT2Tokenizer."""
-    step = {"type": "ByteLevel", "add_prefix_space": prefix != "never", "trim_offsets": True}
-    step["use_regex"] = True
-    return _made_anew(
-        spec, model={}, pre_tokenizer=step, decoder={**step, "add_prefix_space": True}
-    )
+    step = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True, "add_prefix_space": True}
+    before = step | {"add_prefix_space": prefix != "never"}
+    return _made_anew(spec, before, step, byte_fallback=False)
 
 
 def _made_anew(
-    spec: dict[str, Any], model: dict[str, Any], pre_tokenizer: Any, decoder: Any
+    spec: dict[str, Any], pre_tokenizer: Any, decoder: Any, *, byte_fallback: bool
 ) -> dict[str, Any]:
-    told = spec["model"]
     return {
         "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": spec.get("post_processor"),
         "decoder": decoder,
         "model": {
             "type": "BPE",
-            "vocab": told.get("vocab"),
-            "merges": told.get("merges") or [],
-            "byte_fallback": False,
-            **model,
+            "vocab": spec["model"].get("vocab"),
+            "merges": spec["model"].get("merges") or [],
+            "byte_fallback": byte_fallback,
+            "fuse_unk": byte_fallback,
         },
     }
 

@@ -179,12 +179,20 @@ def byte_level_folder(path: Path, specimens: Specimens, **library: Any) -> Path:
 
 
 @pytest.mark.filterwarnings("error::brain.errors.BrainWarning")
-@pytest.mark.parametrize("alone", [False, True], ids=["json", "model"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tokenizer_json": None},
+        {"tokenizer_json": OLD_LLAMA},
+        {"tokenizer_json": OLD_LLAMA, "tokenizer_config_json": {"legacy": True}},
+    ],
+    ids=["json", "model", "Llama 2", "Llama 2 legacy"],
+)
 def test_folders_that_agree_with_themselves_raise_no_line(
-    specimens: Specimens, tmp_path: Path, alone: bool
+    specimens: Specimens, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    unneeded = {"tokenizer_json": None} if alone else {}
-    tokenizer = load_tokenizer(llama_folder(tmp_path, specimens, **unneeded))
+    tokenizer = load_tokenizer(llama_folder(tmp_path, specimens, **changes))
     assert tokenizer.encode("a man of") == pieces_of(specimens, "a man of")
     assert (tokenizer.bos_id, tokenizer.wants_bos) == (1, True)
     assert tokenizer.eos_ids == {2}
