@@ -30,7 +30,6 @@ from brain.tokenizers.folder import (
     prefix_space,
     read_folder,
     reading_class,
-    report_space,
     report_unheeded,
     stated_tokens,
     tokens_to_add,
@@ -171,7 +170,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     said = read_folder(folder)
     reader = reading_class(said)
-    report_unheeded(said)
     where = str(folder / said.vocabulary)
     spec = tokenizer_json.parse_tokenizer_json(said.library, where) if said.library else {}
     stated = stated_tokens(said, reader, spec.get("added_tokens"))
@@ -179,8 +177,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         vocabulary = _from_library(said, reader, spec, stated, where)
     else:
         vocabulary = _from_sentencepiece(said, reader, stated, where)
-    if reader is None:
-        report_space(said, vocabulary)
+    report_unheeded(said, reader, vocabulary)
     bos_id, wants_bos = begins(said, stated, vocabulary)
     return Tokenizer(vocabulary, bos_id, ends(said, stated, vocabulary), wants_bos)
 
@@ -206,25 +203,28 @@ def _from_library(
     check_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
     vocabulary = tokenizer_json.vocabulary_of(library, made, where)
     if reader:
-        file = tokenizer_json.load_library(spec, where)
-        _compare(
-            said,
-            f"{reader} of the settings",
-            vocabulary,
-            LIBRARY,
-            lambda t: file.encode(t, add_special_tokens=False).ids,
-        )
+        _compare(said, f"{reader} of the settings", vocabulary, LIBRARY, _as_it_is(spec, where))
     if said.sentencepiece:
         try:
             model = sentencepiece_model.load_sentencepiece(said.sentencepiece, where)
-            pieces = sentencepiece_model.piece_list(model, where)
         except Refused:  # a list for tiktoken, it may be
             return vocabulary
-        if any(vocabulary.id_of(piece) != index for index, piece in enumerate(pieces)):
+        pieces = sentencepiece_model.piece_list(model)
+        if [*map(vocabulary.id_of, pieces)] != [*range(len(pieces))]:
             said.warn(f"{LIBRARY} overrules {SENTENCEPIECE}, which has other ids")
         else:
             _compare(said, LIBRARY, vocabulary, SENTENCEPIECE, model.encode)
     return vocabulary
+
+
+def _as_it_is(spec: dict[str, Any], where: str) -> Callable[[str], list[int]]:
+    """How a ``tokenizer.json`` itself splits a text; none, where it cannot be read alone."""
+    try:
+        steady = {**spec, "model": {**spec["model"], "dropout": None}}
+        library = tokenizer_json.load_library(steady, where)
+    except Refused:
+        return lambda text: []
+    return lambda text: library.encode(text, add_special_tokens=False).ids
 
 
 def _compare(
@@ -251,9 +251,7 @@ def _from_sentencepiece(
         raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
     if reader == LLAMA:
         model = sentencepiece_model.changing_nothing(model, space=prefix != "never")
-    pieces = {
-        piece: index for index, piece in enumerate(sentencepiece_model.piece_list(processor, where))
-    }
+    pieces = {p: index for index, p in enumerate(sentencepiece_model.piece_list(processor))}
     listed = sentencepiece_model.listed_pieces(model, where)
     numbers = {s.text: s.index for s in reversed(stated) if s.index is not None} | pieces
     given: dict[str, AddedToken] = {}
@@ -267,15 +265,13 @@ def _from_sentencepiece(
             )
     cut = listed | {numbers[text]: token for text, token in given.items()}
     check_tokens(said, stated, cut, normalizes=False)
-    new = sorted(numbers[text] for text in given if text not in pieces)
-    numbered = {s.text for s in stated if s.heeded and s.index is not None} | set(pieces)
-    replaced = any(s.heeded and s.role in LISTED for s in stated)
-    if (
-        new != [*range(len(pieces), len(pieces) + len(new))]
-        or not numbered.issuperset(given)
-        or (replaced and not {token.content for token in listed.values()} <= set(given))
-        or (reader is None and any(t.normalized and (t.lstrip or t.rstrip) for t in cut.values()))
-    ):
+    # transformers takes the model's own special pieces where no list is given.
+    own = [] if any(s.heeded and s.role in LISTED for s in stated) else list(listed.values())
+    new = [text for text in given if text not in pieces]
+    theirs = {text: len(pieces) + rank for rank, text in enumerate(new)}
+    theirs |= {text: pieces[text] for text in [*given, *(t.content for t in own)] if text in pieces}
+    strips = any(t.normalized and (t.lstrip or t.rstrip) for t in cut.values())
+    if theirs != {t.content: index for index, t in cut.items()} or (strips and reader is None):
         said.warn(
             f"added tokens are cut out and numbered as {CONFIG} and {ADDED} say, not by the order "
             f"of transformers after {SENTENCEPIECE}"

@@ -106,9 +106,7 @@ def read_folder(path: Path) -> Folder:
             (read_text(library, TOKENIZER_BYTES) or " ") if library.exists() else "",
             read_bytes(model, TOKENIZER_BYTES) if model.exists() else b"",
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, Refused):
-            raise
+    except (OSError, UnicodeError) as error:
         raise Refused(f"{path}: tokenizer cannot be read ({one_line(error)})") from None
 
 
@@ -137,8 +135,14 @@ def reading_class(folder: Folder) -> str | None:
     return None
 
 
-def report_unheeded(folder: Folder) -> None:
-    """Says which settings of tokenizer_config.json are not followed, though transformers would."""
+def report_unheeded(folder: Folder, reader: str | None, vocabulary: Vocabulary) -> None:
+    """Says which settings of tokenizer_config.json are not followed."""
+    asked, put = folder.flag("add_prefix_space"), vocabulary.leading_space
+    if reader is None and asked not in (None, put):
+        folder.warn(
+            f"{folder.vocabulary} puts {'a' if put else 'no'} space before a text, which overrules "
+            f"add_prefix_space in {CONFIG}"
+        )
     for key, instead in UNHEEDED.items():
         # With tokenizer.json its template decides what is put around a text.
         heeded = key == "add_eos_token" and folder.library
@@ -293,25 +297,12 @@ def prefix_space(folder: Folder, reader: str | None) -> str:
     return "never" if not wanted else "always" if legacy or reader == GPT2 else "first"
 
 
-def report_space(folder: Folder, vocabulary: Vocabulary) -> None:
-    """Says where the vocabulary's file overrules ``add_prefix_space`` of tokenizer_config.json."""
-    asked, put = folder.flag("add_prefix_space"), vocabulary.leading_space
-    if asked is not None and asked != put:
-        folder.warn(
-            f"{folder.vocabulary} puts {'a' if put else 'no'} space before a text, which overrules "
-            f"add_prefix_space in {CONFIG}"
-        )
-
-
 def begins(
     folder: Folder, stated: Iterable[Stated], vocabulary: Vocabulary
 ) -> tuple[int | None, bool]:
-    """The token that begins a text, and whether it is put before a prompt.
-
-    Places of the token: the template of tokenizer.json, ``bos_token`` as it is ``stated``,
-    ``bos_token_id`` of generation_config.json, of config.json, tokenizer.model's own. It is wanted
-    where the template puts it; of tokenizer.model, unless ``add_bos_token`` of
-    tokenizer_config.json says no.
+    """The token that begins a text, the first of: the template of tokenizer.json, ``bos_token``,
+    ``bos_token_id``, tokenizer.model's own; and whether it is put before a prompt, as the template
+    does, or for tokenizer.model unless ``add_bos_token`` says no.
     """
     template = f"the template of {LIBRARY}"
     prepended = vocabulary.prepended if folder.library else ()
@@ -344,11 +335,7 @@ def begins(
 
 
 def ends(folder: Folder, stated: Iterable[Stated], vocabulary: Vocabulary) -> frozenset[int]:
-    """The tokens that end a text: all that any place names.
-
-    Places: ``eos_token_id`` of generation_config.json and config.json, ``eos_token`` of
-    tokenizer_config.json and special_tokens_map.json, tokenizer.model's own.
-    """
+    """The tokens that end a text: all that any place names."""
     said: dict[str, set[int]] = {GENERATION: set(), MODEL_CONFIG: set()}
     for place, index in _stated_ids(folder, "eos", stated, vocabulary):
         said.setdefault(place, set()).add(index)

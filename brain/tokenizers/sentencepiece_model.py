@@ -40,7 +40,7 @@ def load_sentencepiece(model: bytes, where: str) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-        size = processor.get_piece_size()
+        size = len(piece_list(processor))  # reads each, as some may be no text
     except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
         raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
     if size == 0:
@@ -53,12 +53,9 @@ def load_sentencepiece(model: bytes, where: str) -> SentencePieceProcessor:
     return processor
 
 
-def piece_list(processor: SentencePieceProcessor, where: str) -> list[str]:
-    """The pieces, by id. Raises Refused where one is not text."""
-    try:
-        return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-    except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
-        raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
+def piece_list(processor: SentencePieceProcessor) -> list[str]:
+    """The pieces, by id."""
+    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
 
 
 def changing_nothing(model: bytes, *, space: bool) -> bytes:
@@ -80,10 +77,10 @@ def merges_in_order(processor: SentencePieceProcessor) -> bool:
     """
     scores = [
         processor.get_score(index)
-        for index in range(processor.get_piece_size())
-        if not (processor.is_byte(index) or processor.is_control(index))
+        for index, piece in enumerate(piece_list(processor))
+        if len(piece) > 1
+        and not (processor.is_byte(index) or processor.is_control(index))
         and not processor.is_unknown(index)
-        and len(processor.id_to_piece(index)) > 1
     ]
     return all(map(float.is_integer, scores)) and scores == sorted(set(scores), reverse=True)
 
@@ -106,11 +103,7 @@ def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
 
 
 def read_sentencepiece(
-    model: bytes,
-    where: str,
-    cut: Mapping[int, AddedToken],
-    *,
-    prefix: str,
+    model: bytes, where: str, cut: Mapping[int, AddedToken], *, prefix: str
 ) -> Vocabulary:
     """The vocabulary in a serialized SentencePiece model. Raises Refused, naming it as ``where``.
 
@@ -122,7 +115,7 @@ def read_sentencepiece(
     processor = load_sentencepiece(model, where)
     bare_model = _with_normalizer(model, integer_field(ADD_DUMMY_PREFIX, 0))
     bare = load_sentencepiece(bare_model, where)
-    pieces = piece_list(processor, where)
+    pieces = piece_list(processor)
     bos, eos = processor.bos_id(), processor.eos_id()
 
     spelling: list[bytes | None] = [None] * max(len(pieces), *(index + 1 for index in cut), 0)

@@ -78,12 +78,6 @@ def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabul
             library.encode_special_tokens = not special
             return list(library.encode(words, add_special_tokens=False).ids)
 
-    def id_of(token: str) -> int | None:
-        try:
-            return library.token_to_id(token)
-        except UnicodeError:  # half a surrogate pair, which JSON can hold, is not a token
-            return None
-
     fallback = bool(spec["model"].get("byte_fallback"))
     spelling = _spellings(library, where, byte_level=byte_level, byte_fallback=fallback)
     bare, spaced = (encoded(text, special=True) for text in ("x", " x"))
@@ -110,7 +104,7 @@ def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabul
         spelling=spelling,
         leading_space=leading_space,
         lossless=byte_level and not (leading_space or strips or spec.get("normalizer")),
-        id_of=id_of,
+        id_of=library.token_to_id,
         prepended=tuple(full[:first]),
         appended=tuple(full[first + len(bare) :]),
     )
