@@ -254,22 +254,25 @@ def _from_sentencepiece(
     pieces = {p: index for index, p in enumerate(sentencepiece_model.piece_list(processor))}
     listed = sentencepiece_model.listed_pieces(model, where)
     numbers = {s.text: s.index for s in reversed(stated) if s.index is not None} | pieces
+    # Where no list is given, transformers lists the model's own special pieces instead.
+    heeded = [s for s in stated if s.heeded and (s.role != LISTED[1] or s.place == CONFIG)]
+    lists = any(s.role in LISTED for s in heeded)
+    own = {} if lists else {token.content: token for token in listed.values()}
     given: dict[str, AddedToken] = {}
-    for s in stated:
-        if s.heeded and s.text in numbers:
-            given.setdefault(s.text, s.token)
-        elif s.heeded and s.place != reader:
+    for s in heeded:
+        if s.text in numbers:
+            token = own.get(s.text, s.token) if s.index is None else s.token
+            given.setdefault(s.text, token)
+        elif s.place != reader:
             raise Refused(
                 f"{said.path}: {s.place} has the special token {shown(s.text)}, which has no id in "
                 f"{SENTENCEPIECE} or {ADDED}; give it one there"
             )
     cut = listed | {numbers[text]: token for text, token in given.items()}
     check_tokens(said, stated, cut, normalizes=False)
-    # transformers takes the model's own special pieces where no list is given.
-    own = [] if any(s.heeded and s.role in LISTED for s in stated) else list(listed.values())
     new = [text for text in given if text not in pieces]
     theirs = {text: len(pieces) + rank for rank, text in enumerate(new)}
-    theirs |= {text: pieces[text] for text in [*given, *(t.content for t in own)] if text in pieces}
+    theirs |= {text: pieces[text] for text in (*given, *own) if text in pieces}
     strips = any(t.normalized and (t.lstrip or t.rstrip) for t in cut.values())
     if theirs != {t.content: index for index, t in cut.items()} or (strips and reader is None):
         said.warn(

@@ -176,7 +176,10 @@ def stated_tokens(folder: Folder, reader: str | None, in_library: object) -> lis
     for key, texts in lists.items():
         if texts != next(iter(lists.values())):
             raise Refused(f"{path}: {key} is not what {next(iter(lists))} is; keep one of them")
-    listed = {_text(value) for _, role, value in named if role in (*NAMED, *LISTED)}
+    late = (SPECIAL_MAP, LISTED[1])  # not looked at where added_tokens.json is read
+    listed = {
+        _text(v) for place, role, v in named if role in NAMED + LISTED if (place, role) != late
+    }
 
     found = [_stated(path, CONFIG, value, index, heeded=True) for index, value in declared.items()]
     for value in in_library if isinstance(in_library, list) else []:
