@@ -100,12 +100,10 @@ def read_folder(path: Path) -> Folder:
             f"merges.txt, save_pretrained of transformers makes {LIBRARY})"
         )
     try:
-        return Folder(
-            path,
-            settings,
-            (read_text(library, TOKENIZER_BYTES) or " ") if library.exists() else "",
-            read_bytes(model, TOKENIZER_BYTES) if model.exists() else b"",
-        )
+        # Blank where the file is empty: that is not JSON.
+        text = (read_text(library, TOKENIZER_BYTES) or " ") if library.exists() else ""
+        content = read_bytes(model, TOKENIZER_BYTES) if model.exists() else b""
+        return Folder(path, settings, text, content)
     except (OSError, UnicodeError) as error:
         raise Refused(f"{path}: tokenizer cannot be read ({one_line(error)})") from None
 
@@ -261,9 +259,9 @@ def tokens_to_add(stated: Iterable[Stated], held: Mapping[int, AddedToken]) -> l
 def check_tokens(
     folder: Folder, stated: Sequence[Stated], cut: Mapping[int, AddedToken], *, normalizes: bool
 ) -> None:
-    """Says in one line where a place states of an added token what is not so of those that are
-    ``cut`` out of texts, by id. Raises Refused, unless it is a name's flags, which a number's
-    overrule, or a token that is not there. ``normalized`` counts where something ``normalizes``.
+    """Compares what is stated with the tokens that are ``cut`` out of texts, by id. One that is not
+    there, or a name's flags that a number's overrule, are told in a line; else raises Refused.
+    ``normalized`` counts where something ``normalizes``.
     """
     result = {token.content: (index, token) for index, token in cut.items()}
     lines: list[str] = []

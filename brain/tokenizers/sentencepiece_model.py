@@ -91,7 +91,7 @@ def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
     """
     try:
         pieces = [dict(fields(value)) for key, value in fields(model) if key == PIECES]  # type: ignore[arg-type]
-    except (IndexError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
     found = {}
     for index, piece in enumerate(pieces):
