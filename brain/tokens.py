@@ -5,56 +5,38 @@ Tokenizing adds nothing and drops nothing. The one place where a BOS token is ev
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 
 from brain.errors import Refused, shown
+from brain.tokenizers import sentencepiece_model, tokenizer_json
 from brain.tokenizers.folder import (
+    ADDED,
     CONFIG,
-    DEFAULTS,
     GPT2,
     LIBRARY,
+    LISTED,
     LLAMA,
     SENTENCEPIECE,
-    VOCAB,
     Folder,
+    Stated,
     begins,
+    check_tokens,
     ends,
     prefix_space,
     read_folder,
     reading_class,
-    report_tokens,
     report_unheeded,
     stated_tokens,
     tokens_to_add,
 )
-from brain.tokenizers.sentencepiece_model import (
-    changing_nothing,
-    listed_pieces,
-    load_sentencepiece,
-    merges_otherwise,
-    piece_list,
-    read_sentencepiece,
-    with_space,
-)
-from brain.tokenizers.sentencepiece_model import puts_space as sentencepiece_puts_space
-from brain.tokenizers.tokenizer_json import (
-    as_gpt2,
-    as_llama,
-    is_byte_level,
-    load_library,
-    overruled_parts,
-    parse_tokenizer_json,
-    puts_space,
-    refusing,
-    vocabulary_of,
-)
 from brain.tokenizers.vocabulary import Vocabulary, WarnOnce
 
-PROBES = ("Hello world", "two  spaces", "ﬁve Ⅻ 12 ①", "naïve cafe\u0301\n\tend ")
+PROBES = ("Hello world", "two  spaces", "ﬁve Ⅻ 12 ① 漢 🤖", "naïve cafe\u0301\n\tend ")
 """Texts that show how a vocabulary normalizes and cuts."""
 
 
@@ -188,133 +170,121 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     said = read_folder(folder)
     reader = reading_class(said)
-    report_unheeded(said)
-    if said.vocabulary == SENTENCEPIECE:
-        vocabulary = _from_sentencepiece(said, reader)
+    where = str(folder / said.vocabulary)
+    spec = tokenizer_json.parse_tokenizer_json(said.library, where) if said.library else {}
+    stated = stated_tokens(said, reader, spec.get("added_tokens"))
+    if said.library:
+        vocabulary = _from_library(said, reader, spec, stated, where)
     else:
-        vocabulary = _from_library(said, reader)
-    bos_id, wants_bos = begins(said, reader, vocabulary)
-    return Tokenizer(vocabulary, bos_id, ends(said, vocabulary), wants_bos)
+        vocabulary = _from_sentencepiece(said, reader, stated, where)
+    report_unheeded(said, reader, vocabulary)
+    bos_id, wants_bos = begins(said, stated, vocabulary)
+    return Tokenizer(vocabulary, bos_id, ends(said, stated, vocabulary), wants_bos)
 
 
-def _from_library(said: Folder, reader: str | None) -> Vocabulary:
-    """The vocabulary of a folder whose ``tokenizer.json`` counts."""
-    where = str(said.path / said.vocabulary)
-    spec = parse_tokenizer_json(said.library, where)
-    if reader is None and said.vocabulary == VOCAB:
-        raise Refused(
-            f"{where}: no tokenizer.json beside it, and no GPT2Tokenizer reads it; add one"
-        )
-    stated = stated_tokens(said, spec.get("added_tokens"))
-    prefix = prefix_space(said, reader, file_says=puts_space(spec, where))
-    made = spec
-    if reader == GPT2 and said.vocabulary == LIBRARY and not is_byte_level(spec, where):
-        raise Refused(
-            f"{where}: not byte-level, as {reader} of the folder's settings is; name "
-            "PreTrainedTokenizerFast there"
-        )
-    if reader is not None:
-        made = {LLAMA: as_llama, GPT2: as_gpt2}[reader](spec, prefix)
-        if not isinstance(made["model"]["vocab"], dict):
+def _from_library(
+    said: Folder, reader: str | None, spec: dict[str, Any], stated: list[Stated], where: str
+) -> Vocabulary:
+    """The vocabulary of a folder whose ``tokenizer.json``, parsed as ``spec``, counts."""
+    prefix, made = prefix_space(said, reader), spec
+    if reader:
+        remake = tokenizer_json.as_llama if reader == LLAMA else tokenizer_json.as_gpt2
+        made = remake(spec, prefix)
+        other_kind = reader == GPT2 and not tokenizer_json.is_byte_level(spec, where)
+        if other_kind or not isinstance(made["model"]["vocab"], dict):
             raise Refused(
-                f"{where}: no BPE vocabulary, which {reader} of the folder's settings needs; name "
+                f"{where}: not the vocabulary that {reader} of the folder's settings needs; name "
                 "PreTrainedTokenizerFast there"
             )
-        parts = overruled_parts(spec, made, where)
-        if parts and said.vocabulary == LIBRARY:
-            said.warn(f"{reader}, named in the settings, overrules {', '.join(parts)} of {LIBRARY}")
-    library = load_library(made, where)
-    with refusing(f"{where}: tokenizer cannot be loaded"):
-        added = tokens_to_add(
-            said, DEFAULTS.get(reader, {}), stated, library.get_added_tokens_decoder()
-        )
-        library.add_tokens([s.token for s in added.values()])
+    library = tokenizer_json.load_library(made, where)
+    with tokenizer_json.refusing(f"{where}: tokenizer cannot be loaded"):
+        library.add_tokens(tokens_to_add(stated, library.get_added_tokens_decoder()))
     cut = library.get_added_tokens_decoder()
-    report_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
-    vocabulary = vocabulary_of(library, made, where)
+    check_tokens(said, stated, cut, normalizes=bool(made.get("normalizer")))
+    vocabulary = tokenizer_json.vocabulary_of(library, made, where)
+    if reader:
+        _compare(said, f"{reader} of the settings", vocabulary, LIBRARY, _as_it_is(spec, where))
     if said.sentencepiece:
-        _report_other_pieces(said, vocabulary, library.get_vocab(with_added_tokens=True))
+        try:
+            model = sentencepiece_model.load_sentencepiece(said.sentencepiece, where)
+        except Refused:  # a list for tiktoken, it may be
+            return vocabulary
+        pieces = sentencepiece_model.piece_list(model)
+        if [*map(vocabulary.id_of, pieces)] != [*range(len(pieces))]:
+            said.warn(f"{LIBRARY} overrules {SENTENCEPIECE}, which has other ids")
+        else:
+            _compare(said, LIBRARY, vocabulary, SENTENCEPIECE, model.encode)
     return vocabulary
 
 
-def _from_sentencepiece(said: Folder, reader: str | None) -> Vocabulary:
-    """The vocabulary of a folder that has only a ``tokenizer.model``."""
-    where = str(said.path / SENTENCEPIECE)
+def _as_it_is(spec: dict[str, Any], where: str) -> Callable[[str], list[int]]:
+    """How a ``tokenizer.json`` itself splits a text; none, where it cannot be read alone."""
     try:
-        processor = load_sentencepiece(said.sentencepiece, where)
+        steady = {**spec, "model": {**spec["model"], "dropout": None}}
+        library = tokenizer_json.load_library(steady, where)
+    except Refused:
+        return lambda text: []
+    return lambda text: library.encode(text, add_special_tokens=False).ids
+
+
+def _compare(
+    said: Folder, winner: str, vocabulary: Vocabulary, file: str, split: Callable[[str], list[int]]
+) -> None:
+    """Says where ``winner`` overrules a file that would ``split`` texts otherwise."""
+    for text in PROBES:
+        if vocabulary.split_plain(text) != split(text):
+            said.warn(f"{winner}, which overrules {file}, splits {text!r} otherwise")
+            return
+
+
+def _from_sentencepiece(
+    said: Folder, reader: str | None, stated: list[Stated], where: str
+) -> Vocabulary:
+    """The vocabulary of a folder that has only a ``tokenizer.model``."""
+    model = said.sentencepiece
+    try:
+        processor = sentencepiece_model.load_sentencepiece(model, where)
     except Refused as refusal:
         raise Refused(f"{refusal}; if it is a list for tiktoken, put {LIBRARY} there") from None
-    prefix = prefix_space(said, reader, file_says=sentencepiece_puts_space(processor))
-    model = said.sentencepiece
-    if reader == LLAMA:
-        own = with_space(model, put=prefix != "never")
-        model = changing_nothing(own)
-        both = load_sentencepiece(own, where), load_sentencepiece(model, where)
-        if any(both[0].encode(text) != both[1].encode(text) for text in PROBES):
-            said.warn(f"{reader} changes no text and overrules the normalizer of {SENTENCEPIECE}")
-        if merges_otherwise(model, processor):
-            said.warn(
-                f"{SENTENCEPIECE} counts; {reader}, named in the settings, would merge its pieces "
-                "in the order of their ids"
-            )
-    elif reader is not None:
+    prefix = prefix_space(said, reader)
+    if reader == GPT2:
         raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
-    stated = stated_tokens(said, None)
-    listed = listed_pieces(model, where)
-    pieces = piece_list(processor, where)
-    roles = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
-    roles["unk_token"] = unknown = processor.unk_id()
-    defaults = {role: pieces[index] for role, index in roles.items() if index >= 0}
-    added = tokens_to_add(
-        said,
-        DEFAULTS.get(reader, defaults),
-        stated,
-        {},
-        [token for index, token in listed.items() if index != unknown],
-    )
-    ids = {piece: index for index, piece in enumerate(pieces)}
-    cut: dict[int, AddedToken] = dict(listed)
-    theirs: dict[str, int] = {}  # the ids that transformers gives
-    for text in added:
-        theirs[text] = ids.get(text, len(ids) + sum(t not in ids for t in theirs))
-    for text, s in added.items():
-        free = max([len(ids), *(index + 1 for index in cut)])
-        cut[ids.get(text, free if s.index is None else s.index)] = s.token
-    report_tokens(said, stated, cut, normalizes=False)
-    ours = {token.content: index for index, token in cut.items()}
-    if differing := sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)):
-        text = differing[0]
+    if reader == LLAMA:
+        model = sentencepiece_model.changing_nothing(model, space=prefix != "never")
+    pieces = {p: index for index, p in enumerate(sentencepiece_model.piece_list(processor))}
+    listed = sentencepiece_model.listed_pieces(model, where)
+    numbers = {s.text: s.index for s in reversed(stated) if s.index is not None} | pieces
+    # Where no list is given, transformers lists the model's own special pieces instead.
+    heeded = [s for s in stated if s.heeded and (s.role != LISTED[1] or s.place == CONFIG)]
+    lists = any(s.role in LISTED for s in heeded)
+    own = {} if lists else {token.content: token for token in listed.values()}
+    given: dict[str, AddedToken] = {}
+    for s in heeded:
+        if s.text in numbers:
+            token = own.get(s.text, s.token) if s.index is None else s.token
+            given.setdefault(s.text, token)
+        elif s.place != reader:
+            raise Refused(
+                f"{said.path}: {s.place} has the special token {shown(s.text)}, which has no id in "
+                f"{SENTENCEPIECE} or {ADDED}; give it one there"
+            )
+    cut = listed | {numbers[text]: token for text, token in given.items()}
+    check_tokens(said, stated, cut, normalizes=False)
+    new = [text for text in given if text not in pieces]
+    theirs = {text: len(pieces) + rank for rank, text in enumerate(new)}
+    theirs |= {text: pieces[text] for text in (*given, *own) if text in pieces}
+    strips = any(t.normalized and (t.lstrip or t.rstrip) for t in cut.values())
+    if theirs != {t.content: index for index, t in cut.items()} or (strips and reader is None):
         said.warn(
-            f"added token {shown(text)} is {ours.get(text, 'none')} as the folder's settings say, "
-            f"{theirs.get(text, 'none')} by the order of transformers after {SENTENCEPIECE}"
+            f"added tokens are cut out and numbered as {CONFIG} and {ADDED} say, not by the order "
+            f"of transformers after {SENTENCEPIECE}"
         )
-    for token in cut.values() if reader is None else ():
-        if token.normalized and (token.lstrip or token.rstrip):
+    vocabulary = sentencepiece_model.read_sentencepiece(model, where, cut, prefix=prefix)
+    if reader == LLAMA:
+        _compare(said, f"{reader} of the settings", vocabulary, SENTENCEPIECE, processor.encode)
+        if not sentencepiece_model.merges_in_order(processor):
             said.warn(
-                f"added token {shown(token.content)} takes the spaces beside it, as {CONFIG} says; "
-                f"transformers looks for it in the text as {SENTENCEPIECE} changes it"
+                f"{SENTENCEPIECE} counts; {reader} of the settings would merge its pieces in the "
+                "order of their ids"
             )
-    return read_sentencepiece(model, where, cut, prefix=prefix)
-
-
-def _report_other_pieces(said: Folder, vocabulary: Vocabulary, ids: dict[str, int]) -> None:
-    """Says where a ``tokenizer.model`` beside a ``tokenizer.json`` would give other ids. One that
-    is none of SentencePiece's, such as a list for tiktoken, says nothing.
-    """
-    where = str(said.path / SENTENCEPIECE)
-    try:
-        processor = load_sentencepiece(said.sentencepiece, where)
-        pieces = piece_list(processor, where)
-    except Refused:
-        return
-    for index, piece in enumerate(pieces):
-        if ids.get(piece) != index:
-            found = f"is {ids[piece]} in {LIBRARY}" if piece in ids else f"is not in {LIBRARY}"
-            said.warn(
-                f"{LIBRARY} overrules {SENTENCEPIECE}: piece {index}, {shown(piece)}, {found}"
-            )
-            return
-    for text in PROBES:
-        if processor.encode(text) != vocabulary.split_plain(text):
-            said.warn(f"{LIBRARY} overrules {SENTENCEPIECE}, which splits {text!r} otherwise")
-            return
+    return vocabulary

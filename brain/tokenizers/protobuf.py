@@ -6,6 +6,7 @@ Source: protobuf "Encoding" documentation. What ends in ``field`` returns one, k
 
 import struct
 from collections.abc import Iterator
+from itertools import islice
 
 
 def varint(value: int) -> bytes:
@@ -34,30 +35,22 @@ def bytes_field(number: int, value: bytes) -> bytes:
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message: number and value, bytes unless it is a varint. Raises IndexError or
-    ValueError where it is none.
-    """
-    at = 0
+    """The fields of a message: number and value, bytes unless it is a varint. Raises ValueError."""
+    rest = iter(message)
 
     def number() -> int:
-        nonlocal at
         value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
+        for byte in rest:
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
-                return value
+                break
             shift += 7
+        return value
 
-    while at < len(message):
-        key = number()
+    while key := number():  # no field has the number 0
         if key & 7 == 0:
             yield key >> 3, number()
-            continue
-        size = {1: 8, 2: -1, 5: 4}.get(key & 7)
-        if size is None:
+        elif key & 7 in (1, 2, 5):
+            yield key >> 3, bytes(islice(rest, {1: 8, 5: 4}.get(key & 7) or number()))
+        else:
             raise ValueError(f"wire type {key & 7}")
-        size = number() if size < 0 else size
-        at += size
-        yield key >> 3, message[at - size : at]

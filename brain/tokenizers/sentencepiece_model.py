@@ -3,7 +3,7 @@
 Field numbers below are those of ``sentencepiece_model.proto``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, models
@@ -26,13 +26,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 MODEL_TYPE, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 35, 40, 41, 42, 43
 BPE = 2
 # NormalizerSpec
-NORMALIZER_NAME, CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = (
-    1,
-    2,
-    3,
-    4,
-    5,
-)
+NORMALIZER_NAME, CHARSMAP, ADD_DUMMY_PREFIX = 1, 2, 3
+REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 4, 5
 KEEPING_SPACES = (
     bytes_field(NORMALIZER_NAME, b"identity")
     + integer_field(REMOVE_EXTRA_WHITESPACES, 0)
@@ -45,7 +40,7 @@ def load_sentencepiece(model: bytes, where: str) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-        size = processor.get_piece_size()
+        size = len(piece_list(processor))  # reads each, as some may be no text
     except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
         raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
     if size == 0:
@@ -58,52 +53,36 @@ def load_sentencepiece(model: bytes, where: str) -> SentencePieceProcessor:
     return processor
 
 
-def piece_list(processor: SentencePieceProcessor, where: str) -> list[str]:
-    """The pieces, by id. Raises Refused where one is not text."""
-    try:
-        return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-    except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
-        raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
+def piece_list(processor: SentencePieceProcessor) -> list[str]:
+    """The pieces, by id."""
+    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
 
 
-def puts_space(processor: SentencePieceProcessor) -> bool:
-    """Whether the model puts a space before a text."""
-    first: list[str] = processor.encode("x", out_type=str)
-    return bool(first) and first[0].startswith(SPACE)
-
-
-def with_space(model: bytes, *, put: bool) -> bytes:
-    """The same model, putting a space before a text or not."""
-    # Concatenated messages are merged, the last value winning.
-    return model + bytes_field(NORMALIZER_SPEC, integer_field(ADD_DUMMY_PREFIX, int(put)))
-
-
-def changing_nothing(model: bytes) -> bytes:
-    """The same model keeping every character and space of a text, as LlamaTokenizer reads it."""
-    return model + bytes_field(NORMALIZER_SPEC, bytes_field(CHARSMAP, b"") + KEEPING_SPACES)
-
-
-def merges_otherwise(model: bytes, processor: SentencePieceProcessor) -> bool:
-    """Whether LlamaTokenizer, which merges in the order of ids, gives other ids than the scores do:
-    the model is no BPE, or its pieces are not sorted by score, or some are unused.
+def changing_nothing(model: bytes, *, space: bool) -> bytes:
+    """The same model keeping every character and space of a text, as LlamaTokenizer reads it, and
+    putting a space before it or not.
     """
-    last = float("inf")
-    trainer = b"".join(v for k, v in fields(model) if k == TRAINER_SPEC and isinstance(v, bytes))
-    if dict(fields(trainer)).get(MODEL_TYPE) != BPE:
-        return True
-    for index in range(processor.get_piece_size()):
-        if processor.is_unused(index):
-            return True
-        if not (
-            processor.is_byte(index)
-            or processor.is_control(index)
-            or processor.is_unknown(index)
-            or len(processor.id_to_piece(index)) == 1
-        ):
-            if processor.get_score(index) >= last:
-                return True
-            last = processor.get_score(index)
-    return False
+    normalizer = bytes_field(CHARSMAP, b"") + KEEPING_SPACES
+    return _with_normalizer(model, normalizer + integer_field(ADD_DUMMY_PREFIX, int(space)))
+
+
+def _with_normalizer(model: bytes, fields: bytes) -> bytes:
+    # Concatenated messages are merged, the last value winning.
+    return model + bytes_field(NORMALIZER_SPEC, fields)
+
+
+def merges_in_order(processor: SentencePieceProcessor) -> bool:
+    """Whether LlamaTokenizer, which merges pieces in the order of their ids, gives the same ids as
+    their scores: those of BPE are whole numbers, and must fall.
+    """
+    scores = [
+        processor.get_score(index)
+        for index, piece in enumerate(piece_list(processor))
+        if len(piece) > 1
+        and not (processor.is_byte(index) or processor.is_control(index))
+        and not processor.is_unknown(index)
+    ]
+    return all(map(float.is_integer, scores)) and scores == sorted(set(scores), reverse=True)
 
 
 def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
@@ -112,7 +91,7 @@ def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
     """
     try:
         pieces = [dict(fields(value)) for key, value in fields(model) if key == PIECES]  # type: ignore[arg-type]
-    except (IndexError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise Refused(f"{where}: not a SentencePiece model ({one_line(error)})") from None
     found = {}
     for index, piece in enumerate(pieces):
@@ -124,25 +103,20 @@ def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
 
 
 def read_sentencepiece(
-    model: bytes,
-    where: str,
-    added: Mapping[int, AddedToken] | None = None,
-    *,
-    prefix: str = "as it is",
+    model: bytes, where: str, cut: Mapping[int, AddedToken], *, prefix: str
 ) -> Vocabulary:
     """The vocabulary in a serialized SentencePiece model. Raises Refused, naming it as ``where``.
 
-    ``added``: tokens that the model's folder adds, or declares special, by id.
-    In ``split``, control, unknown and added tokens written out in the text become their id. Only
+    ``cut``: tokens that become their id in ``split`` where they are written in the text. Only
     the text's beginning, or what follows a leading BOS, gets the model's dummy space: so that
-    decoding restores the text. ``prefix`` says where transformers puts it; ``always`` (where there
-    is no space) and ``every`` (in any case), after added tokens too, are followed.
+    decoding restores the text. ``prefix`` says where transformers puts it; ``always``, also after
+    added tokens where there is no space, is followed.
     """
     processor = load_sentencepiece(model, where)
-    bare = load_sentencepiece(with_space(model, put=False), where)
-    pieces = piece_list(processor, where)
+    bare_model = _with_normalizer(model, integer_field(ADD_DUMMY_PREFIX, 0))
+    bare = load_sentencepiece(bare_model, where)
+    pieces = piece_list(processor)
     bos, eos = processor.bos_id(), processor.eos_id()
-    cut = {**listed_pieces(model, where), **(added or {})}
 
     spelling: list[bytes | None] = [None] * max(len(pieces), *(index + 1 for index in cut), 0)
     for index, piece in enumerate(pieces):
@@ -156,8 +130,13 @@ def read_sentencepiece(
             spelling[index] = piece.replace(SPACE, " ").encode()
     for index, token in cut.items():
         spelling[index] = token.content.encode()
-    sections = _Sections(cut)
-    dummy = puts_space(processor)
+    # A library that knows nothing else: what is between added tokens is one unknown word.
+    sections = Library(models.WordLevel({"": 0}, unk_token=""))
+    sections.add_tokens(list(cut.values()))
+    text_of = {own: token.content for own, token in sections.get_added_tokens_decoder().items()}
+    added_ids = {token.content: index for index, token in cut.items()}
+    first: list[str] = processor.encode("x", out_type=str)
+    dummy = bool(first) and first[0].startswith(SPACE)
     differs = WarnOnce(
         f"{where}: a space at the beginning of a text, or after a special token written in it, "
         "counts as written; transformers puts one, or takes it for the one it puts"
@@ -168,14 +147,14 @@ def read_sentencepiece(
 
     def split(text: str) -> list[int]:
         ids: list[int] = []
-        for start, part, index in sections.of(text):
-            if index is not None:
-                ids.append(index)
+        found = sections.encode(text, add_special_tokens=False)
+        for own, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if own:
+                ids.append(added_ids[text_of[own]])
                 continue
+            part = text[start:end]
             spaced = part.startswith(" ")
-            put = not ids or (prefix == "every") or (prefix == "always" and not spaced)
-            if prefix not in ("always", "every") and ids == [bos]:
-                put = True
+            put = not ids or (not spaced if prefix == "always" else ids == [bos])
             theirs = {"always": not spaced, "first": start == 0 and not spaced}.get(prefix, True)
             if dummy and put != theirs:
                 differs()
@@ -188,31 +167,11 @@ def read_sentencepiece(
         spelling=tuple(spelling),
         leading_space=dummy,
         lossless=False,
-        id_of=(
-            {piece: index for index, piece in enumerate(pieces)}
-            | {token.content: index for index, token in cut.items()}
-        ).get,
+        id_of=({piece: index for index, piece in enumerate(pieces)} | added_ids).get,
         prepended=(bos,) if bos >= 0 else (),
         bos_text=pieces[bos] if bos >= 0 else None,
         eos_text=pieces[eos] if eos >= 0 else None,
     )
-
-
-class _Sections:
-    """Cuts texts at added tokens, heeding their flags, as the ``tokenizers`` library does."""
-
-    def __init__(self, cut: Mapping[int, AddedToken]) -> None:
-        # A library that knows nothing else: what is between two of them is one unknown word.
-        self._library = Library(models.WordLevel({"": 0}, unk_token=""))
-        self._library.add_tokens(list(cut.values()))
-        self._ids = {token.content: index for index, token in cut.items()}
-
-    def of(self, text: str) -> Iterator[tuple[int, str, int | None]]:
-        """The sections of a text in order: where each starts, its text, and the id of a token."""
-        found = self._library.encode(text, add_special_tokens=False)
-        for own, (start, end) in zip(found.ids, found.offsets, strict=True):
-            token = self._library.id_to_token(own) if own else None
-            yield start, text[start:end], None if token is None else self._ids[token]
 
 
 def write_sentencepiece(

@@ -23,6 +23,7 @@ MOST_GROWTH = 64
 """Of a text before it is split; SmolLM's doubles at most, Llama's is four times as long."""
 DEEPEST = 8  # sequences within sequences of steps
 MODELS = ("BPE", "Unigram", "WordLevel")
+STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
 LLAMA_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
@@ -57,11 +58,7 @@ def load_library(spec: dict[str, Any], where: str) -> Library:
     _check_templates(spec, where)
     text = json.dumps({**spec, "model": model, "truncation": None, "padding": None})
     with refusing(f"{where}: tokenizer cannot be loaded"):
-        library = Library.from_str(text)
-    name = type(library.model).__name__
-    if name not in MODELS:
-        raise Refused(f"{where}: tokenizer model {shown(name)} is not supported; use BPE")
-    return library
+        return Library.from_str(text)
 
 
 def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabulary:
@@ -77,18 +74,8 @@ def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabul
             library.encode_special_tokens = not special
             return list(library.encode(words, add_special_tokens=False).ids)
 
-    def id_of(token: str) -> int | None:
-        try:
-            return library.token_to_id(token)
-        except UnicodeError:  # half a surrogate pair, which JSON can hold, is not a token
-            return None
-
-    spelling = _spellings(
-        library,
-        where,
-        byte_level=byte_level,
-        byte_fallback=bool(spec["model"].get("byte_fallback")),
-    )
+    fallback = bool(spec["model"].get("byte_fallback"))
+    spelling = _spellings(library, where, byte_level=byte_level, byte_fallback=fallback)
     bare, spaced = (encoded(text, special=True) for text in ("x", " x"))
     with refusing(f"{where}: tokenizer cannot split a text"):
         full = list(library.encode("x", add_special_tokens=True).ids)
@@ -113,16 +100,10 @@ def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabul
         spelling=spelling,
         leading_space=leading_space,
         lossless=byte_level and not (leading_space or strips or spec.get("normalizer")),
-        id_of=id_of,
+        id_of=library.token_to_id,
         prepended=tuple(full[:first]),
         appended=tuple(full[first + len(bare) :]),
     )
-
-
-def read_tokenizer_json(content: str, where: str) -> Vocabulary:
-    """The vocabulary in a ``tokenizer.json`` text, as it is. Raises Refused."""
-    spec = parse_tokenizer_json(content, where)
-    return vocabulary_of(load_library(spec, where), spec, where)
 
 
 def as_llama(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -136,80 +117,34 @@ def as_llama(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
     ]
     if prefix != "never":
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return _made_anew(
-        spec,
-        model={"fuse_unk": True, "byte_fallback": True},
-        pre_tokenizer={
-            "type": "Metaspace",
-            "replacement": SPACE,
-            "prepend_scheme": prefix,
-            "split": False,
-        },
-        decoder={"type": "Sequence", "decoders": decoders},
-    )
+    metaspace = {"replacement": SPACE, "prepend_scheme": prefix, "split": False}
+    decoder = {"type": "Sequence", "decoders": decoders}
+    return _made_anew(spec, {"type": "Metaspace", **metaspace}, decoder, byte_fallback=True)
 
 
 def as_gpt2(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The same for GPT2Tokenizer."""
-    step = {"type": "ByteLevel", "add_prefix_space": prefix != "never", "trim_offsets": True}
-    step["use_regex"] = True
-    return _made_anew(
-        spec, model={}, pre_tokenizer=step, decoder={**step, "add_prefix_space": True}
-    )
+    step = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True, "add_prefix_space": True}
+    before = step | {"add_prefix_space": prefix != "never"}
+    return _made_anew(spec, before, step, byte_fallback=False)
 
 
 def _made_anew(
-    spec: dict[str, Any], model: dict[str, Any], pre_tokenizer: Any, decoder: Any
+    spec: dict[str, Any], pre_tokenizer: Any, decoder: Any, *, byte_fallback: bool
 ) -> dict[str, Any]:
-    told = spec["model"]
     return {
         "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": spec.get("post_processor"),
         "decoder": decoder,
         "model": {
             "type": "BPE",
-            "vocab": told.get("vocab"),
-            "merges": told.get("merges") or [],
-            "byte_fallback": False,
-            **model,
+            "vocab": spec["model"].get("vocab"),
+            "merges": spec["model"].get("merges") or [],
+            "byte_fallback": byte_fallback,
+            "fuse_unk": byte_fallback,
         },
     }
-
-
-def overruled_parts(spec: dict[str, Any], made: dict[str, Any], where: str) -> list[str]:
-    """The parts of a ``tokenizer.json`` that change ids, and are others in what is made of it."""
-
-    def steps(told: dict[str, Any], part: str, key: str) -> list[dict[str, Any]]:
-        ignored = ("trim_offsets", "str_rep", "add_prefix_space")  # told elsewhere, if it matters
-        byte_level = {"use_regex": True}  # which older files leave out
-        return [
-            (byte_level if step.get("type") == "ByteLevel" else {})
-            | {key: value for key, value in step.items() if key not in ignored}
-            for step in _steps(told.get(part), key, where)
-        ]
-
-    parts = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
-    flags = ("byte_fallback", "ignore_merges")
-    return [p for p, key in parts.items() if steps(spec, p, key) != steps(made, p, key)] + [
-        flag for flag in flags if bool(spec["model"].get(flag)) != bool(made["model"].get(flag))
-    ]
-
-
-def puts_space(spec: dict[str, Any], where: str) -> bool:
-    """Whether a ``tokenizer.json`` asks for a space before a text."""
-    steps = _steps(spec.get("normalizer"), "normalizers", where)
-    steps += _steps(spec.get("pre_tokenizer"), "pretokenizers", where)
-    for step in steps:
-        kind = step.get("type")
-        if kind == "Prepend" or (kind == "ByteLevel" and step.get("add_prefix_space")):
-            return True
-        if kind == "Metaspace":
-            scheme = step.get("prepend_scheme", "always")
-            return scheme != "never" and step.get("add_prefix_space") is not False
-    return False
 
 
 @contextmanager
@@ -260,7 +195,7 @@ def _steps(part: Any, key: str, where: str, depth: int = 0) -> list[dict[str, An
 def _check_growth(spec: dict[str, Any], where: str) -> None:
     """Refuses steps of which each makes a text longer: together they would do so exponentially."""
     growth = 1
-    for part, key in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+    for part, key in STEPS.items():
         for step in _steps(spec.get(part), key, where):
             growth *= 2 if step.get("type") == "ByteLevel" else 1
             for added in (step.get("content"), step.get("prepend")):

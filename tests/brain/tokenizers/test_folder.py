@@ -45,8 +45,7 @@ PLACES = (
 KEPT = "keeps it; transformers"  # a space that begins a text
 OTHER_IDS = (
     "counts as written; transformers",  # the same, and after special tokens, of tokenizer.model
-    "by the order of transformers",  # ids that a folder states and transformers renumbers
-    "transformers looks for it in the text as",  # normalized, and taking spaces
+    "by the order of transformers after",  # ids that a folder states and it renumbers; normalized
     "would merge its pieces",  # a tokenizer.model that LlamaTokenizer reads as what it is not
     "split_special_tokens in tokenizer_config.json is not followed",
 )
@@ -61,6 +60,7 @@ OLD_LLAMA = {
         ],
     },
 }
+SPACED = {"content": "</s>", "rstrip": True}
 OTHER_BEGINNING = ("transformers puts none", "only BOS is put there", OTHER_IDS[1])
 
 
@@ -179,12 +179,20 @@ def byte_level_folder(path: Path, specimens: Specimens, **library: Any) -> Path:
 
 
 @pytest.mark.filterwarnings("error::brain.errors.BrainWarning")
-@pytest.mark.parametrize("alone", [False, True], ids=["json", "model"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tokenizer_json": None},
+        {"tokenizer_json": OLD_LLAMA},
+        {"tokenizer_json": OLD_LLAMA, "tokenizer_config_json": {"legacy": True}},
+    ],
+    ids=["json", "model", "Llama 2", "Llama 2 legacy"],
+)
 def test_folders_that_agree_with_themselves_raise_no_line(
-    specimens: Specimens, tmp_path: Path, alone: bool
+    specimens: Specimens, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    unneeded = {"tokenizer_json": None} if alone else {}
-    tokenizer = load_tokenizer(llama_folder(tmp_path, specimens, **unneeded))
+    tokenizer = load_tokenizer(llama_folder(tmp_path, specimens, **changes))
     assert tokenizer.encode("a man of") == pieces_of(specimens, "a man of")
     assert (tokenizer.bos_id, tokenizer.wants_bos) == (1, True)
     assert tokenizer.eos_ids == {2}
@@ -200,14 +208,15 @@ def pieces_of(specimens: Specimens, text: str) -> list[int]:
     [
         ({"tokenizer_model": b"none of SentencePiece's"}, None),
         ({"tokenizer_model": tiktoken_list()}, None),
-        ({"tokenizer_config_json": {"legacy": True}}, "overrules pre_tokenizer of tokenizer.json"),
+        ({"tokenizer_config_json": {"legacy": True}}, None),
         ({"tokenizer_config_json": {"add_prefix_space": False}}, "which overrules tokenizer.json"),
         (
             {"tokenizer_json": {"pre_tokenizer": metaspace("never")}},
             "which overrules tokenizer.jso",
         ),
-        ({"tokenizer_json": {"normalizer": {"type": "NFKC"}}}, "overrules normalizer of tokenizer"),
-        ({"tokenizer_json": OLD_LLAMA}, "overrules normalizer, pre_tokenizer of tokenizer.json"),
+        ({"tokenizer_json": {"normalizer": {"type": "NFKC"}}}, "which overrules tokenizer.json"),
+        ({"tokenizer_json": OLD_LLAMA}, None),
+        ({"tokenizer_json": OLD_LLAMA, "tokenizer_config_json": {"legacy": True}}, None),
         ({"tokenizer_config_json": {"tokenizer_class": "TokenizersBackend"}}, None),
         ({"config_json": {"model_type": "mistral"}}, None),
         (
@@ -216,7 +225,6 @@ def pieces_of(specimens: Specimens, text: str) -> list[int]:
         ),
         ({"tokenizer_config_json": {"extra_special_tokens": ["<tool>"]}}, None),
         ({"added_tokens_json": {"<tool>": 350}}, None),
-        ({"added_tokens_json": {"<tool>": 360}}, "its id is 360 in added_tokens.json, but 350"),
         (
             {"special_tokens_map_json": {"pad_token": {"content": "<|user|>", "rstrip": True}}},
             None,
@@ -267,8 +275,27 @@ def test_what_is_overruled_is_told(
         ({"tokenizer_config_json": {"extra_special_tokens": 1}}, "extra_special_tokens"),
         ({"tokenizer_config_json": {"add_bos_token": "yes"}}, "add_bos_token"),
         ({"special_tokens_map_json": {"eos_token": {"content": "</s>", "lstrip": 3}}}, "flag"),
+        (
+            {"added_tokens_json": {"<tool>": 360}},
+            "its id is 360 in added_tokens.json, but 350 with tokenizer.json",
+        ),
+        (
+            {"tokenizer_config_json": {"added_tokens_decoder": {"2": SPACED}}},
+            "rstrip is False in tokenizer.json, but True with tokenizer_config.json",
+        ),
+        (
+            {
+                "tokenizer_config_json": {"extra_special_tokens": ["<tool>"]},
+                "special_tokens_map_json": {"extra_special_tokens": ["<tool>", "mid"]},
+            },
+            "extra_special_tokens in tokenizer_config.json is not what",
+        ),
+        (
+            {"tokenizer_json": None, "tokenizer_config_json": {"pad_token": "<pad>"}},
+            "'<pad>', which has no id in tokenizer.model",
+        ),
     ],
-    ids=range(8),
+    ids=range(12),
 )
 def test_what_nobody_can_settle_is_refused(
     specimens: Specimens, tmp_path: Path, changes: dict[str, Any], message: str
@@ -319,16 +346,14 @@ def test_models_of_other_kinds(specimens: Specimens, tmp_path: Path, kind: str) 
     assert ids_of(folder) == reference_ids(folder)
 
 
-def test_loose_files_of_gpt2(specimens: Specimens, tmp_path: Path) -> None:
-    model = specimens.byte_json["model"]
-    merges = "#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"])
+def test_loose_files_of_gpt2_are_refused_with_the_remedy(tmp_path: Path) -> None:
     files: dict[str, Json | bytes] = {
-        "config.json": {"model_type": "llama"},
         "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
-        "vocab.json": model["vocab"],
-        "merges.txt": merges.encode(),
+        "vocab.json": {"a": 0},
+        "merges.txt": b"#version: 0.2\n",
     }
-    assert ids_of(write_folder(tmp_path, files)) == reference_ids(tmp_path)
+    with pytest.raises(Refused, match=r"no tokenizer; .*from vocab.json and merges.txt"):
+        load_tokenizer(write_folder(tmp_path, files))
 
 
 def test_a_space_that_begins_a_text_is_kept(specimens: Specimens, tmp_path: Path) -> None:
