@@ -22,6 +22,9 @@ from compiled.int8 import Int8, Matrix, dequantize
 FEW_ROWS = 16
 """Rows up to which a product is bound by reading the weights."""
 
+WIDE_ROWS = 512
+"""Rows of a matrix that are made float32 at a time, so that they stay in the processor's cache."""
+
 
 def streams_rows(x: Tensor, num_tokens: int) -> bool:
     """Whether products over this many new tokens are compiled as streaming loops."""
@@ -47,18 +50,45 @@ def _names_onednn(x: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and (
             x.dtype == torch.float32
-            or (x.dtype == torch.bfloat16 and torch_private.has_onednn_bfloat16())
+            or (x.dtype == torch.bfloat16 and torch_private.multiplies(x.dtype))
         )
         and not torch_private.is_batched(x)
     )
 
 
+def _multiplies_wide(x: Tensor) -> bool:
+    """Whether products in this dtype go by way of float32: on a CPU without instructions for it,
+    whose libraries then take up to ten times as long as for float32.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return x.dtype != torch.float32 and not torch_private.multiplies(x.dtype)
+
+
+def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in float32, whatever they are in: [N, in] × [out, in] → [N, out]. Some rows
+    of the weights are made float32 at a time, not all.
+    """
+    wide = x.float()
+    return torch.cat([_product(wide, some.float()) for some in torch.split(weight, WIDE_ROWS)], -1)
+
+
 def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
     """``x @ weight.T + addend`` by a library: [N, in] × [out, in] + [N, out] → [N, out]."""
+    if x.shape[0] >= FEW_ROWS and _multiplies_wide(x):
+        product = _wide_product(x, weight).to(x.dtype)
+        return product if addend is None else product + addend
     if _names_onednn(x):
         return torch_private.onednn_linear(x, weight, addend)
     product = F.linear(x, weight)
     return product if addend is None else product + addend
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """``torch.bmm``, in the form that is fastest here."""
+    if _multiplies_wide(one):
+        return torch.bmm(one.float(), other.float()).to(one.dtype)
+    return torch.bmm(one, other)
 
 
 def _takes_packed(x: Tensor, weight: Int8) -> bool:
@@ -95,11 +125,13 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
         if _streams_eight_bits(x):
             row = torch_private.materialise(x.float())
             return ((row * weight.values.float()).sum(-1) * weight.scale).to(x.dtype)[None]
-        if x.dtype == torch.float16:  # a sum of unscaled numbers may be more than it can hold
-            return _product(x, dequantize(weight).to(x.dtype))
         if _takes_packed(x, weight):
             ones = torch.ones_like(weight.scale, dtype=x.dtype)  # a scale in bfloat16 is too coarse
             sums = torch_private.int8_linear(x, weight.values, ones)
+        elif _multiplies_wide(x):
+            sums = _wide_product(x, weight.values)
+        elif x.dtype == torch.float16:  # a sum of unscaled numbers may be more than it can hold
+            return _product(x, dequantize(weight).to(x.dtype))
         else:
             sums = _product(x, weight.values.to(x.dtype))
         return (sums.float() * weight.scale).to(x.dtype)
@@ -130,7 +162,7 @@ def dot_rows(query: Tensor, rows: Tensor, addend: Tensor | None = None) -> Tenso
     """
     if len(query) == 1:
         return _product(query[0], rows[0], addend)[None]
-    products = torch.bmm(query, rows.transpose(1, 2))
+    products = _products(query, rows.transpose(1, 2))
     return products if addend is None else products + addend
 
 
@@ -146,7 +178,7 @@ def weighted_rows(probabilities: Tensor, rows: Tensor) -> Tensor:
     probabilities = probabilities.to(rows.dtype)
     if len(probabilities) == 1:
         return _product(probabilities[0], rows[0].T)[None].float()
-    return torch.bmm(probabilities, rows).float()
+    return _products(probabilities, rows).float()
 
 
 def summed_probabilities(probabilities: Tensor, weights: Tensor) -> Tensor:

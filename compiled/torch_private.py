@@ -131,9 +131,14 @@ def is_batched(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x)
 
 
-def has_onednn_bfloat16() -> bool:
-    """Whether oneDNN multiplies in bfloat16 on this processor."""
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has instructions of this processor for products in bfloat16 or float16."""
+    onednn = torch.ops.mkldnn
+    supported: bool = (
+        onednn._is_mkldnn_bf16_supported()
+        if dtype == torch.bfloat16
+        else onednn._is_mkldnn_fp16_supported()
+    )
     return supported
 
 

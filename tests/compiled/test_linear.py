@@ -7,6 +7,7 @@ import torch
 import torch._inductor.test_operators
 
 import compiled.linear
+from compiled import torch_private
 from compiled.int8 import Matrix, dequantize, quantize
 from compiled.linear import _names_onednn, dot_rows, linear, streams_rows
 
@@ -37,16 +38,35 @@ def test_nothing_streams_in_eager_mode() -> None:
     assert not streams_rows(torch.zeros(1, 4), 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture(params=[False, True], ids=["narrow", "wide"])
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on a processor without instructions for 16 bits, and as on one that has them."""
+    monkeypatch.setattr(compiled.linear, "WIDE_ROWS", 20)
+    monkeypatch.setattr(compiled.linear, "FEW_ROWS", 2)
+    is_wide: bool = request.param
+
+    def multiplies_wide(x: torch.Tensor) -> bool:
+        if not is_wide and x.dtype != torch.float32 and not torch_private.multiplies(x.dtype):
+            pytest.skip("this processor has no instructions for it")
+        return is_wide and x.dtype != torch.float32
+
+    monkeypatch.setattr(compiled.linear, "_multiplies_wide", multiplies_wide)
+    return is_wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 33])
-def test_a_product_is_the_product(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_product_is_the_product(rows: int, dtype: torch.dtype, int8: bool, wide: bool) -> None:
     """Whichever library makes it, alone and under vmap."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, rows, 64, generator=generator).to(dtype)
-    weight = torch.randn(48, 64, generator=generator).to(dtype)
-    exact = x.double() @ weight.double().T
-    # 64 terms of size 1, rounded to 2^-24 each; in bfloat16 the sum itself, to 2^-9.
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    plain = torch.randn(48, 64, generator=generator).to(dtype)
+    weight = quantize(plain) if int8 else plain
+    exact = x.double() @ (dequantize(weight) if int8 else plain).double().T
+    # 64 terms of size 1, rounded to 2^-24 each; in 16 bits the sum itself, to 2^-9 or 2^-11, and
+    # eight-bit sums once more before they are scaled. Float16 rounds weights out of eight bits.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8 if not int8 else 2**-7
     alone = torch.stack([linear(one, weight) for one in x])
     mapped = torch.func.vmap(lambda one: linear(one, weight))(x)
     for product in (alone, mapped):
@@ -54,9 +74,11 @@ def test_a_product_is_the_product(rows: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_what_is_added_is_added_by_whichever_library(heads: int, dtype: torch.dtype) -> None:
+def test_what_is_added_is_added_by_whichever_library(
+    heads: int, dtype: torch.dtype, wide: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(heads, 6, 8, generator=generator).to(dtype)
     rows = torch.randn(heads, 5, 8, generator=generator).to(dtype)

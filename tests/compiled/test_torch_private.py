@@ -170,7 +170,7 @@ onednn = pytest.mark.skipif(
 @pytest.mark.parametrize("addend", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_onednn_multiplies(dtype: torch.dtype, addend: bool) -> None:
-    if dtype == torch.bfloat16 and not torch_private.has_onednn_bfloat16():
+    if dtype == torch.bfloat16 and not torch_private.multiplies(dtype):
         pytest.skip("this processor has no bfloat16")
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (3, 48))
@@ -184,7 +184,8 @@ def test_onednn_multiplies(dtype: torch.dtype, addend: bool) -> None:
 
 
 def test_onednn_knows_its_processor() -> None:
-    assert torch_private.has_onednn_bfloat16() in (True, False)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch_private.multiplies(dtype) in (True, False)
 
 
 def test_eight_bits_are_multiplied() -> None:
