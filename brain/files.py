@@ -126,7 +126,10 @@ def cache_folder(given: Path | None = None) -> Path:
         found = user_cache_path("positronic-brain")
         if found.is_absolute():
             return found
-    raise Refused("no home folder is known to keep files in: set HOME, or give cache_dir=FOLDER")
+    raise Refused(
+        "no folder is known to keep files in: set HOME (or XDG_CACHE_HOME) to a whole path, or "
+        "give cache_dir=FOLDER"
+    )
 
 
 def given_path(path: str | Path) -> Path:

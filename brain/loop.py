@@ -101,7 +101,7 @@ class Loop:
         """
         memory, graphs = self.memory, self.memory.graphs
         with graphs.ranges(TICK):
-            self.settle()  # the search was waited for, and so is what came before it
+            self.settle()  # the caller has waited for the search: this costs nothing
             self.stay_in_range(1)
             before = memory.account
             graphs.begin_step()

@@ -224,7 +224,15 @@ def _as_it_is(spec: dict[str, Any], where: str) -> Callable[[str], list[int]]:
         library = tokenizer_json.load_library(steady, where)
     except Refused:
         return lambda text: []
-    return lambda text: library.encode(text, add_special_tokens=False).ids
+
+    def split(text: str) -> list[int]:
+        try:
+            with tokenizer_json.refusing(where):
+                return list(library.encode(text, add_special_tokens=False).ids)
+        except Refused:
+            return []
+
+    return split
 
 
 def _compare(

@@ -50,7 +50,7 @@ def _names_onednn(x: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and (
             x.dtype == torch.float32
-            or (x.dtype == torch.bfloat16 and torch_private.multiplies(x.dtype))
+            or (x.dtype == torch.bfloat16 and torch_private.multiplies_in(x.dtype))
         )
         and not torch_private.is_batched(x)
     )
@@ -62,7 +62,7 @@ def _multiplies_wide(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return x.dtype != torch.float32 and not torch_private.multiplies(x.dtype)
+    return x.dtype in (torch.bfloat16, torch.float16) and not torch_private.multiplies_in(x.dtype)
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
 
 
 def _products(one: Tensor, other: Tensor) -> Tensor:
-    """``torch.bmm``, in the form that is fastest here."""
+    """``torch.bmm``. By way of float32 it makes a copy of both, of one layer's rows at most: faster
+    even for one token (measured with AVX2 only: twice as fast over 1,024 rows).
+    """
     if _multiplies_wide(one):
         return torch.bmm(one.float(), other.float()).to(one.dtype)
     return torch.bmm(one, other)
@@ -176,7 +178,7 @@ def weighted_rows(probabilities: Tensor, rows: Tensor) -> Tensor:
         [kv_heads, Q, head_dim] float32.
     """
     probabilities = probabilities.to(rows.dtype)
-    if len(probabilities) == 1:
+    if len(probabilities) == 1 and not _multiplies_wide(probabilities):
         return _product(probabilities[0], rows[0].T)[None].float()
     return _products(probabilities, rows).float()
 

@@ -131,8 +131,10 @@ def is_batched(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x)
 
 
-def multiplies(dtype: torch.dtype) -> bool:
+def multiplies_in(dtype: torch.dtype) -> bool:
     """Whether oneDNN has instructions of this processor for products in bfloat16 or float16."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
     onednn = torch.ops.mkldnn
     supported: bool = (
         onednn._is_mkldnn_bf16_supported()

@@ -12,7 +12,7 @@ from brain.errors import Refused, one_line
 PATTERNS = [
     *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json", "tokenizer.model", "tokenizer.json"),
-    *("vocab.json", "merges.txt", SINGLE, INDEX),
+    *(SINGLE, INDEX),
 ]
 """What is fetched first; shards, whatever they are called, when the index has named them."""
 ELSEWHERE = "or download it elsewhere and use model=folder path=FOLDER"

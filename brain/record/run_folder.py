@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from brain.config.overrides import quoted
+from brain.errors import Refused, one_line
 from brain.files import given_path, require_own
 
 TASKS, CAPTURES = "tasks", "captures"
@@ -55,8 +56,10 @@ class Diverted(Callback):
     def _divert(self, config: DictConfig, kind: str) -> None:
         try:
             _commands[:] = [self._diverted(config, kind)]
-        except Exception as error:  # Hydra would make a warning of it
+        except Exception as error:  # Hydra would make a warning of it, and go on
             _commands[:] = [error]
+            with read_write(config), open_dict(config):
+                config.hydra.output_subdir = None
 
     def _diverted(self, config: DictConfig, kind: str) -> _Command:
         key, overrides = f"hydra.{kind}.dir", config.hydra.overrides.hydra
@@ -65,7 +68,11 @@ class Diverted(Callback):
         given = any(override.lstrip("+").startswith(f"{key}=") for override in overrides)
         named = given or "${now:" not in str(written["dir"])  # as the default is
         folder = Path(os.path.abspath(str(OmegaConf.select(config, key))))
-        scratch = tempfile.mkdtemp(prefix="brain-")
+        try:
+            scratch = tempfile.mkdtemp(prefix="brain-")
+        except OSError as error:
+            reason = f"there is no folder for temporary files ({one_line(error)})"
+            raise Refused(f"{reason}: set TMPDIR to one") from None
         with read_write(config), open_dict(config):
             OmegaConf.update(config, key, scratch)
             config.hydra.job.chdir = False
@@ -162,8 +169,8 @@ def _next(paths: Iterator[Path]) -> tuple[Path, list[Path]]:
         path = next(paths)
         try:
             return path, _make(path, exist_ok=False)
-        except FileExistsError:
-            if not os.path.lexists(path):  # something above it is no folder
+        except FileExistsError as error:
+            if error.filename != str(path):  # something above it is no folder
                 raise
 
 

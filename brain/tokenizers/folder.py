@@ -167,7 +167,7 @@ def stated_tokens(folder: Folder, reader: str | None, in_library: object) -> lis
         for place in ((SPECIAL_MAP, CONFIG) if others else (CONFIG, SPECIAL_MAP))
         for role, value in _special(path / place, settings[place])
     ]
-    lists: dict[str, list[str | None]] = {}
+    lists: dict[str, list[Any]] = {}
     for place, role, value in named:
         if role in LISTED and place in (CONFIG, *others):
             lists.setdefault(f"{role} in {place}", []).append(_text(value))
@@ -175,9 +175,9 @@ def stated_tokens(folder: Folder, reader: str | None, in_library: object) -> lis
         if texts != next(iter(lists.values())):
             raise Refused(f"{path}: {key} is not what {next(iter(lists))} is; keep one of them")
     late = (SPECIAL_MAP, LISTED[1])  # not looked at where added_tokens.json is read
-    listed = {
+    listed = [
         _text(v) for place, role, v in named if role in NAMED + LISTED if (place, role) != late
-    }
+    ]
 
     found = [_stated(path, CONFIG, value, index, heeded=True) for index, value in declared.items()]
     for value in in_library if isinstance(in_library, list) else []:
@@ -229,10 +229,10 @@ def _stated(
     # Half a surrogate pair, which JSON can hold, is not text.
     is_text = isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
     if not text or not is_text or (index is not None and number >= MOST_TOKENS):
-        raise Refused(
-            f"{path / place}: added token {shown(text)} has id {index}; use a text and a number "
-            f"below {MOST_TOKENS}"
-        )
+        told = "is no text; use one"
+        if index is not None:
+            told = f"has id {index}; use a text and a number below {MOST_TOKENS}"
+        raise Refused(f"{path / place}: added token {shown(text)} {told}")
     if not all(isinstance(value, bool) for value in flags.values()):
         raise Refused(f"{path / place}: added token {shown(text)} has a flag that is not a bool")
     token = AddedToken(text, **flags)
@@ -267,7 +267,7 @@ def check_tokens(
     lines: list[str] = []
     for s in stated:
         if s.text not in result:
-            lines.append(f"{shown(s.text)} of {s.place} is none as transformers reads {CONFIG}")
+            lines.append(f"{shown(s.text)} of {s.place} is not added, as transformers reads it")
             continue
         index, token = result[s.text]
         facts = [("its id", index if s.index is None else s.index, index)]
@@ -280,10 +280,10 @@ def check_tokens(
                 line = f"{shown(s.text)}: {what} is {said} in {s.place}, but {came} with {place}"
                 if s.index is not None or not numbered:
                     raise Refused(f"{folder.path}: added token {line}; make them agree")
-                lines.append(line)
+                lines.append(f"{line}, which counts")
     if lines:
         more = f" ({len(lines) - 1} more differ)" if len(lines) > 1 else ""
-        folder.warn(f"added token {lines[0]}, which counts{more}")
+        folder.warn(f"added token {lines[0]}{more}")
 
 
 def prefix_space(folder: Folder, reader: str | None) -> str:

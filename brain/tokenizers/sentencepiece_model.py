@@ -73,8 +73,10 @@ def _with_normalizer(model: bytes, fields: bytes) -> bytes:
 
 def merges_in_order(processor: SentencePieceProcessor) -> bool:
     """Whether LlamaTokenizer, which merges pieces in the order of their ids, gives the same ids as
-    their scores: those of BPE are whole numbers, and must fall.
+    their scores: those of BPE are whole numbers, and must fall, and no piece may be unused.
     """
+    if any(map(processor.is_unused, range(processor.get_piece_size()))):
+        return False
     scores = [
         processor.get_score(index)
         for index, piece in enumerate(piece_list(processor))

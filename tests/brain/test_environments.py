@@ -157,7 +157,7 @@ def test_a_user_without_a_home_needs_a_folder_for_graphs_alone(
     done = run(
         tmp_path, as_nobody(*command(tiny_folder, *RUN, "engine=compiled")), variables=nowhere
     )
-    assert "no home folder is known" in refusal(done)
+    assert "no folder is known to keep files in" in refusal(done)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -46,7 +46,7 @@ def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     is_wide: bool = request.param
 
     def multiplies_wide(x: torch.Tensor) -> bool:
-        if not is_wide and x.dtype != torch.float32 and not torch_private.multiplies(x.dtype):
+        if not is_wide and x.dtype != torch.float32 and not torch_private.multiplies_in(x.dtype):
             pytest.skip("this processor has no instructions for it")
         return is_wide and x.dtype != torch.float32
 

@@ -170,7 +170,7 @@ onednn = pytest.mark.skipif(
 @pytest.mark.parametrize("addend", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_onednn_multiplies(dtype: torch.dtype, addend: bool) -> None:
-    if dtype == torch.bfloat16 and not torch_private.multiplies(dtype):
+    if dtype == torch.bfloat16 and not torch_private.multiplies_in(dtype):
         pytest.skip("this processor has no bfloat16")
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (3, 48))
@@ -183,9 +183,14 @@ def test_onednn_multiplies(dtype: torch.dtype, addend: bool) -> None:
     torch.testing.assert_close(product.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_without_onednn_nothing_has_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not any(map(torch_private.multiplies_in, (torch.bfloat16, torch.float16)))
+
+
 def test_onednn_knows_its_processor() -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch_private.multiplies(dtype) in (True, False)
+        assert torch_private.multiplies_in(dtype) in (True, False)
 
 
 def test_eight_bits_are_multiplied() -> None:

@@ -294,8 +294,10 @@ def test_what_is_overruled_is_told(
             {"tokenizer_json": None, "tokenizer_config_json": {"pad_token": "<pad>"}},
             "'<pad>', which has no id in tokenizer.model",
         ),
+        ({"tokenizer_config_json": {"additional_special_tokens": [["a"]]}}, "is no text; use one"),
+        ({"tokenizer_config_json": {"extra_special_tokens": [{"content": {}}]}}, "is no text"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_what_nobody_can_settle_is_refused(
     specimens: Specimens, tmp_path: Path, changes: dict[str, Any], message: str
@@ -344,6 +346,15 @@ def test_models_of_other_kinds(specimens: Specimens, tmp_path: Path, kind: str) 
         {"config.json": {"model_type": "llama"}, "tokenizer.json": told | {"model": model}},
     )
     assert ids_of(folder) == reference_ids(folder)
+
+
+@pytest.mark.filterwarnings("ignore::brain.errors.BrainWarning")
+def test_a_file_that_cannot_split_is_no_matter_where_a_class_overrules_it(
+    specimens: Specimens, tmp_path: Path
+) -> None:
+    model = {**specimens.llama_json["model"], "unk_token": "<nope>", "byte_fallback": False}
+    folder = llama_folder(tmp_path, specimens, tokenizer_json={"model": model})
+    assert load_tokenizer(folder).encode("a man of") == pieces_of(specimens, "a man of")
 
 
 def test_loose_files_of_gpt2_are_refused_with_the_remedy(tmp_path: Path) -> None:
