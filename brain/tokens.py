@@ -1,6 +1,7 @@
-"""Text to token ids and back, and every decision about special tokens.
+"""Text to token ids and back, and the tokenizer of a folder.
 
-Tokenizing adds nothing and drops nothing. The one place where a BOS token is ever inserted is
+What a folder says of special tokens is decided in ``brain.tokenizers.folder``. Tokenizing adds
+nothing and drops nothing, or says so once. The one place where a BOS token is ever inserted is
 :meth:`Tokenizer.with_bos`, called where a text begins.
 """
 
@@ -76,7 +77,8 @@ class Tokenizer:
         ids = self.vocabulary.split(text) if special else self.vocabulary.split_plain(text)
         if self.vocabulary.lossless and b"".join(map(self.token_bytes, ids)) != raw:
             raise Refused(self._unspeakable(text))
-        if not self.vocabulary.lossless and self.decode(ids) != text:
+        # A text may be long: what has been told once is not looked for again.
+        if not (self.vocabulary.lossless or self._altered.given) and self.decode(ids) != text:
             self._altered()
         return ids
 

@@ -31,13 +31,13 @@ class Vocabulary:
 
 
 class WarnOnce:
-    """A warning that is given the first time it is called for."""
+    """A warning that is given the first time it is called for. Attributes: ``given``."""
 
     def __init__(self, message: str) -> None:
-        self._message, self._given = message, False
+        self._message, self.given = message, False
 
     def __call__(self) -> None:
         """Gives it, unless it was given."""
-        if not self._given:
-            self._given = True
+        if not self.given:
+            self.given = True
             warn(self._message)
