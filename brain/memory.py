@@ -12,7 +12,7 @@ from torch import Tensor
 from brain.checkpoints import Checkpoint
 from brain.config.settings import Settings
 from brain.machine.compiler import capturing
-from brain.machine.cpu_operator import native_decoder
+from brain.machine.cpu_operator import native_libraries
 from brain.machine.signals import Uninterrupted
 from compiled.graphs import Graphs
 from compiled.int8 import Int8
@@ -85,7 +85,7 @@ class Memory:
                 repetition_penalty=self.float32(sampler.repetition_penalty),
                 key=key_of(conf.seed).to(self.device),
             ),
-            library=None if known is None else native_decoder(known, settings.cache),
+            libraries=None if known is None else native_libraries(known, settings.cache),
             ends=checkpoint.tokenizer.eos_ids,
             capturing=capturing,
         )

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.choose import Eviction, Forced, follow
+from compiled.choose import Eviction, Spoken, follow
 from compiled.llama import LlamaConfig, Weights
 from compiled.patch import patch
 from compiled.read import read
+from compiled.sample import surprises
 from compiled.state import Cursor, State, allocate_cursor, allocate_state
 
 
@@ -70,7 +71,8 @@ def advance(
     def tick(state: State, cursor: Cursor, token: Tensor) -> Tensor:
         one = torch.ones((), dtype=torch.int64, device=token.device)
         reading = read(config, weights, state, cursor.token, cursor.position, one, bucket=bucket)
-        spoken = Forced(token, torch.full_like(cursor.source, source))
+        surprise, logits = surprises(reading.logits, token), reading.logits
+        spoken = Spoken(token, torch.full_like(cursor.source, source), surprise, logits)
         choice = follow(state, cursor, reading, spoken, eviction)
         patch(state, cursor, choice.plan(reading))
         return choice.surprise

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled.draw_cpu import Draw
 from compiled.finite import not_finite
 from compiled.plan import Plan, new_rows
 from compiled.read import Reading
@@ -103,6 +104,7 @@ def choose(
     *,
     method: SamplingMethod,
     eviction: Eviction,
+    native: Draw | None = None,
 ) -> Choice:
     """Chooses from the reading of the cursor's token (T = 1).
 
@@ -114,18 +116,35 @@ def choose(
         forced: The token to take instead of a draw, if any.
         method: What shapes the draw.
         eviction: What decides which rows stay.
+        native: The operator that draws, if any.
     """
+    if native is not None:
+        told = native(
+            reading.logits, state, cursor.token, cursor.tick, forced.token, method, sampling
+        )
+        spoken = Spoken(told.token, forced.source, told.surprise, told.extremes)
+        return follow(state, cursor, reading, spoken, eviction)
     logits = reading.logits[0]  # [vocab]
     ids = torch.cat([torch.where(state.valid, state.token_id, cursor.token), cursor.token])
     sampled = draw(
         penalize_some(logits, ids, sampling.repetition_penalty), cursor.tick, method, sampling
     )
     token = torch.where(forced.token >= 0, forced.token, sampled)
-    return follow(state, cursor, reading, Forced(token, forced.source), eviction)
+    spoken = Spoken(token, forced.source, surprises(reading.logits, token), reading.logits)
+    return follow(state, cursor, reading, spoken, eviction)
+
+
+class Spoken(NamedTuple):
+    """A token that is spoken after some logits, and how."""
+
+    token: Tensor  # [1] int64
+    source: Tensor  # [1] uint8
+    surprise: Tensor  # [1] float32, nats
+    extremes: Tensor  # float32: the logits, or the least and the greatest of them
 
 
 def follow(
-    state: State, cursor: Cursor, reading: Reading, spoken: Forced, eviction: Eviction
+    state: State, cursor: Cursor, reading: Reading, spoken: Spoken, eviction: Eviction
 ) -> Choice:
     """What becomes of every row once the token is known: steps 2 and 3, and the patch they ask for.
 
@@ -133,11 +152,10 @@ def follow(
         state: The memory that was read.
         cursor: The token that was read.
         reading: What the read returned.
-        spoken: The token itself, and its source.
+        spoken: The token itself.
         eviction: What decides which rows stay.
     """
-    token = spoken.token
-    surprise = surprises(reading.logits, token)
+    token, surprise = spoken.token, spoken.surprise
     tick = cursor.tick + 1
     bright, lit = brighten(state, tick, reading.mass, eviction.brightness)
     # The token that was read gets its row now, and adds to the novelty of the rows before it.
@@ -179,6 +197,6 @@ def follow(
         updates=updates,
         cursor=following,
         not_finite=not_finite(
-            surprise, reading.new_keys, reading.new_values, reading.logits, reading.mass
+            surprise, reading.new_keys, reading.new_values, spoken.extremes, reading.mass
         ),
     )

@@ -14,9 +14,11 @@ def not_finite(*parts: Tensor) -> Tensor:
     """Bit i is set where the i-th tensor holds NaN or an infinity.
 
     Args:
-        parts: Tensors of any shape and floating dtype, named by ``PARTS``.
+        parts: Tensors of any shape but empty, of any floating dtype, named by ``PARTS``.
     Returns:
         [] int64; 0 where all is finite.
     """
-    bits = [(~torch.isfinite(part).all()).to(torch.int64) << bit for bit, part in enumerate(parts)]
-    return torch.stack(bits).sum()
+    # The least and the greatest of numbers among which there is NaN are NaN.
+    ends = torch.stack([end.float() for part in parts for end in torch.aminmax(part)])
+    broken = ~ends.isfinite().view(len(parts), 2).all(1)
+    return (broken.to(torch.int64) << torch.arange(len(parts), device=broken.device)).sum()

@@ -20,21 +20,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compiled import torch_private
+from compiled import draw_cpu, read_cpu, torch_private
 from compiled.capture import Capturing, Graph
 from compiled.choose import Choice, Eviction, Forced, choose
+from compiled.cpu_library import Libraries
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
 from compiled.patch import make_empty, patch, rebase
 from compiled.plan import Plan, empty_edit
 from compiled.read import AheadReading, Reading, ScoredPrefill, read, read_ahead, scored_prefill
-from compiled.read_cpu import Decode, operator
+from compiled.read_cpu import Decode
 from compiled.sample import Sampling, SamplingMethod, surprises
 from compiled.speculate import Accepted, choose_ahead
 from compiled.state import Cursor, State
@@ -108,7 +108,7 @@ class Graphs:
         cursor: Cursor,
         sampling: Sampling,
         *,
-        library: Path | None = None,
+        libraries: Libraries | None = None,
         ends: frozenset[int] = frozenset(),
         capturing: Capturing = contextlib.nullcontext,
     ) -> None:
@@ -121,7 +121,8 @@ class Graphs:
             state: The memory.
             cursor: Its cursor.
             sampling: Settings of the draw.
-            library: The CPU operator that stands for the layers in captured reads, if any.
+            libraries: Of the CPU operators that stand for the layers in reads of a few tokens, and
+                for the draw, if any.
             ends: Tokens that end a text: none of them is ever proposed.
             capturing: Opened around the compilation of every graph, with its name.
         """
@@ -133,11 +134,14 @@ class Graphs:
         fitting = tuple(width for width in spec.widths[1:] if width <= state.capacity)
         self.edit_widths = fitting or (state.capacity,)
         self.widths = tuple(sorted({1, *self.edit_widths}))
-        self.decode = operator(library) if spec.compiled and library is not None else None
+        self.decode = None if libraries is None else read_cpu.operator(libraries.read)
+        draw = None if libraries is None else draw_cpu.operator(libraries.draw)
         self.uncaptured = Uncaptured(config, weights, state, cursor, self.decode, self.widths[-1])
         self.ranges: Ranges = contextlib.nullcontext
-        self._choose = partial(choose, method=spec.method, eviction=spec.eviction)
-        self._choose_ahead = partial(choose_ahead, method=spec.method, eviction=spec.eviction)
+        self._choose = partial(choose, method=spec.method, eviction=spec.eviction, native=draw)
+        self._choose_ahead = partial(
+            choose_ahead, method=spec.method, eviction=spec.eviction, native=draw
+        )
         self._propose: Callable[..., Proposal] = partial(
             propose,
             lookup=spec.lookup,  # type: ignore[arg-type]  # never called without one
@@ -233,7 +237,7 @@ class Graphs:
         """
         width, bound = len(tokens), (self.weights, self.state)
         if not self.compiled or width > self.widths[-1]:
-            return read(self.config, *bound, tokens, positions, length, bucket=high_water)
+            return self.uncaptured.read(tokens, positions, length, high_water=high_water)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
         graph = self.table["read", width, bucket]
         if not graph.compilations:
@@ -257,6 +261,11 @@ class Graphs:
     def patch(self, plan: Plan) -> None:
         """Carries out a tick's plan, or an edit's of a captured width, which has ``erase``."""
         if not self.compiled:
+            if plan.not_finite is not None and self.device.type == "cpu":  # asking it costs nothing
+                if int(plan.not_finite):
+                    return
+                padded = int(plan.length) < plan.keys.shape[2]
+                plan = plan._replace(not_finite=None, padded=padded)
             patch(self.state, self.cursor, plan)
             return
         kind = "patch tick" if plan.erase is None else "patch edit"
@@ -281,7 +290,7 @@ class Graphs:
         """Reads the cursor's token and those proposed behind it, over a bucket as ``read`` does."""
         bound = (self.weights, self.state, self.cursor, *proposal)
         if not self.compiled:
-            return read_ahead(self.config, *bound, bucket=high_water)
+            return read_ahead(self.config, *bound, bucket=high_water, decode=self.decode)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
         graph = self.table["read ahead", 1 + len(proposal.tokens), bucket]
         with self.ranges(graph.name):
@@ -460,6 +469,14 @@ class Uncaptured:
         """The number itself."""
         return num_tokens
 
+    def read(
+        self, tokens: Tensor, positions: Tensor, length: Tensor, *, high_water: int
+    ) -> Reading:
+        """As :meth:`Graphs.read`. A few tokens go through the CPU's operator, if any."""
+        decode = self._decode if len(tokens) <= self._widest else None
+        bucket = high_water if decode is None else max(1, high_water)
+        return read(*self._bound, tokens, positions, length, bucket=bucket, decode=decode)
+
     def scored_prefill(
         self,
         tokens: Tensor,
@@ -470,10 +487,10 @@ class Uncaptured:
         high_water: int,
     ) -> ScoredPrefill:
         """As :meth:`Graphs.scored_prefill`. A few tokens go through the CPU's operator, if any."""
-        given = (*self._bound, tokens, positions, length)
         if self._decode is None or len(tokens) > self._widest:
+            given = (*self._bound, tokens, positions, length)
             return scored_prefill(*given, targets, bucket=high_water)
-        reading = read(*given, bucket=max(1, high_water), decode=self._decode)
+        reading = self.read(tokens, positions, length, high_water=high_water)
         nats = surprises(reading.logits, targets)
         return ScoredPrefill(nats, reading.new_keys, reading.new_values)
 

@@ -11,7 +11,6 @@ This module knows a built library and calls it. Where a library comes from is no
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor
 
 from compiled.attention import Visibility
+from compiled.cpu_library import defined
 from compiled.int8 import Int8, Matrix
 from compiled.llama import LlamaConfig, Weights
 from compiled.state import State
 
-_NAMESPACE = "positronic_brain"
-_DEFINING = threading.Lock()  # two threads may open the same model at once
 SOURCE = Path(__file__).with_name("read_cpu.cpp")
 
 _REALS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
@@ -68,23 +66,6 @@ def formats(dtype: torch.dtype, device: torch.device, *, int8: bool) -> Formats 
     return Formats(real, "int8_t" if int8 else real)
 
 
-def load(library: Path) -> ctypes.CDLL:
-    """Loads ``read_cpu.cpp`` as built for this processor.
-    Raises:
-        OSError: The library cannot be loaded, or takes other arguments than this module passes.
-    """
-    loaded = ctypes.CDLL(str(library))
-    loaded.workspace_size.restype = ctypes.c_int64
-    loaded.arguments_size.restype = ctypes.c_int64
-    taken, passed = loaded.arguments_size(), ctypes.sizeof(_Decode)
-    if taken != passed:
-        raise OSError(
-            f"{library.name} takes {taken} bytes of arguments, but read_cpu.py passes {passed}: "
-            "read_cpu.cpp and read_cpu.py must be of one version"
-        )
-    return loaded
-
-
 def operator(library: Path) -> Decode:
     """Binds the operator to a library.
 
@@ -96,7 +77,7 @@ def operator(library: Path) -> Decode:
         ``sin`` [T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a bucket;
         ``per_query`` asks for the attention mass [T, bucket + T] of every token apart.
     Raises:
-        OSError: See :func:`load`.
+        OSError: The library cannot be loaded, or takes other arguments than this module passes.
     """
     call = _registered(library)
 
@@ -134,31 +115,14 @@ def _values(matrix: Matrix) -> Tensor:
 
 @functools.cache
 def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The operator as PyTorch knows it. Its name holds the library's, which says what was built
-    and how, so that no compiler's cache takes one for another; of two copies of it, one will do.
-    """
-    loaded = load(library)
-    name = library.stem.replace("-", "_")
-    with _DEFINING:
-        if not hasattr(getattr(torch.ops, _NAMESPACE), name):
-            _define(name, loaded)
-    return _named(name)
-
-
-def _define(name: str, loaded: ctypes.CDLL) -> None:
-    torch.library.define(
-        f"{_NAMESPACE}::{name}",
+    return defined(
+        library,
+        Arguments,
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
         "Tensor[] visible, float eps, bool per_query) -> (Tensor, Tensor, Tensor, Tensor)",
+        _run,
+        _allocated,
     )
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", _allocated)
-    torch.library.impl(f"{_NAMESPACE}::{name}", "cpu", functools.partial(_run, loaded))
-
-
-def _named(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    found: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    found = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    return found
 
 
 class _Given(NamedTuple):
@@ -194,7 +158,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = (("values", ctypes.c_void_p), ("scale", ctypes.c_void_p))
 
 
-class _Decode(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """``Decode`` of ``read_cpu.cpp``, field by field."""
 
     _fields_ = (
@@ -223,7 +187,7 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     num_tokens, bucket = visible[0].shape
     layers, kv_heads, capacity, head_dim = cache[0].shape
     scaled: list[int | None] = [*map(Tensor.data_ptr, scales)] or [None] * len(matrices)
-    passed = _Decode(
+    passed = Arguments(
         layers,
         norms[0].shape[1],
         matrices[3].shape[2],
@@ -243,6 +207,7 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         torch.get_num_threads(),
     )
     reference = ctypes.byref(passed)
+    library.workspace_size.restype = ctypes.c_int64
     workspace = hidden.new_empty(library.workspace_size(reference))
     passed.workspace = workspace.data_ptr()
     library.decode(reference)

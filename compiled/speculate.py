@@ -19,11 +19,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from compiled.choose import Choice, Eviction, Forced, Look, follow
+from compiled.choose import Choice, Eviction, Forced, Look, Spoken, follow
+from compiled.draw_cpu import Draw
 from compiled.lookup import Proposal
 from compiled.plan import Plan
 from compiled.read import AheadReading, Reading
-from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens
+from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
 from compiled.score import Culling
 from compiled.state import Cursor, State, lowest_free_slots
 
@@ -66,6 +67,7 @@ def choose_ahead(
     *,
     method: SamplingMethod,
     eviction: Eviction,
+    native: Draw | None = None,
 ) -> Accepted:
     """Chooses from the reading of the cursor's token and those proposed behind it.
 
@@ -81,18 +83,27 @@ def choose_ahead(
         forced: [T] tokens to take instead of draws, as in ``choose``.
         method: What shapes the draw.
         eviction: What decides which rows stay.
+        native: The operator that draws, if any.
     """
     width = reading.logits.shape[0]
     eviction = dataclasses.replace(eviction, culling=Culling(target=0), keep_score=_no_score)
     slots = lowest_free_slots(state.valid, width)  # [T]
-    drawn = _draw(state, cursor, proposal, reading, sampling, method)
-    tokens = torch.where(forced.token >= 0, forced.token, drawn)  # [T]
+    if native is not None:
+        told = torch.cat([cursor.token, proposal.tokens])
+        tokens, surprise, extremes = native(
+            reading.logits, state, told, cursor.tick, forced.token, method, sampling
+        )
+    else:
+        drawn = _draw(state, cursor, proposal, reading, sampling, method)
+        tokens = torch.where(forced.token >= 0, forced.token, drawn)  # [T]
+        surprise, extremes = surprises(reading.logits, tokens), reading.logits
 
     alive = torch.ones((), dtype=torch.bool, device=tokens.device)
     number = torch.zeros_like(proposal.length)
     choices: list[Choice] = []
     for i in range(width):
-        spoken = Forced(tokens[i : i + 1], forced.source[i : i + 1])
+        one = slice(i, i + 1)
+        spoken = Spoken(tokens[one], forced.source[one], surprise[one], extremes[one])
         choice = follow(state, cursor, _reading_of(reading, slots, i), spoken, eviction)
         choices.append(choice)
         if i:  # what is not finite is told by the pass that begins with it

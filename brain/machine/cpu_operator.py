@@ -1,20 +1,22 @@
-"""The CPU's decode operator, built for this machine once and kept in the cache folder."""
+"""The CPU's operators, built for this machine once and kept in the cache folder."""
 
-import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 from brain.errors import Refused, one_line
 from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
 from brain.machine.compiler import FULL_DISK, complaint
-from compiled.read_cpu import SOURCE, Formats, load
+from brain.machine.streams import Notes
+from compiled import draw_cpu, read_cpu
+from compiled.cpu_library import Libraries, load
+from compiled.read_cpu import Formats
 
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
@@ -22,20 +24,24 @@ FLAGS = (
 )
 
 
-def native_decoder(formats: Formats, cache_dir: Path | None = None) -> Path:
-    """The shared library of ``read_cpu.cpp`` for these number formats, as :func:`built_library`
-    builds it. Raises Refused where it cannot be built or loaded.
+def native_libraries(formats: Formats, cache_dir: Path | None = None) -> Libraries:
+    """The libraries of ``compiled/`` for these number formats, as :func:`built_library` builds
+    them, both at once. Raises Refused where one cannot be built or loaded.
     """
     compiler = cpp_compiler()
     defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
     try:
-        library = built_library(SOURCE, compiler, defined, cache_dir)
-        load(library)  # a folder may be mounted without the right to execute
+        with ThreadPoolExecutor() as pool:
+            read = pool.submit(built_library, read_cpu.SOURCE, compiler, defined, cache_dir)
+            draw = pool.submit(built_library, draw_cpu.SOURCE, compiler, (), cache_dir)
+        libraries = Libraries(read.result(), draw.result())
+        load(libraries.read, read_cpu.Arguments)  # a folder may forbid execution
+        load(libraries.draw, draw_cpu.Arguments)
     except Refused as refusal:
-        raise Refused(f"{refusal}; or use engine.native=false") from None
+        raise Refused(f"{refusal}; or use engine=eager") from None
     except OSError as error:
-        raise Refused(f"{one_line(error)}; or use engine.native=false") from None
-    return library
+        raise Refused(f"{one_line(error)}; or use engine=eager") from None
+    return libraries
 
 
 def built_library(
@@ -49,6 +55,7 @@ def built_library(
 
     def build(folder: Path) -> None:
         library = folder / f"{name}.so"
+        print(f"building {source.name}, once …", file=Notes(sys.stderr), flush=True)
         command = [compiler, *flags, str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
@@ -63,19 +70,6 @@ def built_library(
     return ensure_built(cache_folder(cache_dir) / name, build) / f"{name}.so"
 
 
-def begin_native_decoder(formats: Formats, cache_dir: Path | None = None) -> None:
-    """Begins to build what :func:`native_decoder` returns, in another thread. That function waits
-    for it, or builds it itself if this fails, and reports what is wrong.
-    """
-
-    def build() -> None:
-        with contextlib.suppress(Refused, OSError):
-            native_decoder(formats, cache_dir)
-
-    # A daemon: a program that is refused meanwhile must not wait for it.
-    Thread(target=build, name="native-decoder", daemon=True).start()
-
-
 def cpp_compiler() -> str:
     """The C++ compiler that ``CXX`` names, or one that is installed. Raises Refused."""
     asked = os.environ.get("CXX")
@@ -85,8 +79,7 @@ def cpp_compiler() -> str:
             return found
     if asked:
         raise Refused(
-            f"CXX={asked} cannot be run: name a C++ compiler without arguments, "
-            "or use engine.native=false"
+            f"CXX={asked} cannot be run: name a C++ compiler without arguments, or use engine=eager"
         )
     raise Refused("no C++ compiler is installed (g++ or clang++): install one, or use engine=eager")
 
@@ -96,7 +89,8 @@ def _identity(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
     resolved = Path(compiler).resolve()
     status = resolved.stat()
     built_by = (flags, str(resolved), status.st_size, status.st_mtime_ns, platform.machine())
-    described = repr((source.read_text("utf-8"), built_by, _processor()))
+    texts = [path.read_text("utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    described = repr((texts, built_by, _processor()))
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from compiled.batched import Memories, advance, allocate_memories, last_logits
-from compiled.choose import Eviction, Forced, follow
+from compiled.choose import Eviction, Spoken, follow
 from compiled.patch import patch
 from compiled.read import read
+from compiled.sample import surprises
 from compiled.score import Brightness, Culling, Novelty
 from compiled.state import Cursor, State
 from toys import CPU, digest, toy_config, toy_cursor, toy_state, toy_weights
@@ -46,7 +47,13 @@ def test_every_stream_is_what_it_would_be_alone() -> None:
             reading = read(
                 CONFIG, WEIGHTS, state, cursor.token, cursor.position, ONE, bucket=CAPACITY
             )
-            spoken = Forced(texts[stream, tick : tick + 1], torch.ones(1, dtype=torch.uint8))
+            token = texts[stream, tick : tick + 1]
+            spoken = Spoken(
+                token,
+                torch.ones(1, dtype=torch.uint8),
+                surprises(reading.logits, token),
+                reading.logits,
+            )
             choice = follow(state, cursor, reading, spoken, CONDUCT)
             patch(state, cursor, choice.plan(reading))
             told.append(float(choice.surprise))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brain.machine.cpu_operator import native_decoder
+from brain.machine.cpu_operator import native_libraries
 from compiled.int8 import dequantize
 from compiled.llama import LlamaConfig, Weights
 from compiled.read import Reading, read, scored_prefill, trimmed
@@ -32,7 +32,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """The layers in PyTorch, and the operator that stands for them."""
     decode = None
     if request.param != "layers":
-        decode = operator(native_decoder(Formats("float", "float")))
+        decode = operator(native_libraries(Formats("float", "float")).read)
 
     def run_(
         config: LlamaConfig,

@@ -8,6 +8,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import compiled.read_cpu
 from brain.errors import Refused
-from brain.machine.cpu_operator import native_decoder
+from brain.machine.cpu_operator import native_libraries
+from compiled import draw_cpu, read_cpu
+from compiled.cpu_library import load
 from compiled.int8 import Int8, quantize
 from compiled.llama import LlamaConfig, Weights
 from compiled.read import read, read_ahead
-from compiled.read_cpu import SOURCE, Decode, Formats, _Decode, formats, load, operator
+from compiled.read_cpu import Decode, Formats, formats, operator
 from compiled.state import State, allocate_state
 from toys import CPU, digest, toy_config, toy_cursor, toy_weights
 
@@ -169,7 +171,7 @@ def formats_of(weights: Weights) -> Formats | None:
 def built(weights: Weights) -> Decode:
     wanted = formats_of(weights)
     assert wanted is not None
-    return operator(native_decoder(wanted))
+    return operator(native_libraries(wanted).read)
 
 
 def test_the_comparison_can_fail() -> None:
@@ -232,7 +234,7 @@ def test_an_operator_that_pytorch_may_compile() -> None:
     config = replace(toy_config(), hidden_size=48)
     weights = model(config, PRECISIONS[2])
     state = memory(config, torch.float32, torch.arange(CAPACITY) < 40)
-    library = native_decoder(Formats("float", "int8_t"))
+    library = native_libraries(Formats("float", "int8_t")).read
     decode = operator(library)
     hidden = torch.randn(2, 48)
     visible = (torch.rand(2, CAPACITY) < 0.5, torch.ones(2, 2).tril().bool(), torch.ones(2))
@@ -271,24 +273,30 @@ def test_only_where_it_can_run() -> None:
     assert formats_of(weights._replace(final_norm=weights.final_norm.to("meta"))) is None
 
 
-def test_arguments_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", [read_cpu, draw_cpu])
+def test_arguments_of_another_size_are_refused(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Longer(ctypes.Structure):
-        _fields_ = (*_Decode._fields_, ("one_more", ctypes.c_int64))
+        _fields_ = (*module.Arguments._fields_, ("one_more", ctypes.c_int64))
 
-    library = native_decoder(Formats("float", "float"))
-    assert load(library).arguments_size() == ctypes.sizeof(_Decode)
-    monkeypatch.setattr(compiled.read_cpu, "_Decode", Longer)
-    with pytest.raises(OSError, match=r"takes \d+ bytes of arguments, but read_cpu.py passes \d+"):
-        load(library)
-    with pytest.raises(Refused, match=r"must be of one version; or use engine.native=false"):
-        native_decoder(Formats("float", "float"))
+    formats = Formats("float", "float")
+    library = getattr(native_libraries(formats), module.__name__.removesuffix("_cpu")[9:])
+    assert load(library, module.Arguments).arguments_size() == ctypes.sizeof(module.Arguments)
+    with pytest.raises(OSError, match=r"takes \d+ bytes of arguments, but \w+_cpu.py passes \d+"):
+        load(library, Longer)
+    monkeypatch.setattr(module, "Arguments", Longer)
+    with pytest.raises(Refused, match=r"must be of one version; or use engine=eager"):
+        native_libraries(formats)
 
 
-def test_both_sides_name_the_fields_alike() -> None:
+@pytest.mark.parametrize(("module", "struct"), [(read_cpu, "Decode"), (draw_cpu, "Draw")])
+def test_both_sides_name_the_fields_alike(module: ModuleType, struct: str) -> None:
     """What Python fills in is what C++ reads: the same names in the same order, of one width."""
-    (body,) = re.findall(r"struct Decode \{(.*?)\n\};", SOURCE.read_text("utf-8"), re.S)
+    source = module.SOURCE.read_text("utf-8")
+    (body,) = re.findall(rf"struct {struct} \{{(.*?)\n\}};", source, re.S)
     declared: list[str] = []
     for line in re.sub(r"//[^\n]*", "", body).split(";"):
         names = re.sub(r"^\s*(const )?(int64_t|double|float|void|uint8_t|Matrix)\b", "", line)
         declared += [name.strip(" *\n") for name in names.split(",") if name.strip(" *\n")]
-    assert declared == [field[0] for field in _Decode._fields_]
+    assert declared == [field[0] for field in module.Arguments._fields_]
