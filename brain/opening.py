@@ -9,23 +9,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from brain.actions import integer
+from brain.auto import resolved
 from brain.brain import Brain
-from brain.checkpoints import Checkpoint, open_folder, open_hub, open_wheel
-from brain.checkpoints.hub import hub_folder
-from brain.checkpoints.wheel import converted_wheel
+from brain.checkpoints import Checkpoint, open_checkpoint
 from brain.config.compose import compose_conf, typed
-from brain.config.older import add_unsaid
+from brain.config.older import bring_up_to_date
 from brain.config.overrides import literal, override
 from brain.config.settings import Settings, settings_of
 from brain.errors import Refused, one_line, shown
 from brain.files import given_path
-from brain.machine.cpu_operator import begin_native_decoder
 from brain.machine.graph_cache import name_graph_folder
 from brain.policies import CustomPolicy, custom_policy
 from brain.saves import read_description
 from compiled.capture import prepared
 from compiled.choose import KeepScore
-from conf.schema import Conf, ModelConf, Source, WeightFormat, register
+from conf.schema import Conf, WeightFormat, register
 
 MOST_THREADS = 1024
 """More than any machine gains from. A process that starts a billion dies of it."""
@@ -95,14 +93,12 @@ def open_brain(conf: Conf, policy: CustomPolicy | None = None) -> Brain:
     """Opens the brain that a configuration describes, with the policy that it names, if that need
     not be imported. Raises Refused if it cannot be used.
     """
+    conf = resolved(conf, policy).conf
     settings = settings_of(conf, policy)
     use_threads(conf.threads)
     if settings.graphs.compiled and settings.device.type == "cpu":
-        # Both run while weights are loaded.
-        if settings.operator is not None:
-            begin_native_decoder(settings.operator, settings.cache)
         name_graph_folder()
-        prepared()
+        prepared()  # goes on while weights are loaded
     return Brain(checkpoint_of(conf, settings), settings)
 
 
@@ -121,41 +117,6 @@ def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
     return open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8)
 
 
-def open_checkpoint(
-    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device, *, int8: bool
-) -> Checkpoint:
-    """Finds, checks and loads a model. Raises Refused. ``cache_dir`` keeps what is fetched and
-    converted; None: the user's cache folder. ``int8`` rounds its matrices to eight bits.
-    """
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
-    cache, wheel = _given(cache_dir), _given(model.wheel)
-    if model.source is Source.wheel:
-        return open_wheel(cache_dir=cache, wheel=wheel, **how)
-    if model.source is Source.hub:
-        if model.repo is None:
-            raise Refused("model.repo is missing: give owner/name on the hub")
-        return open_hub(model.repo, revision=model.revision, cache_dir=cache, **how)
-    if model.path is None:
-        raise Refused("model.path is missing: give the folder that holds config.json")
-    return open_folder(given_path(model.path), **how)
-
-
-def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
-    """The Hugging Face folder of a model, fetched and converted if needed. Raises Refused."""
-    cache, wheel = _given(cache_dir), _given(model.wheel)
-    if model.source is Source.wheel:
-        return converted_wheel(cache_dir=cache, wheel=wheel)
-    if model.source is Source.hub and model.repo is not None:
-        return hub_folder(model.repo, revision=model.revision, cache_dir=cache)
-    if model.source is Source.folder and model.path is not None:
-        return given_path(model.path)
-    raise Refused(f"model={model.name} has no source: give model.repo or model.path")
-
-
-def _given(path: str | None) -> Path | None:
-    return None if path is None else given_path(path)
-
-
 def _saved_conf(folder: Path) -> Conf:
     """The configuration that a save holds. Raises Refused if it is damaged."""
     saved = read_description(folder).get("conf")
@@ -165,7 +126,7 @@ def _saved_conf(folder: Path) -> Conf:
             raise TypeError("it is missing")
         # Text stays text: an interpolation in it would read the environment.
         values = {str(key): literal(value) for key, value in saved.items()}
-        add_unsaid(values)
+        bring_up_to_date(values)
         task = values.pop("task", None)
         conf = OmegaConf.merge(OmegaConf.structured(Conf), values, {"task": task})
         return typed(conf)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 class DType(Enum):
     """Number format of weights and cache."""
 
+    auto = "auto"  # as brain/auto.py chooses
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -51,8 +52,8 @@ class ModelConf:
 class EngineConf:
     """How the graphs run."""
 
-    compiled: bool = MISSING
-    native: bool = True  # on a CPU, captured reads by the operator of compiled/read_cpu.cpp
+    captured: bool | None = None  # by PyTorch's compiler; null: as brain/auto.py chooses
+    native: bool | None = None  # on a CPU, by the operators of compiled/*.cpp; null: the same
     widths: list[int] = MISSING  # tokens per captured read: 1, …
     smallest_bucket: int = MISSING  # slots; powers of two from here up to the capacity
     chunk: int | None = None  # most tokens per read of a prompt; null: the widest of the widths
@@ -269,7 +270,7 @@ class Conf:
     seed: int = 0
     capacity: int = 1024
     positions: Positions = Positions.keep
-    dtype: DType = DType.float32
+    dtype: DType = DType.auto
     weights: WeightFormat = WeightFormat.model
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: int | None = None  # CPU threads; null: as PyTorch chooses

@@ -35,6 +35,7 @@ LAYERS = (
     "brain.loop",
     "brain.saves",
     "brain.brain",
+    "brain.auto",
     "brain.opening",
     "brain.record",
     "brain.measure",

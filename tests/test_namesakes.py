@@ -10,6 +10,7 @@ ROOT = Path(brain.__file__).parents[1]
 COVERED = (
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "checkpoint hf_config llama_names"),
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "packing safetensors_file stored"),
+    ("brain/checkpoints/test_hub.py", "brain/checkpoints", "sources"),
     ("brain/checkpoints/test_gguf_file.py", "brain/checkpoints", "gguf_header"),
     ("brain/checkpoints/test_wheel.py", "brain/machine", "built_folder integrity"),
     ("brain/config/test_overrides.py", "brain/config", "compose"),
@@ -40,6 +41,7 @@ COVERED = (
     ("brain/test_tokens.py", "brain/tokenizers", "byte_level protobuf sentencepiece_model"),
     ("brain/test_tokens.py", "brain/tokenizers", "tokenizer_json vocabulary"),
     ("compiled/test_patch.py", "compiled", "plan"),
+    ("compiled/test_read_cpu.py", "compiled", "cpu_library"),
     ("fuzz/test_files.py", "brain", "files"),
     ("fuzz/test_lines_and_folders.py", "brain/config", "type_check"),
     ("invariants/test_I03_mirror_and_cache_agree.py", "brain", "mirror"),

@@ -1,13 +1,15 @@
 """Models in a local Hugging Face folder: config.json, safetensors shards and a tokenizer."""
 
 import os
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from brain.checkpoints.checkpoint import Checkpoint
-from brain.checkpoints.hf_config import read_config, read_settings
+from brain.checkpoints.hf_config import CONVERTED_FROM, read_config, read_settings
 from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import TensorFile
 from brain.checkpoints.stored import Stored, model_tensors
@@ -52,6 +54,20 @@ def open_folder(
         tokenizer=tokenizer,
         hash_weights=lambda: files_sha256(model.paths, progress=True),
     )
+
+
+def folder_format(folder: Path) -> str:
+    """The number format of the most numbers in a folder's weights: that of the file which they were
+    converted from, where config.json says so. Raises Refused where the files cannot be read.
+    """
+    converted = read_settings(folder / CONFIG).get(CONVERTED_FROM)
+    if isinstance(converted, str):
+        return converted
+    numbers: Counter[str] = Counter()
+    for name in weight_files(folder).names:
+        for entry in TensorFile(folder / name).entries.values():
+            numbers[entry.dtype] += prod(entry.shape)
+    return max(numbers, key=numbers.__getitem__, default="F32")
 
 
 class StoredModel(NamedTuple):

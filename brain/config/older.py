@@ -1,4 +1,4 @@
-"""Settings that older saves and records lack: these were made without what the settings ask for."""
+"""Settings of older saves and records, as they are said now."""
 
 import copy
 import dataclasses
@@ -11,16 +11,21 @@ _UNSAID: dict[tuple[str, ...], Any] = {
     ("path",): None,
     ("special",): True,
     ("weights",): WeightFormat.model.value,
-    ("engine", "native"): False,
     ("cull", "novelty", "lifetime"): None,
 }
-"""What each setting, by its path, would have been."""
+"""What each setting, by its path, would have been where it was not known yet."""
 
 
-def add_unsaid(conf: dict[str, Any]) -> None:
-    """Adds the settings that a recorded configuration lacks, in place. What it says stays as it is,
-    damage included: nothing is added where a group should be and is not.
+def bring_up_to_date(conf: dict[str, Any]) -> None:
+    """Says a recorded configuration as it is said now, in place: adds what it lacks, and renames.
+    What it says stays as it is, damage included: nothing is added where a group should be and is
+    not.
     """
+    engine = conf.get("engine")
+    if isinstance(engine, dict) and "compiled" in engine:
+        engine["captured"] = engine.pop("compiled")
+        # It said nothing where nothing was captured, and was not there at first.
+        engine["native"] = engine["captured"] and engine.get("native", False)
     for (*groups, name), value in _UNSAID.items():
         within: Any = conf
         for group in groups:

@@ -23,11 +23,18 @@ from compiled.choose import Eviction
 from compiled.graphs import GraphSpec
 from compiled.llama import LlamaConfig
 from compiled.lookup import Lookup
-from compiled.read_cpu import Formats, formats
 from compiled.sample import SamplingMethod
 from compiled.score import MOST_CULLED, Brightness, Culling, Novelty
 from compiled.state import state_bytes
-from conf.schema import Conf, CullConf, LookupConf, Positions, SamplerConf, WeightFormat
+from conf.schema import (
+    Conf,
+    CullConf,
+    DType,
+    EngineConf,
+    LookupConf,
+    Positions,
+    SamplerConf,
+)
 
 MOST_ROWS = 1 << 62
 FEWEST_ROWS_TO_CULL = 8  # below this target, sinks, recent rows and victims do not all fit
@@ -61,15 +68,8 @@ class Settings:
 
     @property
     def native(self) -> bool:
-        """Whether captured reads use the CPU operator, where there is one for the model."""
-        return self.graphs.compiled and self.conf.engine.native
-
-    @property
-    def operator(self) -> Formats | None:
-        """The CPU operator that captured reads use; None where they use the layers in PyTorch."""
-        if not self.native:
-            return None
-        return formats(self.dtype, self.device, int8=self.conf.weights is WeightFormat.int8)
+        """Whether reads and draws use the CPU's operators, where there are any for the model."""
+        return bool(self.conf.engine.native)
 
     def check_against(self, config: LlamaConfig) -> None:
         """Raises Refused if a memory of this capacity cannot be had on the device."""
@@ -91,10 +91,18 @@ class Settings:
             )
 
 
+def engine_name(engine: EngineConf) -> str:
+    """The choice of the group ``engine`` that runs as this one does."""
+    return "compiled" if engine.captured else "native" if engine.native else "eager"
+
+
 def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
-    """Checks the configuration. Raises Refused, naming the key. ``given`` is the policy that
-    ``cull.policy`` names, where it need not be imported.
+    """Checks a configuration in which nothing is left to choose (``brain/auto.py``). Raises
+    Refused, naming the key. ``given`` is the policy that ``cull.policy`` names, where it need not
+    be imported.
     """
+    assert None not in (conf.engine.captured, conf.engine.native)
+    assert conf.dtype is not DType.auto
     if not 1 <= conf.capacity <= MOST_ROWS:
         raise Refused(f"capacity must be at least 1 and at most {MOST_ROWS}, not {conf.capacity}")
     if not -(2**63) <= conf.seed < 2**64:
@@ -102,15 +110,15 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
     _check_sampler(conf.sampler)
     _check_repair(conf)
     device = device_of(conf.device)
-    if conf.engine.compiled:
+    if conf.engine.captured:
         require_capture()
-    if conf.engine.compiled and device.type == "cpu":
+    if conf.engine.captured and device.type == "cpu":
         _check_linkable(Path(torch.__file__).parent)
     lookup = _lookup(conf.lookup, conf.capacity)
     eviction = eviction_of(conf.cull, conf.capacity, given)
     with _naming("engine"):
         graphs = GraphSpec(
-            compiled=conf.engine.compiled,
+            compiled=bool(conf.engine.captured),
             method=SamplingMethod(
                 conf.sampler.greedy, conf.sampler.top_k, nucleus=conf.sampler.top_p < 1.0
             ),

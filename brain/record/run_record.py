@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from brain.brain import Brain
-from brain.config.older import add_unsaid
+from brain.config.older import bring_up_to_date
 from brain.errors import Refused, Unwritten, one_line, shown, warn
 from brain.files import RECORD_BYTES, read_json, require_own
 from brain.machine.integrity import to_disk
@@ -41,7 +41,7 @@ from brain.repair import Repair
 from brain.saves import OtherModel, brief, plain
 from brain.tick import Tick
 from brain.tokens import StreamDecoder
-from conf.schema import Conf
+from conf.schema import Conf, DType
 
 FORMAT = 1
 SAVES, SETTINGS = "saves", "run.json"
@@ -164,7 +164,7 @@ class RunRecord:
             raise Refused(f"{path} is not of format {FORMAT}: choose another folder")
         conf = record.get("conf")
         recorded = conf if isinstance(conf, dict) else {}
-        add_unsaid(recorded)
+        bring_up_to_date(recorded)
         conf, settings = self._conf, self._brain.settings
         if conf.special is None and isinstance(recorded.get("special"), bool):
             conf = dataclasses.replace(conf, special=recorded["special"])  # the rule it began with
@@ -379,11 +379,30 @@ def _without(
     return kept
 
 
+def as_recorded(conf: Conf, folder: Path) -> Conf:
+    """The configuration with what the record in a folder says, if there is one, in place of
+    ``auto``. Whether the record is whole, and of this run, is seen later.
+    """
+    try:
+        recorded = read_json(folder / SAVES / SETTINGS, RECORD_BYTES)["conf"]
+        bring_up_to_date(recorded)
+        captured, native = recorded["engine"]["captured"], recorded["engine"]["native"]
+        dtype = DType[recorded["dtype"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return conf
+    engine = conf.engine
+    if engine.captured is None and isinstance(captured, bool):
+        engine = dataclasses.replace(engine, captured=captured)
+    if engine.native is None and isinstance(native, bool):
+        engine = dataclasses.replace(engine, native=native)
+    return dataclasses.replace(
+        conf, engine=engine, dtype=dtype if conf.dtype is DType.auto else conf.dtype
+    )
+
+
 def _lasting(conf: Conf) -> dict[str, Any]:
     """The settings that decide what a run says, as JSON holds them."""
     settings: dict[str, Any] = json.loads(json.dumps(plain(conf)))
-    if not conf.engine.compiled:
-        settings["engine"]["native"] = False  # it decides nothing there
     return {key: value for key, value in settings.items() if key not in FREE}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from brain.auto import resolved
 from brain.brain import Brain
 from brain.config.settings import FEWEST_ROWS_TO_CULL, settings_of
 from brain.errors import Refused, unknown
@@ -46,8 +47,9 @@ def run(conf: Conf, run_dir: Path) -> None:
     text = read_text(Path(task.text)) if task.text is not None else None
     if text is None and set(task.measures) - {"endurance"}:
         raise Refused("task.text is missing: give a UTF-8 file or a folder of them to measure on")
-    settings = settings_of(conf)
     note(f"loading {conf.model.name} …")
+    conf = resolved(conf).conf
+    settings = settings_of(conf)
     checkpoint = checkpoint_of(conf, settings)
     brain: Brain | None = None
     if "endurance" in task.measures:

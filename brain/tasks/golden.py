@@ -4,11 +4,13 @@ The files are in a clone of the repository, in ``tests/golden``. Checking needs 
 this program; writing needs the reference implementation.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import cast
 
-from brain.config.settings import settings_of
+from brain.auto import resolved
+from brain.config.settings import engine_name, settings_of
 from brain.errors import Refused
 from brain.files import given_path
 from brain.machine.environment import environment
@@ -17,7 +19,7 @@ from brain.measure.golden.files import golden_names
 from brain.measure.golden.write import chosen, write
 from brain.opening import use_threads
 from brain.terminal import note
-from conf.schema import Conf, GoldenTask, WeightFormat
+from conf.schema import Conf, DType, GoldenTask, WeightFormat
 
 DEFAULT_FOLDER = Path("tests/golden")
 
@@ -34,6 +36,9 @@ def run(conf: Conf, run_dir: Path) -> None:
     """
     task = cast(GoldenTask, conf.task)
     use_threads(conf.threads)
+    if conf.dtype is DType.auto:  # what goldens are made in
+        conf = dataclasses.replace(conf, dtype=DType.float32)
+    conf = resolved(conf).conf
     if conf.weights is not WeightFormat.model:
         raise Refused(
             f"weights={conf.weights.value} has no goldens: they are made with the weights as "
@@ -45,7 +50,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         note(f"{len(written)} goldens written to {folder}: {', '.join(written)}")
         return
     outcomes = list(check(conf, folder, chosen(golden_names(folder), task.cases)))
-    engine = "compiled" if conf.engine.compiled else "eager"
+    engine = engine_name(conf.engine)
     here = environment(settings_of(conf).device)
     report = {
         "torch": here["torch"],

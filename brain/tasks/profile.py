@@ -15,7 +15,9 @@ from typing import Any, cast
 
 import torch
 
+from brain.auto import resolved
 from brain.brain import Brain
+from brain.config.settings import engine_name
 from brain.errors import Refused
 from brain.machine.environment import environment
 from brain.measure.profiling.picture import draw_timeline
@@ -37,6 +39,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     task = cast(ProfileTask, conf.task)
     _check(task, conf)
     note(f"loading {conf.model.name} …")
+    conf = resolved(conf).conf
     brain = open_brain(conf)
     with contextlib.nullcontext() if conf.nvtx else torch_private.with_kernel_profile():
         capture_graphs(brain.graphs)
@@ -70,7 +73,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         "model": brain.checkpoint.name,
         "dtype": conf.dtype.value,
         "weights": conf.weights.value,
-        "engine": "compiled" if brain.graphs.compiled else "eager",
+        "engine": engine_name(conf.engine),
         "capacity": brain.capacity,
         "rows": len(brain),
         "task": dataclasses.asdict(task),

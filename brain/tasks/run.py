@@ -10,7 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from brain.auto import resolved
 from brain.brain import Brain
+from brain.config.settings import engine_name
 from brain.errors import MemoryFull, OutputLost, Refused, as_line
 from brain.files import given_path
 from brain.machine.environment import environment
@@ -22,7 +24,7 @@ from brain.record.captures import CaptureWriter
 from brain.record.heatmap import FILE, remembered, write_rows
 from brain.record.lock import sole_writer
 from brain.record.run_folder import CAPTURES, keep_composed
-from brain.record.run_record import FAILED, RunRecord
+from brain.record.run_record import FAILED, RunRecord, as_recorded
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
@@ -46,13 +48,16 @@ def run(conf: Conf, run_dir: Path) -> None:
         raise Refused(f"save_every must be 0 (at the end) or more, not {conf.save_every}")
     with sole_writer(run_dir):
         cache = None if conf.cache_dir is None else given_path(conf.cache_dir)
-        graphs = kept_graphs(cache) if conf.engine.compiled else nullcontext(lambda: None)
+        note(f"loading {conf.model.name} …")
+        conf, reason = resolved(as_recorded(conf, run_dir))
+        if reason is not None:
+            note(reason)
+        graphs = kept_graphs(cache) if conf.engine.captured else nullcontext(lambda: None)
         with graphs as record_graphs:
             _run(conf, run_dir, record_graphs)
 
 
 def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
-    note(f"loading {conf.model.name} …")
     started = time.perf_counter()
     with without_collection():
         brain = open_brain(conf)
@@ -146,7 +151,7 @@ def _write_report(
         "weights": conf.weights.value,
         "positions": conf.positions.value,
         "cull": conf.cull.policy,
-        "engine": "compiled" if brain.graphs.compiled else "eager",
+        "engine": engine_name(conf.engine),
         "seed": conf.seed,
         "capacity": brain.capacity,
         "rows": len(brain),

@@ -27,7 +27,7 @@ def test_weights_are_rounded_and_everything_else_is_not(open_tiny: OpenTiny) -> 
 def test_captured_and_eager_reads_agree_in_eight_bits(dtype: str, open_tiny: OpenTiny) -> None:
     overrides = {"weights": "int8", "dtype": dtype, "lookup": "ngram", "lookup.width": 3}
     overrides |= {"cull": "none", "sampler": "greedy"}  # what follows a read knows no weights
-    eager = open_tiny(**overrides)
+    eager = open_tiny(engine="eager", **overrides)
     captured = open_tiny(engine="compiled", **{"engine.widths": [1, 4]}, **overrides)
     for b in (eager, captured):
         b.prime(IDS[:20])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from brain.checkpoints import model_folder
 from brain.checkpoints.folder import stored_model
 from brain.config.settings import device_of
 from brain.errors import Refused
@@ -33,7 +34,6 @@ from brain.measure.bench.gguf_writer import converted_gguf
 from brain.measure.bench.job import Failed, Job, result_of
 from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
 from brain.measure.bench.tables import decode_table, flatness, scaling_table
-from brain.opening import model_folder
 from brain.terminal import note
 from conf.schema import BenchTask, Conf
 

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from brain.auto import plainest
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.errors import Refused
@@ -93,7 +94,7 @@ def why_missing(contestant: Contestant, asked: Sequence[str]) -> str | None:
         return f"{package} is not installed: pip install 'positronic-brain[peers]'"
     if contestant.is_ours:
         try:
-            settings_of(compose_conf(contestant.overrides(asked)))
+            settings_of(plainest(compose_conf(contestant.overrides(asked))))
         except Refused as refusal:
             return str(refusal)
     return None

@@ -16,7 +16,8 @@ class Ours:
 
     def __init__(self, job: Job) -> None:
         conf = compose_conf(job.overrides)
-        engine = dataclasses.replace(conf.engine, compiled=job.engine == COMPILED)
+        captured = job.engine == COMPILED
+        engine = dataclasses.replace(conf.engine, captured=captured, native=captured)
         if job.smallest_bucket is not None:
             engine = dataclasses.replace(engine, smallest_bucket=job.smallest_bucket)
         self.brain = open_brain(

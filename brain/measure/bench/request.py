@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from brain.auto import plainest
 from brain.config.settings import settings_of
 from brain.errors import Refused, unknown
 from brain.measure.bench.contestants import ENGINES, INT8, PRECISIONS
@@ -61,7 +62,7 @@ def check(task: BenchTask, conf: Conf, precisions: Sequence[str], keys: set[str]
     if conf.threads is not None and not 1 <= conf.threads <= MOST_THREADS:
         raise Refused(f"threads must be 1 to {MOST_THREADS}, not {conf.threads}")
     _check_rows(task, conf)
-    settings_of(conf)
+    settings_of(plainest(conf))
     _check_ignored(conf, keys)
 
 
@@ -103,7 +104,7 @@ def _check_target(task: BenchTask, target: int) -> None:
 
 def _check_ignored(conf: Conf, keys: set[str]) -> None:
     """Says what is asked for and ignored; raises Refused where that would mislead."""
-    if keys & {"engine", "engine.compiled"}:
+    if keys & {"engine", "engine.captured"}:
         note("task=bench times the engines of task.engines: engine is ignored")
     if conf.lookup.width:
         raise Refused("a token of task=bench is a plain tick: use lookup=none")

@@ -9,14 +9,13 @@ import torch
 from tqdm import tqdm
 
 from brain.brain import Brain
-from brain.checkpoints import Checkpoint
+from brain.checkpoints import Checkpoint, open_checkpoint
 from brain.config.settings import settings_of
 from brain.errors import Refused
 from brain.measure.golden.files import Golden, load_golden
 from brain.measure.golden.judge import Verdict, judge
 from brain.measure.golden.replay import replay
 from brain.measure.golden.seeded import SEEDED
-from brain.opening import open_checkpoint
 from conf.schema import Conf
 
 
@@ -47,7 +46,7 @@ def check(conf: Conf, folder: Path, names: Sequence[str]) -> Iterator[Outcome]:
         (golden, widths)
         for golden in [load_golden(folder, name) for name in names]
         for widths in (
-            [tuple(conf.engine.widths)] if conf.engine.compiled else golden.memory.widths
+            [tuple(conf.engine.widths)] if conf.engine.captured else golden.memory.widths
         )
     ]
     with tqdm(total=len(runs), desc="checking goldens", unit="run", leave=False) as bar:
@@ -103,7 +102,7 @@ class Brains:
                     self.conf.engine,
                     widths=list(widths),
                     smallest_bucket=memory.smallest_bucket,
-                    chunk=self.conf.engine.chunk if self.conf.engine.compiled else None,
+                    chunk=self.conf.engine.chunk if self.conf.engine.captured else None,
                 ),
                 capacity=memory.capacity,
                 cull=dataclasses.replace(self.conf.cull, policy="none", target=None),

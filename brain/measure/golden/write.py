@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from brain.checkpoints import Checkpoint
+from brain.checkpoints import Checkpoint, model_folder, open_checkpoint
 from brain.errors import Refused, one_line
 from brain.machine.environment import environment
 from brain.measure.golden.cases import TEXT, Case, cases
@@ -26,7 +26,6 @@ from brain.measure.golden.reference import (
     transformers,
 )
 from brain.measure.golden.seeded import SEEDED
-from brain.opening import model_folder, open_checkpoint
 from conf.schema import Conf
 
 PASSAGE, ABOUT_PASSAGE = "passage.txt", "passage.json"

@@ -12,10 +12,9 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from brain.checkpoints import Checkpoint, open_folder, open_hub
+from brain.checkpoints import Checkpoint, model_folder, open_checkpoint, open_folder, open_hub
 from brain.config.compose import compose_conf
 from brain.errors import BrainWarning, Refused
-from brain.opening import model_folder, open_checkpoint
 from compiled.int8 import dequantize
 from fixture_types import EditJson
 

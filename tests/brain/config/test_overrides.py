@@ -59,7 +59,7 @@ def test_a_multirun_may_sweep_over_prompts() -> None:
     [
         ("capacity", 77, lambda conf: conf.capacity == 77),
         ("stop_at_eos", True, lambda conf: conf.stop_at_eos is True),
-        ("engine", "compiled", lambda conf: conf.engine.compiled),
+        ("engine", "compiled", lambda conf: conf.engine.captured),
         ("engine.widths", [1, 5], lambda conf: conf.engine.widths == [1, 5]),
         ("cull.target", None, lambda conf: conf.cull.target is None),
         ("sampler.temperature", 1e-3, lambda conf: conf.sampler.temperature == 1e-3),

