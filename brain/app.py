@@ -2,11 +2,15 @@
 
 Standard output carries the text alone; everything else goes to standard error and into the run
 folder. Exit codes: 0 done, 2 refused, 130 interrupted.
+
+PyTorch takes seconds to import. So nothing that is imported here imports it, and what can be
+refused without it is refused at once.
 """
 
 import codecs
 import contextlib
 import importlib
+import importlib.resources
 import inspect
 import io
 import os
@@ -18,16 +22,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
-import torch
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from brain.config.compose import configuration_error, typed
 from brain.config.overrides import literal_arguments
-from brain.config.settings import device_of
 from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
-from brain.machine.environment import environment
 from brain.machine.signals import endings_are_ctrl_c
 from brain.machine.streams import take_streams
 from brain.record.run_folder import clear_away, keep_composed, run_folder
@@ -50,6 +51,8 @@ def main() -> None:
             try:
                 if "--version" in sys.argv[1:]:
                     print(_version())
+                elif {"--help", "-h"} & set(sys.argv[1:]):
+                    print(_help())
                 else:
                     sys.argv[1:] = literal_arguments(sys.argv[1:])
                     _application()
@@ -92,7 +95,9 @@ def _lacking(error: Exception) -> str | None:
     whole = one_line(error)
     of_host = whole.partition("DefaultCPUAllocator: ")[2]
     reason = (of_host or whole).split(". ")[0]
-    if of_host or isinstance(error, MemoryError | torch.OutOfMemoryError):
+    # It raises none where it has not been imported.
+    of_device = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if of_host or isinstance(error, (MemoryError, of_device)):
         return f"{reason}; use a smaller capacity, model or dtype"
     if "can't start new thread" in reason:
         return f"{reason}; set threads=1, or allow more processes (ulimit -u)"
@@ -124,7 +129,18 @@ def _write_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
+def _help() -> str:
+    """The help that Hydra would print, too, but only after it had listed every group."""
+    text = importlib.resources.files("conf").joinpath("hydra/help/brain.yaml").read_text("utf-8")
+    return str(OmegaConf.create({"hydra": {"help": OmegaConf.create(text)}}).hydra.help.template)
+
+
 def _version() -> str:
+    import torch
+
+    from brain.config.settings import device_of
+    from brain.machine.environment import environment
+
     here = environment(device := device_of("auto"))
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     ours = here["positronic-brain"] or "(not installed)"
