@@ -9,6 +9,7 @@ refused without it is refused at once.
 
 import codecs
 import contextlib
+import gc
 import importlib
 import importlib.resources
 import inspect
@@ -19,6 +20,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import hydra
@@ -29,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from brain.config.compose import configuration_error, typed
 from brain.config.overrides import literal_arguments
 from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
+from brain.machine.memory import without_collection
 from brain.machine.signals import endings_are_ctrl_c
 from brain.machine.streams import take_streams
 from brain.record.run_folder import clear_away, keep_composed, run_folder
@@ -41,6 +44,8 @@ def main() -> None:
     """The console script."""
     # Without this Hydra prints errors and exits by itself; we print them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # What the device can be needs no other backend, and looking for some reads every package.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", BrainWarning)  # whatever PYTHONWARNINGS says
     register()
@@ -80,7 +85,7 @@ def _application(composed: DictConfig) -> None:
             conf = typed(composed)
             about = conf.task.path if isinstance(conf.task, InspectTask) else None
             with run_folder(about) as run_dir:
-                importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+                _task(conf.task.name).run(conf, run_dir)
                 if any(run_dir.iterdir()):
                     keep_composed()
         except (RuntimeError, MemoryError) as error:
@@ -88,6 +93,18 @@ def _application(composed: DictConfig) -> None:
             if lacking is None:
                 raise
             _leave(f"refused: {lacking}", REFUSED)
+
+
+def _task(name: str) -> ModuleType:
+    """The module of a task, with all that it imports. The collector of garbage, which would look
+    through a million objects that stay, is kept from it.
+    """
+    full = f"brain.tasks.{name}"
+    if full not in sys.modules:  # once in a multirun: what its first run left may be garbage
+        with without_collection():
+            importlib.import_module(full)
+            gc.freeze()
+    return sys.modules[full]
 
 
 def _lacking(error: Exception) -> str | None:
@@ -132,7 +149,7 @@ def _write_utf8() -> None:
 def _help() -> str:
     """The help that Hydra would print, too, but only after it had listed every group."""
     text = importlib.resources.files("conf").joinpath("hydra/help/brain.yaml").read_text("utf-8")
-    return str(OmegaConf.create({"hydra": {"help": OmegaConf.create(text)}}).hydra.help.template)
+    return str(OmegaConf.create(text).template)
 
 
 def _version() -> str:

