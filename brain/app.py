@@ -2,11 +2,16 @@
 
 Standard output carries the text alone; everything else goes to standard error and into the run
 folder. Exit codes: 0 done, 2 refused, 130 interrupted.
+
+PyTorch takes seconds to import. So nothing that is imported here imports it, and what can be
+refused without it is refused at once.
 """
 
 import codecs
 import contextlib
+import gc
 import importlib
+import importlib.resources
 import inspect
 import io
 import os
@@ -15,19 +20,18 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import hydra
-import torch
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from brain.config.compose import configuration_error, typed
 from brain.config.overrides import literal_arguments
-from brain.config.settings import device_of
 from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
-from brain.machine.environment import environment
+from brain.machine.memory import without_collection
 from brain.machine.signals import endings_are_ctrl_c
 from brain.machine.streams import take_streams
 from brain.record.run_folder import clear_away, keep_composed, run_folder
@@ -40,6 +44,8 @@ def main() -> None:
     """The console script."""
     # Without this Hydra prints errors and exits by itself; we print them in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # What the device can be needs no other backend, and looking for some reads every package.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", BrainWarning)  # whatever PYTHONWARNINGS says
     register()
@@ -50,6 +56,8 @@ def main() -> None:
             try:
                 if "--version" in sys.argv[1:]:
                     print(_version())
+                elif {"--help", "-h"} & set(sys.argv[1:]):
+                    print(_help())
                 else:
                     sys.argv[1:] = literal_arguments(sys.argv[1:])
                     _application()
@@ -77,7 +85,7 @@ def _application(composed: DictConfig) -> None:
             conf = typed(composed)
             about = conf.task.path if isinstance(conf.task, InspectTask) else None
             with run_folder(about) as run_dir:
-                importlib.import_module(f"brain.tasks.{conf.task.name}").run(conf, run_dir)
+                _task(conf.task.name).run(conf, run_dir)
                 if any(run_dir.iterdir()):
                     keep_composed()
         except (RuntimeError, MemoryError) as error:
@@ -87,12 +95,26 @@ def _application(composed: DictConfig) -> None:
             _leave(f"refused: {lacking}", REFUSED)
 
 
+def _task(name: str) -> ModuleType:
+    """The module of a task, with all that it imports. The collector of garbage, which would look
+    through a million objects that stay, is kept from it.
+    """
+    full = f"brain.tasks.{name}"
+    if full not in sys.modules:  # once in a multirun: what its first run left may be garbage
+        with without_collection():
+            importlib.import_module(full)
+            gc.freeze()
+    return sys.modules[full]
+
+
 def _lacking(error: Exception) -> str | None:
     """What the machine has too little of, and what helps, if that is what the error says."""
     whole = one_line(error)
     of_host = whole.partition("DefaultCPUAllocator: ")[2]
     reason = (of_host or whole).split(". ")[0]
-    if of_host or isinstance(error, MemoryError | torch.OutOfMemoryError):
+    # It raises none where it has not been imported.
+    of_device = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if of_host or isinstance(error, (MemoryError, of_device)):
         return f"{reason}; use a smaller capacity, model or dtype"
     if "can't start new thread" in reason:
         return f"{reason}; set threads=1, or allow more processes (ulimit -u)"
@@ -124,7 +146,18 @@ def _write_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
+def _help() -> str:
+    """The help that Hydra would print, too, but only after it had listed every group."""
+    text = importlib.resources.files("conf").joinpath("hydra/help/brain.yaml").read_text("utf-8")
+    return str(OmegaConf.create(text).template)
+
+
 def _version() -> str:
+    import torch
+
+    from brain.config.settings import device_of
+    from brain.machine.environment import environment
+
     here = environment(device := device_of("auto"))
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     ours = here["positronic-brain"] or "(not installed)"

@@ -198,7 +198,8 @@ def _from_library(
                 f"{where}: not the vocabulary that {reader} of the folder's settings needs; name "
                 "PreTrainedTokenizerFast there"
             )
-    library = tokenizer_json.load_library(made, where)
+    content = said.library if made is spec else None
+    library = tokenizer_json.load_library(made, where, content)
     with tokenizer_json.refusing(f"{where}: tokenizer cannot be loaded"):
         library.add_tokens(tokens_to_add(stated, library.get_added_tokens_decoder()))
     cut = library.get_added_tokens_decoder()

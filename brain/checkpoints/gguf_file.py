@@ -22,7 +22,7 @@ from brain.checkpoints.hf_config import CONVERTED_FROM, parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.safetensors_file import write_safetensors
 from brain.errors import Refused, shown, warn
-from brain.machine.streams import progress_bar
+from brain.machine.progress import progress_bar
 from brain.tokenizers.gguf_vocabulary import tokenizer_files
 from compiled.llama import LlamaConfig
 
@@ -82,7 +82,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
-    with progress_bar(total=len(parts), desc=f"converting {path.stem}", unit="tensor") as bar:
+    with progress_bar(f"converting {path.stem}", len(parts), "tensor") as bar:
 
         def make(name: str, shape: tuple[int, ...]) -> Tensor:
             tensor = _read(file, name, shape, config)

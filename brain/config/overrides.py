@@ -14,7 +14,6 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -89,9 +88,10 @@ def _plain(key: str, value: Any) -> Any:
     """A value as JSON has it: text for a path, a dtype, a device or an enumeration's member."""
     if isinstance(value, Enum):
         return value.name
-    if isinstance(value, PurePath | torch.device):
+    if isinstance(value, PurePath):
         return str(value)
-    if isinstance(value, torch.dtype):
+    # Where PyTorch has not been imported, nothing is of its types.
+    if (torch := sys.modules.get("torch")) and isinstance(value, torch.device | torch.dtype):
         return str(value).removeprefix("torch.")
     if hasattr(value, "tolist"):  # numbers and arrays of NumPy and PyTorch
         value = value.tolist()

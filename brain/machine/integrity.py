@@ -8,10 +8,10 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from brain.files import RECORD_BYTES, open_plain, read_json
-from brain.machine.streams import progress_bar
+from brain.machine.progress import progress_bar
 
 CHUNK = 1 << 22
 MANIFEST = "manifest.json"
@@ -65,9 +65,8 @@ def file_sha256(path: Path, *, progress: bool = False) -> str:
     """The SHA-256 of a file's content, 64 hex digits. Raises OSError."""
     digest = hashlib.sha256()
     size, what = path.stat().st_size, f"hashing {path.name}"
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False}
-    bar = progress_bar(desc=what, total=size, disable=not progress, **options)
-    with open_plain(path) as file, bar:
+    options = {"unit_scale": True, "leave": False, "disable": not progress}
+    with open_plain(path) as file, progress_bar(what, size, "B", **options) as bar:
         while block := file.read(CHUNK):
             digest.update(block)
             bar.update(len(block))

@@ -4,8 +4,10 @@ import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -31,9 +33,11 @@ def give_back_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: "torch.device") -> int | None:
     """Bytes that can still be allocated on a device; None where the system does not report it."""
     if device.type == "cuda":
+        import torch
+
         # PyTorch keeps what was given back to it, and gives it out again.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept

@@ -10,8 +10,6 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO, cast
 
-from tqdm import tqdm
-
 from brain.errors import OutputLost, Refused
 
 UNWRITABLE = (OSError, ValueError, AttributeError)  # ValueError: closed; AttributeError: None
@@ -92,8 +90,3 @@ def take_streams() -> None:
         with suppress(*UNWRITABLE):  # what is written to no file
             os.set_blocking(sys.stdout.fileno(), True)  # a reader may be slower than the text
     sys.stdout = cast(TextIO, Text(sys.stdout))
-
-
-def progress_bar(**options: Any) -> "tqdm[Any]":
-    """A progress bar on standard error, if that can be written."""
-    return tqdm(file=Notes(sys.stderr), **options)

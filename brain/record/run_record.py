@@ -25,13 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from brain.brain import Brain
 from brain.config.older import bring_up_to_date
 from brain.errors import Refused, Unwritten, one_line, shown, warn
 from brain.files import RECORD_BYTES, read_json, require_own
 from brain.machine.integrity import to_disk
+from brain.machine.progress import progress_bar
 from brain.record.commands import ANSWERS, INBOX, Inbox, RedactedRow
 from brain.record.heatmap import FILE
 from brain.record.journal import Journal, read_journal
@@ -232,8 +231,11 @@ class RunRecord:
         redacted: list[RedactedRow] = []
         self.inbox.on_redaction = redacted.extend
         self._unsaved = bool(entries) or number == 0
-        for path, line, entry in tqdm(entries, desc="going on", unit="tick", leave=False):
-            self._replay(path, line, entry)
+        if entries:
+            with progress_bar("going on", len(entries), "tick", leave=False) as bar:
+                for path, line, entry in entries:
+                    self._replay(path, line, entry)
+                    bar.update()
         self._journal = Journal(self._saves.journal(journals[-1] if journals else number))
         if redacted:
             self._redact(redacted)

@@ -18,6 +18,7 @@ from brain.files import given_path
 from brain.machine.environment import environment
 from brain.machine.graph_cache import kept_graphs
 from brain.machine.memory import without_collection
+from brain.machine.progress import progress_bar
 from brain.machine.signals import asked_to_stop
 from brain.opening import open_brain
 from brain.record.captures import CaptureWriter
@@ -67,7 +68,12 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
         capture_graphs(brain.graphs, edits=edits)
     record_graphs()
     record = RunRecord(run_dir, brain, conf)
-    went_on = record.begin(lambda: brain.prime(conf.prompt, conf.source))
+
+    def prime() -> None:
+        with progress_bar("reading the prompt"):
+            brain.prime(conf.prompt, conf.source)
+
+    went_on = record.begin(prime)
     keep_composed()
     if conf.capture:
         brain.observer = CaptureWriter(run_dir / CAPTURES, brain, conf.capture_top)

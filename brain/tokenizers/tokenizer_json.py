@@ -38,9 +38,10 @@ def parse_tokenizer_json(content: str, where: str) -> dict[str, Any]:
     return spec
 
 
-def load_library(spec: dict[str, Any], where: str) -> Library:
+def load_library(spec: dict[str, Any], where: str, content: str | None = None) -> Library:
     """The library's tokenizer. Truncation, padding and dropout, which the file may ask for, are
-    off. Raises Refused where it cannot be loaded, or its tokens would not give a text back.
+    off. ``content`` is what ``spec`` was parsed from, if it was, which saves writing it again.
+    Raises Refused where it cannot be loaded, or its tokens would not give a text back.
     """
     kind = spec["model"].get("type")  # files of the library's early days have none
     if kind is not None and kind not in MODELS:
@@ -56,9 +57,10 @@ def load_library(spec: dict[str, Any], where: str) -> Library:
     is_byte_level(spec, where)
     _check_growth(spec, where)
     _check_templates(spec, where)
-    text = json.dumps({**spec, "model": model, "truncation": None, "padding": None})
+    meant = {**spec, "model": model, "truncation": None, "padding": None}
+    text = content if meant == spec else None
     with refusing(f"{where}: tokenizer cannot be loaded"):
-        return Library.from_str(text)
+        return Library.from_str(text or json.dumps(meant))
 
 
 def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabulary:

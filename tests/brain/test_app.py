@@ -13,6 +13,7 @@ import torch
 
 import brain
 from brain import app
+from conf.schema import register
 from fixture_types import CommandLine
 from processes import ENVIRONMENT, call, command
 
@@ -65,6 +66,45 @@ def test_multirun_runs_every_combination(tmp_path: Path, tiny_folder: Path) -> N
     call(tmp_path, tiny_folder, "-m", "seed=1,2", "prompt=abc", "ticks=2", "hydra.sweep.dir=all")
     assert (tmp_path / "all" / "0" / "transcript.txt").exists()
     assert (tmp_path / "all" / "1" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("import brain; dir(brain); brain.Refused", 0),
+        ("import sys; sys.argv[1:] = ['--help']; from brain.app import main; main()", 0),
+        ("import sys; sys.argv[1:] = ['tix=3']; from brain.app import main; main()", 2),
+        ("import sys; sys.argv[1:] = ['ticks=x']; from brain.app import main; main()", 2),
+        ("import sys; sys.argv[1:] = ['model=gpt9']; from brain.app import main; main()", 2),
+    ],
+    ids=["import", "help", "key", "value", "choice"],
+)
+def test_what_needs_no_pytorch_imports_none(code: str, status: int, tmp_path: Path) -> None:
+    heavy = "{'torch', 'numpy', 'gguf', 'safetensors', 'tokenizers', 'matplotlib', 'tqdm'}"
+    code = f"import atexit, sys; atexit.register(lambda: print({heavy} & set(sys.modules))); {code}"
+    process = [sys.executable, "-c", code]
+    done = subprocess.run(
+        process, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (status, "set()"), done.stderr
+
+
+def test_help_is_what_hydra_would_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_hydra = app._application
+    monkeypatch.setattr(sys, "argv", ["brain", "--help"])
+    register()
+    with pytest.raises(SystemExit):
+        from_hydra()
+    assert capsys.readouterr().out == app._help() + "\n"
+
+
+def test_the_package_lists_and_gives_its_names() -> None:
+    assert set(brain.__all__) <= set(dir(brain))
+    assert brain.open.__module__ == "brain.opening"
+    with pytest.raises(AttributeError, match="'brain' has no attribute 'opne'"):
+        brain.opne  # noqa: B018
 
 
 @pytest.mark.parametrize(

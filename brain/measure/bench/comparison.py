@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from brain.checkpoints import model_folder
 from brain.checkpoints.folder import stored_model
 from brain.config.settings import device_of
 from brain.errors import Refused
 from brain.machine.environment import environment
+from brain.machine.progress import progress_bar
 from brain.measure.bench import plots
 from brain.measure.bench.contestants import (
     LLAMA_CPP,
@@ -193,7 +193,7 @@ class Comparison:
         """
         runs: dict[Any, list[dict[str, Any]]] = {key: [] for key in jobs}
         failed = set()
-        with tqdm(total=self.task.repeats * len(jobs), unit="run", desc=measure) as bar:
+        with progress_bar(measure, self.task.repeats * len(jobs), "run") as bar:
             for _ in range(self.task.repeats):
                 for key, job in jobs.items():
                     entry = Contestant(job.engine, job.precision)

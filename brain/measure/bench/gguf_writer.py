@@ -13,7 +13,6 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
-from tqdm import tqdm
 
 from brain.checkpoints.folder import stored_model
 from brain.checkpoints.gguf_file import gguf_name
@@ -22,6 +21,7 @@ from brain.errors import Refused
 from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import files_sha256
+from brain.machine.progress import progress_bar
 from brain.tokenizers.gguf_vocabulary import vocabulary_fields
 from brain.tokens import Tokenizer, load_tokenizer
 from compiled.llama import LlamaConfig
@@ -88,12 +88,14 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        for (name, _), stored_as in tqdm(types.items(), desc=f"writing GGUF {kind}", unit="tensor"):
-            stored = tensors[name]
-            tensor = stored.file.tensor(stored.name).to(torch.float32)
-            tensor = _permuted(tensor, name, config)
-            writer.write_tensor_data(quantize(tensor.contiguous().numpy(), stored_as))
-            stored.file.release(stored.name)
+        with progress_bar(f"writing GGUF {kind}", len(types), "tensor") as bar:
+            for (name, _), stored_as in types.items():
+                stored = tensors[name]
+                tensor = stored.file.tensor(stored.name).to(torch.float32)
+                tensor = _permuted(tensor, name, config)
+                writer.write_tensor_data(quantize(tensor.contiguous().numpy(), stored_as))
+                stored.file.release(stored.name)
+                bar.update()
     finally:
         writer.close()
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
 from brain.config.settings import settings_of
 from brain.errors import Refused
+from brain.machine.progress import progress_bar
 from brain.measure.evaluation import endurance, fluency, mending, plots, retrieval
 from brain.measure.evaluation.contestants import FULL, Contestant
 from brain.measure.evaluation.facts import Fact, Kind, make_facts
@@ -90,7 +89,7 @@ def measure_fluency(
     entries = [(policy, budget) for budget in budgets for policy in _with_full(policies, task)]
     total = sum(task.streams * (budget + task.tokens) for _, budget in entries)
     results = []
-    with tqdm(total=total, unit="token", desc="fluency") as bar:
+    with progress_bar("fluency", total, "token") as bar:
         for policy, budget in entries:
             bar.set_postfix_str(f"{policy.label} {budget}")
             part = texts[:, longest - (budget + task.tokens + 1) :]
@@ -124,7 +123,7 @@ def measure_retrieval(
     entries = [(policy, budget) for budget in courses for policy in _with_full(policies, task)]
     total = sum(task.streams * (courses[budget].length - 2) for _, budget in entries)
     results = []
-    with tqdm(total=total, unit="token", desc="retrieval") as bar:
+    with progress_bar("retrieval", total, "token") as bar:
         for policy, budget in entries:
             bar.set_postfix_str(f"{policy.label} {budget}")
             course = courses[budget]
@@ -156,7 +155,7 @@ def measure_repair(
     budgets = sorted(set(task.budgets))
     print(f"\nrepair: nats per token over the next {task.horizon}, repairing against dropping")
     print(f"{'rows':>5} {'pairs':>6} {'repaired':>9} {'difference':>20} {'better in':>10}")
-    with tqdm(total=task.pairs * len(budgets), unit="pair", desc="repair") as bar:
+    with progress_bar("repair", task.pairs * len(budgets), "pair") as bar:
         for budget in budgets:
             ticks = min(MENDING_TICKS, budget - 1)
             cull = dataclasses.replace(conf.cull, target=budget)
@@ -170,7 +169,7 @@ def measure_repair(
             error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
             better = "" if row["better"] is None else f"{row['better']:.0%}"
             counts = f"{budget:>5} {row['pairs']:>6} {row['repaired']:>9}"
-            tqdm.write(f"{counts} {difference + error:>20} {better:>10}")
+            bar.write(f"{counts} {difference + error:>20} {better:>10}")
     return rows
 
 
@@ -181,12 +180,12 @@ def measure_endurance(
     rows = []
     print(f"\nendurance: {conf.ticks} ticks, cull={conf.cull.policy}, {brain.capacity} slots")
     print(f"{'ticks':>8} {'nats/token':>10} {'distinct':>9} {'ticks/s':>8} {'MB':>8} {'rows':>6}")
-    with tqdm(total=conf.ticks, unit="tick", desc="endurance") as bar:
+    with progress_bar("endurance", conf.ticks, "tick") as bar:
         for row in endurance.endure(brain, conf.ticks, task.bucket):
             bar.update(row["ticks"] - bar.n)
             rows.append(row)
             write(rows, run_dir / "endurance.json")
-            tqdm.write(
+            bar.write(
                 f"{row['ticks']:>8} {row['nll']:>10.4f} {row['distinct']:>9.3f} "
                 f"{row['ticks_per_second']:>8.1f} {row['resident_mb']:>8.1f} {row['rows']:>6}"
             )

