@@ -532,7 +532,7 @@ class Signal {
   }
 
  private:
-  static constexpr std::chrono::microseconds SPIN{50};
+  static constexpr std::chrono::microseconds SPIN{20};
   std::atomic<uint64_t> number{0};
   std::atomic<int64_t> sleepers{0};
   std::mutex mutex;
