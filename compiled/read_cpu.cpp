@@ -1,6 +1,6 @@
 // A few tokens through every layer of a Llama decoder, against a cache that is only read.
 //
-// One parallel region for the whole model: a token costs what its weights cost to read, and what
+// All threads go through the whole model: a token costs what its weights cost to read, and what
 // lies between two products (norms, rotation, softmax) is done by every thread for itself, because
 // that takes less time than waiting for another to do it. Threads wait for each other five times a
 // layer. The twin in PyTorch, and the meaning of every step, is `decoder_layer` in llama.py;
@@ -11,13 +11,22 @@
 // whole vectors and products of bfloat16 are named for a processor. No sum depends on how many
 // threads there are.
 
-#include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
 #include <type_traits>
+
+#include "exponential.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -164,26 +173,6 @@ inline Floats sums(const Floats* vectors) {
   for (int i = 0; i < LANES; ++i) all[i] = sum(vectors[i]);
   return all;
 #endif
-}
-
-// e^x for x <= 0, to some 2 units in the last place; 0 where float32 has no normal number for it.
-inline float exponential(float x) {
-  constexpr float LEAST = -87.0f;
-  const float clamped = x > LEAST ? x : LEAST;  // NaN, too: it has no integer
-  const float turns = std::nearbyint(clamped * 1.44269504f);
-  const float rest = (clamped - turns * 0.693145752f) - turns * 1.42860677e-6f;
-  float series = 1.0f / 5040;
-  series = series * rest + 1.0f / 720;
-  series = series * rest + 1.0f / 120;
-  series = series * rest + 1.0f / 24;
-  series = series * rest + 1.0f / 6;
-  series = series * rest + 0.5f;
-  series = series * rest + 1.0f;
-  series = series * rest + 1.0f;
-  const uint32_t bits = uint32_t(int32_t(turns) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x >= LEAST ? series * power : x != x ? x : 0.0f;
 }
 
 // Bytes from what is being read to what is asked for: memory answers late, and what a thread reads
@@ -480,15 +469,146 @@ int64_t own_size(const Decode& d) {
   return counted.used;
 }
 
+// Threads -----------------------------------------------------------------------------------------
+//
+// They belong to the process and sleep between two calls. OpenMP's spin for milliseconds while they
+// wait, unless the environment says otherwise: on a busy machine they use up the time of the thread
+// that they wait for.
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // `yield` does nothing on most of them
+#endif
+}
+
+// A number that changes, and threads that wait for it to: they spin for as long as a wait takes on
+// an idle machine, then sleep, since the thread that will change it may need their processor.
+class Signal {
+ public:
+  uint64_t now() const { return number.load(std::memory_order_acquire); }
+
+  void change(uint64_t to) {
+    number.store(to);  // in one order with `sleepers`: either side sees what the other wrote
+    if (sleepers.load() == 0) return;
+    std::lock_guard<std::mutex> held(mutex);
+    changed.notify_all();
+  }
+
+  // Returns what it has become instead of `before`.
+  uint64_t wait(uint64_t before) {
+    const auto start = std::chrono::steady_clock::now();
+    do {
+      for (int i = 0; i < 16; ++i) {
+        const uint64_t found = now();
+        if (found != before) return found;
+        pause_briefly();
+      }
+    } while (std::chrono::steady_clock::now() - start < SPIN);
+    std::unique_lock<std::mutex> held(mutex);
+    ++sleepers;
+    changed.wait(held, [&] { return number.load() != before; });
+    --sleepers;
+    return now();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds SPIN{20};
+  std::atomic<uint64_t> number{0};
+  std::atomic<int64_t> sleepers{0};
+  std::mutex mutex;
+  std::condition_variable changed;
+};
+
+// Where threads wait until all of them are there.
+class Barrier {
+ public:
+  void wait(int64_t threads) {
+    const uint64_t round = rounds.now();  // before this thread arrives it cannot change
+    if (arrived.fetch_add(1) + 1 < threads) {
+      rounds.wait(round);
+    } else {
+      arrived.store(0);
+      rounds.change(round + 1);
+    }
+  }
+
+ private:
+  std::atomic<int64_t> arrived{0};
+  Signal rounds;
+};
+
 // Who does what: rows of matrices, and blocks of slots below.
 struct Team {
   int64_t thread, threads;
+  Barrier* barrier;
+
+  void wait() const {
+    if (threads > 1) barrier->wait(threads);
+  }
   // Rows in pairs, as they are multiplied: however many threads there are, sums are the same.
   int64_t begin(int64_t rows) const { return (rows + 1) / 2 * thread / threads * 2; }
   int64_t end(int64_t rows) const {
     return std::min((rows + 1) / 2 * (thread + 1) / threads * 2, rows);
   }
 };
+
+// The threads of this process. They are never joined: they sleep until it ends.
+class Pool {
+ public:
+  // Runs work(team) in this thread and others, `most` in all. There are fewer if no more can be
+  // started, and this one alone if another call has the others.
+  template <class Work>
+  void run(int64_t most, const Work& work) {
+    std::unique_lock<std::mutex> held(busy, std::try_to_lock);
+    const int64_t threads = held ? 1 + started(most - 1) : 1;
+    if (threads == 1) return work(Team{0, 1, nullptr});
+    given = &work;
+    call = [](const void* given, const Team& team) { (*static_cast<const Work*>(given))(team); };
+    calls.change(((calls.now() >> THREAD_BITS) + 1) << THREAD_BITS | threads);
+    work(Team{0, threads, &barrier});
+    barrier.wait(threads);
+  }
+
+ private:
+  static constexpr int THREAD_BITS = 16;
+
+  // How many of `wanted` other threads there are.
+  int64_t started(int64_t wanted) {
+    wanted = std::min<int64_t>(wanted, (1 << THREAD_BITS) - 2);
+    try {
+      for (; others < wanted; ++others)
+        std::thread([this, thread = others + 1, seen = calls.now()] { serve(thread, seen); })
+            .detach();
+    } catch (const std::exception&) {  // too many processes, or no memory for a stack
+    }
+    return std::min(others, wanted);
+  }
+
+  void serve(int64_t thread, uint64_t seen) {
+    for (;;) {
+      seen = calls.wait(seen);
+      const int64_t threads = seen & ((1 << THREAD_BITS) - 1);
+      if (thread >= threads) continue;
+      call(given, Team{thread, threads, &barrier});
+      barrier.wait(threads);
+    }
+  }
+
+  std::mutex busy;
+  int64_t others = 0;
+  Signal calls;  // how many there have been, and how many threads the last one has
+  const void* given;
+  void (*call)(const void* given, const Team& team);
+  Barrier barrier;
+};
+
+alignas(Pool) unsigned char pool_room[sizeof(Pool)];
+Pool* const pool = new (pool_room) Pool;  // never destroyed: its threads may outlive static objects
+
+// A forked process has none of the threads, and perhaps a lock that nobody will open.
+[[maybe_unused]] const int forked = pthread_atfork(nullptr, nullptr, [] { new (pool_room) Pool; });
 
 inline int64_t queries_of(const Decode& d) { return d.heads * d.tokens; }
 inline int64_t masses_of(const Decode& d) { return d.per_query ? d.tokens : 1; }
@@ -952,24 +1072,24 @@ void work(const Decode& d, const Shared& shared, const Team& team, const Own<Rea
     norm<Real>(d, d.attention_norm, layer, own.x);
     linear<Real, Weight, false>(d, team, d.qkv, layer, qkv_rows, hidden, own.x, shared.projected);
     blocks.ask_for_cache(layer);
-#pragma omp barrier
+    team.wait();
     split(d, shared.projected, own);
     if (team.thread == 0) return_new_rows(d, layer, own);
     blocks.attend(layer, own.query);
     ask_early<Weight>(d.attention_out, layer, hidden, width, team.begin(hidden));
-#pragma omp barrier
+    team.wait();
     combination.combine(blocks, team.thread == 0);
     linear<Real, Weight, true>(d, team, d.attention_out, layer, hidden, width, own.x, d.hidden);
     ask_early<Weight>(d.gate_up, layer, 2 * inner, hidden, team.begin(inner));
-#pragma omp barrier
+    team.wait();
     norm<Real>(d, d.mlp_norm, layer, own.x);
     activate<Real, Weight>(d, team, layer, own, activated);
     ask_early<Weight>(d.down, layer, hidden, inner, team.begin(hidden));
-#pragma omp barrier
+    team.wait();
     linear<Real, Weight, true>(d, team, d.down, layer, hidden, inner, activated, d.hidden);
     if (layer + 1 < d.layers)
       ask_early<Weight>(d.qkv, layer + 1, qkv_rows, hidden, team.begin(qkv_rows));
-#pragma omp barrier
+    team.wait();
   }
   norm<Real>(d, d.final_norm, 0, own.x);
   linear<Real, Weight, false>(d, team, d.head, 0, d.vocab, hidden, own.x, d.logits);
@@ -1000,12 +1120,10 @@ void decode(const Decode& d) {
   Slices common{d.workspace, 0};
   Shared shared = shared_of(d, common);
   find_blocks(d, shared);
-#pragma omp parallel num_threads(d.threads)
-  {
-    const Team team{omp_get_thread_num(), omp_get_num_threads()};
+  pool->run(d.threads, [&](const Team& team) {
     Slices slices{d.workspace, common.used + team.thread * own_size<Real>(d)};
     work<Real, Weight>(d, shared, team, own_of<Real>(d, slices));
-  }
+  });
 }
 
 }  // namespace

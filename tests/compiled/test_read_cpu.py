@@ -5,9 +5,16 @@ where whole vectors are read, in every number format.
 """
 
 import ctypes
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -216,6 +223,69 @@ def test_the_same_read_gives_the_same_bits(precision: Precision) -> None:
         for _ in range(20)
     }
     assert len(told) == 1
+
+
+def reader(precision: Precision) -> Callable[[int], str]:
+    """Reads two tokens with so many threads, and returns what came out."""
+    config = replace(toy_config(), hidden_size=49, intermediate_size=33, vocab_size=77)
+    weights = model(config, precision)
+    state = memory(config, precision[0], torch.arange(CAPACITY) % 7 != 3)
+    decode = built(weights)
+    arguments = (state, torch.tensor([3, 4]), torch.tensor([1000, 1001]), torch.tensor(2))
+
+    def told(threads: int) -> str:
+        torch.set_num_threads(threads)
+        return digest(*read(config, weights, *arguments, bucket=CAPACITY, decode=decode))
+
+    return told
+
+
+def test_callers_read_at_once() -> None:
+    """One of them has the other threads; the rest read alone, the same bits."""
+    told = reader(PRECISIONS[1])
+    with ThreadPoolExecutor(4) as callers:
+        assert set(callers.map(told, [3] * 200)) == {told(1)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_reads_with_threads_of_its_own() -> None:
+    told = reader(PRECISIONS[1])
+    expected = told(3)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # kills a child that waits for threads it has not got
+        os._exit(0 if told(3) == expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert told(3) == expected
+
+
+def test_I11_a_busy_machine_changes_no_bit() -> None:
+    told = reader(PRECISIONS[1])
+    expected = told(1)
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(os.cpu_count() or 1)
+    ]
+    try:
+        assert {told(3) for _ in range(50)} == {expected}
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_threads_that_cannot_be_started_are_done_without() -> None:
+    told = reader(PRECISIONS[1])
+    expected = told(3)
+    child = os.fork()  # has no threads yet
+    if child == 0:
+        signal.alarm(60)
+        used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), -1))  # for no further stack
+        same = told(500) == expected
+        os._exit(0 if same and len(os.listdir("/proc/self/task")) < 500 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
