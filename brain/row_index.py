@@ -1,13 +1,13 @@
 """The host's index of rows: which slot holds which position, and which slots are free.
 
 An edit names rows by their positions, and the patch writes slots. To copy the mirror for that would
-cost the capacity; the index costs what an edit touches. The first edit builds it, by one look at
-the mirror. From then on it follows every patch: the host knows each but for what a tick chose to
-forget, and those positions come back with the tick.
+cost the capacity; the index costs what an edit touches. A short prompt begins it, or else the first
+edit, by one look at the mirror. From then on it follows every patch: the host knows each but for
+what a tick chose to forget, and those positions come back with the tick.
 
 The index holds for one account, which is replaced with every patch. So whatever changes the memory
-without telling the index (a prompt, a save, renumbering, an interruption) shows in the account, and
-the next edit looks at the mirror again.
+without telling the index (a save, renumbering, an interruption) shows in the account, and the next
+edit looks at the mirror again.
 
 Positions only ever grow at the end, or are taken again by a row in an old place. So text order is a
 list that forgotten rows stay in, marked, until there are as many of them as slots.

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Refused, Replace
+from brain.actions import Action
 from brain.errors import NotFinite
 from brain.row_index import RowIndex
 from captured_graphs import Watched
@@ -95,7 +96,7 @@ def test_it_follows_passes_of_several_tokens(open_parrot: OpenTiny, looks: list[
         b.speak()
         assert agrees(b)
     assert b.lookahead.counts.accepted > 3
-    assert len(looks) == 1
+    assert not looks  # a prompt of one patch begins an index
 
 
 def rebased(b: Brain) -> None:
@@ -238,10 +239,8 @@ def test_neighbours_and_order(
         assert not index.are_neighbours([kept[0], kept[2]])
 
 
-@pytest.mark.parametrize(
-    "act", [[Cull([3])], [Redact([3])], [Pin([3])], [Boost([3], 2.0)]], ids=str
-)
-def test_an_edit_makes_nothing_as_long_as_the_capacity(act: list[Any], open_tiny: OpenTiny) -> None:
+@pytest.mark.parametrize("act", [Cull([3]), Redact([3]), Pin([3]), Boost([3], 2.0)], ids=str)
+def test_an_edit_makes_nothing_as_long_as_the_capacity(act: Action, open_tiny: OpenTiny) -> None:
     """Cull, redact, pin and boost cost the rows that they name."""
     seen = []
     for capacity in (1000, 3000):
