@@ -296,9 +296,9 @@ def _draft(
         following: The row after the last one, or none.
         edit: What else is asked for.
     """
-    graphs, eviction = memory.graphs, memory.graphs.spec.eviction
-    count = len(rows)
-    needed = max(1, count, len(edit.erase))
+    graphs, count = memory.graphs, len(rows)
+    named = max(len(edit.cull), len(edit.boost), len(edit.pin))
+    needed = max(1, count, len(edit.erase) if rows else named)
     if not run.is_captured(needed):
         run = graphs.uncaptured
     width = run.edit_width(needed)
@@ -320,29 +320,42 @@ def _draft(
             scored.new_keys[:, :, :count],
             scored.new_values[:, :, :count],
         )
+        novelty = graphs.spec.eviction.novelty
         for arrival, next_surprise in zip(known, scored.surprises.tolist(), strict=False):
             if arrival is None:
                 assert carry is not None
-                mean = running_novelty(carry.novelty, carry.next_surprise, eviction.novelty)
+                mean = running_novelty(carry.novelty, carry.next_surprise, novelty)
                 arrival = Arrival(carry.next_surprise, mean)
             arrivals.append(arrival)
             carry = Carry(arrival.novelty, next_surprise)
+    if run.is_captured(needed) and named <= width:
+        plan = graphs.empty_edit(width, scored)  # after the read, which needs the most memory
+    else:
+        run, plan = graphs.uncaptured, graphs.empty_edit()
+        if scored is not None:
+            plan = plan._replace(
+                keys=scored.new_keys[:, :, :count], values=scored.new_values[:, :, :count]
+            )
+    plan, after = _planned(memory, index, plan, account, rows, arrivals, edit)
+    return _Draft(run, plan, after, carry, scored)
 
-    # What follows changes the index, so nothing is refused from here on.
-    newest = index.last()
+
+def _planned(
+    memory: Memory,
+    index: RowIndex,
+    plan: EditPlan,
+    account: Account,
+    rows: Sequence[Row],
+    arrivals: Sequence[Arrival],
+    edit: Edit,
+) -> tuple[EditPlan, Account]:
+    """An empty plan, filled with new rows and the edit, and the account after it. Finds slots for
+    the rows: the index becomes that of the memory to be.
+    """
+    eviction, newest = memory.graphs.spec.eviction, index.last()
     new = [newest is None or row.position > newest for row in rows]
-    named = max(len(edit.cull), len(edit.boost), len(edit.pin))
-    captured = run.is_captured(max(needed, named))
-    if not captured:
-        run = graphs.uncaptured
-    plan = graphs.empty_edit(width if captured else 0, scored)
-    if scored is not None and not captured:
-        plan = plan._replace(
-            keys=scored.new_keys[:, :, :count], values=scored.new_values[:, :, :count]
-        )
-    slots = index.forget(edit.cull) | {
-        position: index.slot_of(position) for position in (*edit.boost, *edit.pin)
-    }
+    slots = {position: index.slot_of(position) for position in (*edit.boost, *edit.pin)}
+    slots |= index.forget(edit.cull)
     changes = {"brightness": _boosted(memory, edit, slots), "pinned": _pinned(memory, edit, slots)}
     echoes, strength = _echoes(rows, arrivals, new, eviction)
     if any(new):
@@ -353,35 +366,30 @@ def _draft(
     else:
         cursor, position = _cursor_after(memory, index, account, rows, arrivals)
         uncommitted = False
-    filled = index.put([row.position for row in rows])
     index.pin(edit.pin)
-    free = {slots[position] for position in edit.cull}.difference(filled)
-    erase = [slots[position] for position in edit.erase if slots[position] in free]
+    filled = index.put([row.position for row in rows])
+    reused = set(filled)
+    gone = [position for position in edit.cull if slots[position] not in reused]
+    erase = [slots[position] for position in gone if position in edit.erase]
+    cull = [slots[position] for position in gone if position not in edit.erase]
+    for name, change in changes.items():
+        room = plan.changes.get(name, Change(change.slots[:0], change.values[:0]))
+        if len(change.slots):
+            plan.changes[name] = Change(*map(_filled_up, change, room))
     plan = plan._replace(
         rows=_columns(rows, arrivals, echoes, plan.keys.shape[2], account.tick, memory, eviction),
         slots=_filled_up(memory.int64(filled), plan.slots),
-        cull=_filled_up(memory.int64(list(free.difference(erase))), plan.cull),
+        cull=_filled_up(memory.int64(cull), plan.cull),
         erase=_filled_up(memory.int64(erase), plan.erase),
-        changes=plan.changes
-        | {
-            name: Change(*map(_filled_up, change, plan.changes.get(name, _NO_ROOM)))
-            for name, change in changes.items()
-            if len(change.slots)
-        },
         cursor=cursor,
-        only_appends=not (captured or edit.cull),
+        only_appends=not (plan.padded or edit.cull),
     )
-    after = account.after_edit(
-        account.count - len(edit.cull) + count, position, uncommitted=uncommitted
-    )
-    return _Draft(run, plan, after, carry, scored)
-
-
-_NO_ROOM = Change(torch.zeros(0), torch.zeros(0))
+    count = account.count - len(edit.cull) + len(rows)
+    return plan, account.after_edit(count, position, uncommitted=uncommitted)
 
 
 def _filled_up(some: Tensor, empty: Tensor) -> Tensor:
-    """Followed by the padding of an empty list, as long as that if it is longer."""
+    """A list that is at least as long as an empty one, whose padding follows."""
     rest = empty[len(some) :]
     return torch.cat([some, rest]) if len(rest) else some
 
@@ -491,7 +499,7 @@ def _pinned(memory: Memory, edit: Edit, slots: Mapping[int, int]) -> Change:
 def _echoing(memory: Memory, index: RowIndex, at: int) -> Tensor:
     """Slots of the rows before a position that an echo from there reaches: [M] int64."""
     reach = memory.graphs.spec.eviction.novelty.reach
-    return memory.int64(index.slots_since(at - reach).tolist())
+    return torch.from_numpy(index.slots_since(at - reach)).to(memory.device)
 
 
 def _echoed(

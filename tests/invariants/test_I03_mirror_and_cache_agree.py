@@ -247,6 +247,7 @@ def test_I3_captured_and_eager_brains_hold_the_same(eager_brain: Brain, warm_bra
         for b in (eager_brain, warm_brain):
             b.prime(IDS[:20], source="system")
             b.patch([Cull([3, 4, 9]), Replace([11, 12], [77]), Pin([6]), Boost([7], 20.0)])
+            b.patch([Boost(list(range(13, 19)), 1.0)])  # a wider graph
             b.feed(IDS[30:34])
             b.patch([Append(IDS[40:43], source="tool"), Redact([15, 16])])
             b.feed(IDS[100 : 100 + 20 * calls], source="model")
