@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from brain.errors import Refused, shown
-from brain.mirror import Mirror, source_number
+from brain.mirror import source_number
+from brain.row_index import RowIndex
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Limits:
 
     vocab_size: int
     capacity: int
+    count: int  # rows that are remembered
     unforgettable: int  # rows that may be pinned before the loop finds nothing to forget
     chunk: int  # rows that one patch can write, or redact
     pending: bool  # a spoken token waits for its row
@@ -146,7 +148,7 @@ def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
     return checked
 
 
-def resolve(actions: Sequence[Action], mirror: Mirror, limits: Limits) -> Edit:
+def resolve(actions: Sequence[Action], index: RowIndex, limits: Limits) -> Edit:
     """Checks a whole batch against what is remembered. Raises Refused, naming the action."""
     edit = Edit()
     for action in listed(actions, "actions"):
@@ -156,22 +158,22 @@ def resolve(actions: Sequence[Action], mirror: Mirror, limits: Limits) -> Edit:
             number = source_number(action.source)
             edit.appending += [(token, number) for token in ids]
         elif isinstance(action, Cull):
-            _remove(action.positions, edit, mirror, name)
+            _remove(action.positions, edit, index, name)
         elif isinstance(action, Redact):
-            edit.erase.update(_remove(action.positions, edit, mirror, name))
+            edit.erase.update(_remove(action.positions, edit, index, name))
         elif isinstance(action, Replace):
-            _replace(action, edit, mirror, limits)
+            _replace(action, edit, index, limits)
         elif isinstance(action, Pin):
-            for position in _positions(action.positions, mirror, name):
+            for position in _positions(action.positions, index, name):
                 if edit.pin.setdefault(position, action.pinned) != action.pinned:
                     raise Refused(f"position {position} is both pinned and released in one batch")
         elif isinstance(action, Boost):
             amount = _finite(action.amount)
-            for position in _positions(action.positions, mirror, name):
+            for position in _positions(action.positions, index, name):
                 edit.boost[position] = edit.boost.get(position, 0.0) + amount
         else:
             raise Refused(f"{shown(action)} is not an action: use Append, Cull, Replace, Pin, …")
-    _check_whole(edit, mirror, limits)
+    _check_whole(edit, index, limits)
     return edit
 
 
@@ -184,21 +186,21 @@ def _finite(amount: object) -> float:
     raise Refused(f"Boost by {amount!r}: the amount must be a finite number")
 
 
-def _positions(positions: Sequence[int], mirror: Mirror, name: str) -> list[int]:
+def _positions(positions: Sequence[int], index: RowIndex, name: str) -> list[int]:
     checked = []
     for position in listed(positions, f"{name}: positions"):
         number = integer(position)
         if number is None:
             raise Refused(f"{name}: position {position!r} is not an integer")
-        mirror.index_of(number)
+        index.slot_of(number)
         checked.append(number)
     if len(set(checked)) != len(checked):
         raise Refused(f"{name}: positions {checked} name a row twice")
     return checked
 
 
-def _remove(positions: Sequence[int], edit: Edit, mirror: Mirror, name: str) -> list[int]:
-    checked = _positions(positions, mirror, name)
+def _remove(positions: Sequence[int], edit: Edit, index: RowIndex, name: str) -> list[int]:
+    checked = _positions(positions, index, name)
     for position in checked:
         if position in edit.cull:
             raise Refused(f"{name}: position {position} is removed twice in one batch")
@@ -206,37 +208,37 @@ def _remove(positions: Sequence[int], edit: Edit, mirror: Mirror, name: str) -> 
     return checked
 
 
-def _replace(action: Replace, edit: Edit, mirror: Mirror, limits: Limits) -> None:
+def _replace(action: Replace, edit: Edit, index: RowIndex, limits: Limits) -> None:
     ids = token_ids(action.ids, limits.vocab_size, "Replace")
     number = source_number(action.source)
-    positions = sorted(_remove(action.positions, edit, mirror, "Replace"))
+    positions = sorted(_remove(action.positions, edit, index, "Replace"))
     if not positions:
         raise Refused("Replace: no positions given")
     if len(ids) > len(positions):
         raise Refused(f"Replace: {len(ids)} tokens do not fit in {len(positions)} positions")
-    first = mirror.index_of(positions[0])
-    if mirror.position[first : first + len(positions)].tolist() != positions:
+    if not index.are_neighbours(positions):
         raise Refused(f"Replace: positions {positions} are not neighbours in what is remembered")
     edit.replacing += [(token, at, number) for token, at in zip(ids, positions, strict=False)]
 
 
-def _check_whole(edit: Edit, mirror: Mirror, limits: Limits) -> None:
+def _check_whole(edit: Edit, index: RowIndex, limits: Limits) -> None:
     for position in (*edit.pin, *edit.boost):
         if position in edit.cull:
             raise Refused(f"position {position} is both removed and changed in one batch")
     new = len(edit.replacing) + len(edit.appending) + bool(limits.pending and edit.appending)
-    rows = len(mirror) - len(edit.cull) + new
+    rows = limits.count - len(edit.cull) + new
     if rows > limits.capacity:
         raise Refused(
             f"memory is full: {rows} rows do not fit in {limits.capacity} slots; cull "
             f"{rows - limits.capacity} first or in the same batch"
         )
-    pinned = {int(position) for position in mirror.position[mirror.pinned]} - edit.cull
-    pinned |= {position for position, wanted in edit.pin.items() if wanted}
-    pinned -= {position for position, wanted in edit.pin.items() if not wanted}
-    if any(edit.pin.values()) and len(pinned) > limits.unforgettable:
+    pinned = len(index.pinned) - sum(position in index.pinned for position in edit.cull)
+    pinned += sum(
+        bool(wanted) - (position in index.pinned) for position, wanted in edit.pin.items()
+    )
+    if any(edit.pin.values()) and pinned > limits.unforgettable:
         raise Refused(
-            f"{len(pinned)} pinned rows would leave nothing to forget: at most "
+            f"{pinned} pinned rows would leave nothing to forget: at most "
             f"{limits.unforgettable} can be pinned at this cull.target"
         )
     if len(edit.erase) > limits.chunk:

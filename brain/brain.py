@@ -225,15 +225,16 @@ class Brain:
         number = source_number(source)
         rows = [Row(token, position, number) for position, token in enumerate(ids)]
         before, detokenizer = self.memory.account, self.loop.detokenizer
-        nothing = self.mirror.emptied()
+        index = self.loop.index
         try:
             self.loop.detokenizer = Detokenizer(self.tokenizer)
             if len(rows) <= self.graphs.chunk:
-                edits.replace_all(self.memory, rows, nothing)
+                edits.replace_all(self.memory, index, rows)
             else:
                 self.memory.forget_everything()
+                index.update()
                 uncaptured = self.graphs.uncaptured
-                edits.append_in_chunks(self.memory, uncaptured, rows, Edit(), nothing, None)
+                edits.append_in_chunks(self.memory, index, uncaptured, rows, Edit(), None)
         except BaseException:
             if self.memory.account is before:
                 self.loop.detokenizer = detokenizer
@@ -348,20 +349,23 @@ class Brain:
         whatever comes after: an exception then has a note that says it.
         """
         self.loop.settle()
-        mirror, account = self.mirror, self.memory.account
+        index, account = self.loop.index, self.memory.account
+        index.update()
         limits = Limits(
             vocab_size=self.checkpoint.config.vocab_size,
             capacity=self.capacity,
+            count=account.count,
             unforgettable=self.most_pinned,
             chunk=self.graphs.chunk,
             pending=account.uncommitted,
         )
-        edit = resolve(actions, mirror, limits)
+        edit = resolve(actions, index, limits)
         if not edit.appending or not self.loop.stay_in_range(1 + len(edit.appending)):
-            edits.edit(self.memory, edit, mirror)
+            edits.edit(self.memory, index, edit)
             return
         try:
-            edits.edit(self.memory, edit.moved(mirror.position.tolist()), self.mirror)
+            # The index still says where rows stood before they were renumbered.
+            edits.edit(self.memory, index, edit.moved(index.positions))
         except BaseException as error:
             error.add_note("positions have been renumbered before that: look at the mirror")
             raise

@@ -9,10 +9,11 @@ Four cases, each a function:
 * ``restore``: saved rows go back into their slots.
 
 All of them read first and then patch. They know rows, not text; they never write a tensor
-themselves. What they are given has been checked (``actions.py``, ``saves.py``).
+themselves. What they are given has been checked (``actions.py``, ``saves.py``). Where rows stand
+and go, the index tells (``row_index.py``): beside its reads, an edit costs the rows that it names,
+not the capacity.
 """
 
-import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,11 +25,11 @@ from brain.actions import Edit
 from brain.diagnosis import not_finite_error
 from brain.machine.signals import Uninterrupted
 from brain.memory import EMPTY, Account, Memory
-from brain.mirror import Mirror
+from brain.row_index import RowIndex
 from compiled.choose import Eviction
 from compiled.finite import not_finite
 from compiled.graphs import Graphs, Uncaptured
-from compiled.plan import Plan, new_rows
+from compiled.plan import Change, EditPlan, new_rows
 from compiled.read import ScoredPrefill
 from compiled.sample import surprises
 from compiled.score import echo, running_novelty, seed_brightness
@@ -62,31 +63,32 @@ class Carry(NamedTuple):
     next_surprise: float
 
 
-def replace_all(memory: Memory, rows: Sequence[Row], nothing: Mirror) -> None:
+def replace_all(memory: Memory, index: RowIndex, rows: Sequence[Row]) -> None:
     """Replaces everything that is remembered by a prompt, in one patch that is not captured.
 
     Args:
         memory: The memory.
+        index: Its index.
         rows: At least one and at most ``chunk`` rows, at positions 0, 1, …
-        nothing: An empty mirror: no old row is seen by a new one.
     """
     known = [FIRST, *[None] * (len(rows) - 1)]
-    uncaptured = memory.graphs.uncaptured
-    draft = _draft(memory, uncaptured, EMPTY, rows, known, None, [], Edit(), nothing)
-    plan = draft.plan._replace(cull=memory.state.valid.logical_or(memory.state.valid))
-    plan = _trimmed(plan, len(rows), culls=memory.account.count > 0, erases=False)
-    _commit(memory, draft._replace(plan=plan))
+    index.clear()
+    draft = _draft(memory, index, memory.graphs.uncaptured, EMPTY, rows, known, None, [], Edit())
+    held = torch.nonzero(memory.state.valid)[:, 0]
+    plan = draft.plan._replace(cull=held[held >= len(rows)], only_appends=memory.account.count == 0)
+    _commit(memory, index, draft._replace(plan=plan))
 
 
-def edit(memory: Memory, edit: Edit, mirror: Mirror) -> None:
+def edit(memory: Memory, index: RowIndex, edit: Edit) -> None:
     """Changes a running memory, in one patch; in several where a long text is appended. An append
     also commits the pending token, if there is one.
 
     Args:
         memory: The memory.
+        index: Its index. Every tick has been waited for.
         edit: What is asked for.
-        mirror: What is remembered.
     """
+    index.update()
     account, cursor, run = memory.account, memory.cursor, memory.graphs
     rows = [Row(*row) for row in edit.replacing]
     pending: Arrival | None = None
@@ -100,34 +102,32 @@ def edit(memory: Memory, edit: Edit, mirror: Mirror) -> None:
             pending = Arrival(float(cursor.surprise[0]), float(cursor.novelty[0]))
     rows.sort(key=lambda row: row.position)
     if len(rows) > run.chunk:
-        append_in_chunks(memory, run, rows, edit, mirror, pending)
+        append_in_chunks(memory, index, run, rows, edit, pending)
         return
-    known = _known_arrivals(memory, rows, mirror, pending)
-    _commit(memory, _draft(memory, run, account, rows, known, None, [], edit, mirror))
+    known = _known_arrivals(memory, index, rows, pending)
+    _commit(memory, index, _draft(memory, index, run, account, rows, known, None, [], edit))
 
 
 def append_in_chunks(
     memory: Memory,
+    index: RowIndex,
     run: Graphs | Uncaptured,
     rows: Sequence[Row],
     edit: Edit,
-    mirror: Mirror,
     pending: Arrival | None,
 ) -> None:
     """Appends a text of any length, chunk by chunk; the edit comes with the last one.
 
     Args:
         memory: The memory.
+        index: Its index, as of now.
         run: Its graphs, or ``uncaptured`` for a text that it begins with.
         rows: Any number of rows, sorted by position, after all that is remembered.
         edit: What else is asked for: nothing that removes a row.
-        mirror: What is remembered before it.
         pending: How the pending token came, if its row is among them.
     """
-    known = _known_arrivals(memory, rows, mirror, pending)
-    undo = memory.graphs.empty_edit(run.edit_width(1))._replace(
-        cull=memory.state.valid.logical_not()  # of what is there then: all that is new
-    )
+    known = _known_arrivals(memory, index, rows, pending)
+    undo = _forgetting(memory, index, rows)
     before, carry = memory.account, None
     for start in range(0, len(rows), memory.graphs.chunk):
         end = start + memory.graphs.chunk
@@ -135,6 +135,7 @@ def append_in_chunks(
         try:
             draft = _draft(
                 memory,
+                index,
                 run,
                 memory.account,
                 rows[start:end],
@@ -142,26 +143,33 @@ def append_in_chunks(
                 carry,
                 rows[end : end + 1],
                 edit if last else Edit(),
-                mirror,
             )
             carry = draft.carry
-            _commit(memory, draft)
+            _commit(memory, index, draft)
             del draft  # its keys and values: the next chunk is read without them
         except BaseException:
             done = last and memory.account is not settled  # interrupted after the last patch
             if memory.account is not before and not done:
                 with Uninterrupted():
                     memory.graphs.begin_step()
-                    run.patch(undo)
+                    memory.graphs.uncaptured.patch(undo)
                     memory.account = before
             raise
+
+
+def _forgetting(memory: Memory, index: RowIndex, rows: Sequence[Row]) -> EditPlan:
+    """The plan that takes rows back which are about to be appended, and what they echo."""
+    held = _echoing(memory, index, rows[0].position)
+    return memory.graphs.empty_edit()._replace(
+        cull=memory.int64(index.lowest_free(len(rows))),
+        changes={"novelty": Change(held, memory.state.novelty.index_select(0, held))},
+    )
 
 
 def restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int) -> None:
     """Puts saved rows back into their slots, and the cursor where it stood.
 
-    The one patch knows only "the lowest free slot", so the holes between the rows are filled first
-    and forgotten again. Nothing is captured. Whatever interrupts it leaves an empty memory.
+    Nothing is captured. Whatever interrupts it leaves an empty memory.
 
     Args:
         memory: The memory; what it holds is forgotten.
@@ -170,60 +178,39 @@ def restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_wat
         high_water: Over how many slots a read sums, and so how it rounds.
     """
     memory.forget_everything()
-    try:
-        _restore(memory, rows, cursor, high_water)
-    except BaseException:
-        memory.forget_everything()
-        raise
-
-
-def _restore(memory: Memory, rows: Mapping[str, Tensor], cursor: Cursor, high_water: int) -> None:
-    graphs, slot = memory.graphs, rows["slot"]
-    size = int(slot[-1]) + 1 if len(slot) else 0
-    for start in range(0, size, graphs.chunk):
-        length = min(graphs.chunk, size - start)
-        plan = _saved(graphs.empty_edit(length), rows, slot, start, length, memory)
-        plan = _trimmed(plan, length, culls=False, erases=False)
-        account = memory.account.after_edit(start + length, NOWHERE, uncommitted=False)
-        _commit(memory, _Draft(graphs.uncaptured, plan, account))
-    holes = torch.zeros(memory.state.capacity, dtype=torch.bool)
-    holes[:size] = True
-    holes[slot] = False
-    cursor = Cursor(*(tensor.to(memory.device) for tensor in cursor))
-    plan = graphs.empty_edit(1)._replace(cull=holes.to(memory.device), cursor=cursor)
     account = Account(
-        count=len(slot),
+        count=len(rows["slot"]),
         high_water=high_water,
         tick=int(cursor.tick),
         position=int(cursor.position[0]),
         uncommitted=bool(int(cursor.uncommitted)),
     )
-    _commit(memory, _Draft(graphs.uncaptured, plan, account))
+    try:
+        for start in range(0, account.count, memory.graphs.chunk):
+            memory.graphs.uncaptured.patch(_saved(memory, rows, start))
+        at = Cursor(*(tensor.to(memory.device) for tensor in cursor))
+        with Uninterrupted():
+            memory.graphs.uncaptured.patch(memory.graphs.empty_edit()._replace(cursor=at))
+            memory.account = account
+    except BaseException:
+        memory.forget_everything()
+        raise
 
 
-def _saved(
-    plan: Plan,
-    rows: Mapping[str, Tensor],
-    slot: Tensor,
-    start: int,
-    length: int,
-    memory: Memory,
-) -> Plan:
-    """The plan, writing slots ``start`` to ``start + length - 1``: the saved rows of those that
-    have one, at their places, and zeros in the holes between them.
-    """
-    first, last = torch.searchsorted(slot, torch.tensor([start, start + length])).tolist()
-    place = (slot[first:last] - start).to(memory.device)  # [rows in this range]
+def _saved(memory: Memory, rows: Mapping[str, Tensor], start: int) -> EditPlan:
+    """The plan that puts a chunk of the saved rows, from ``start`` on, into their slots."""
+    length = min(memory.graphs.chunk, len(rows["slot"]) - start)
 
-    def placed(empty: Tensor, name: str, axis: int = 0) -> Tensor:
-        saved = rows[name].narrow(axis, first, last - first).to(memory.device)
-        return empty.index_copy(axis, place, saved)
+    def some(name: str) -> Tensor:
+        axis = 2 if name in ("keys", "values") else 0
+        return rows[name].narrow(axis, start, length).to(memory.device)
 
-    return plan._replace(
-        keys=placed(plan.keys, "keys", 2),
-        values=placed(plan.values, "values", 2),
-        rows={name: placed(plan.rows[name], name) for name in ROW_COLUMNS},
-        length=memory.int64(length),
+    return memory.graphs.empty_edit()._replace(
+        keys=some("keys"),
+        values=some("values"),
+        rows={name: some(name) for name in ROW_COLUMNS},
+        slots=some("slot"),
+        only_appends=True,
     )
 
 
@@ -231,47 +218,49 @@ def _saved(
 
 
 class _Draft(NamedTuple):
-    """A patch that is ready to be made."""
+    """A patch that is ready to be made. The index has it already, and holds for no account yet."""
 
     run: Graphs | Uncaptured  # who makes it
-    plan: Plan
+    plan: EditPlan
     account: Account  # after it
     carry: Carry | None = None  # what its last row carries over
     scored: ScoredPrefill | None = None  # held until the patch is done, as in the rehearsal
 
 
-def _commit(memory: Memory, draft: _Draft) -> None:
+def _commit(memory: Memory, index: RowIndex, draft: _Draft) -> None:
     """The patch and the account of it: both or neither."""
     with Uninterrupted():
         draft.run.patch(draft.plan)
         memory.account = draft.account
+        index.hold(draft.account)
 
 
 def _known_arrivals(
-    memory: Memory, rows: Sequence[Row], mirror: Mirror, pending: Arrival | None
+    memory: Memory, index: RowIndex, rows: Sequence[Row], pending: Arrival | None
 ) -> list[Arrival | None]:
     """How each row comes, as far as the memory tells: None where the new row before it does."""
     known: list[Arrival | None] = []
-    for index, row in enumerate(rows):
-        previous = rows[index - 1] if index else None
-        before = bisect.bisect_left(mirror.position, row.position) - 1
+    for number, row in enumerate(rows):
+        previous = rows[number - 1] if number else None
+        before = index.before(row.position)
         if row.position == memory.account.position and pending is not None:
             known.append(pending)
-        elif before >= 0 and (previous is None or previous.position < mirror.position[before]):
-            known.append(_arrival_after(memory, mirror, before, row.token))
+        elif before is not None and (previous is None or previous.position < before):
+            known.append(_arrival_after(memory, index, before, row.token))
         else:
-            known.append(None if index else FIRST)
+            known.append(None if number else FIRST)
     return known
 
 
-def _arrival_after(memory: Memory, mirror: Mirror, index: int, token: int) -> Arrival:
-    """How a token comes behind the remembered row at an index of the mirror: reads that row."""
-    logits = memory.logits_after(int(mirror.token_id[index]), int(mirror.position[index]))
+def _arrival_after(memory: Memory, index: RowIndex, position: int, token: int) -> Arrival:
+    """How a token comes behind the row that is remembered at a position: reads that row."""
+    slot = index.slot_of(position)
+    logits = memory.logits_after(int(memory.state.token_id[slot]), position)
     surprise = surprises(logits, memory.int64([token]))
     _require_finite(memory, surprise)
     nats = float(surprise[0])
     constants = memory.graphs.spec.eviction.novelty
-    return Arrival(nats, running_novelty(float(mirror.novelty[index]), nats, constants))
+    return Arrival(nats, running_novelty(float(memory.state.novelty[slot]), nats, constants))
 
 
 def _require_finite(memory: Memory, *parts: Tensor) -> None:
@@ -285,6 +274,7 @@ def _require_finite(memory: Memory, *parts: Tensor) -> None:
 
 def _draft(
     memory: Memory,
+    index: RowIndex,
     run: Graphs | Uncaptured,
     account: Account,
     rows: Sequence[Row],
@@ -292,12 +282,12 @@ def _draft(
     carry: Carry | None,
     following: Sequence[Row],
     edit: Edit,
-    mirror: Mirror,
 ) -> _Draft:
     """Reads some rows and plans the one patch that adds them and makes the edit.
 
     Args:
         memory: The memory.
+        index: Its index; afterwards it is that of the memory to be.
         run: How the work is called, if it has graphs of this width; otherwise it is not captured.
         account: What the rows are read against.
         rows: Rows to add, at most ``chunk``.
@@ -305,93 +295,122 @@ def _draft(
         carry: What the row before the first one carries over to it, if it was new.
         following: The row after the last one, or none.
         edit: What else is asked for.
-        mirror: What is remembered, but for new rows of the same text.
     """
-    graphs, eviction = memory.graphs, memory.graphs.spec.eviction
-    needed = max(1, len(rows), len(edit.erase))
-    captured = run.is_captured(needed)
-    if not captured:
+    graphs, count = memory.graphs, len(rows)
+    named = max(len(edit.cull), len(edit.boost), len(edit.pin))
+    needed = max(1, count, len(edit.erase) if rows else named)
+    if not run.is_captured(needed):
         run = graphs.uncaptured
     width = run.edit_width(needed)
     scored, arrivals = None, []
     graphs.begin_step()
     if rows:
-        padding = [0] * (width - len(rows))
+        padding = [0] * (width - count)
         targets = [row.token for row in (*rows[1:], *following)]
         scored = run.scored_prefill(
             memory.int64([*(row.token for row in rows), *padding]),
             memory.int64([*(row.position for row in rows), *padding]),
-            memory.int64(len(rows)),
+            memory.int64(count),
             memory.int64(targets + [0] * (width - len(targets))),
             high_water=account.high_water,
         )
-        count = len(rows)
         _require_finite(
             memory,
             scored.surprises[:count],
             scored.new_keys[:, :, :count],
             scored.new_values[:, :, :count],
         )
+        novelty = graphs.spec.eviction.novelty
         for arrival, next_surprise in zip(known, scored.surprises.tolist(), strict=False):
             if arrival is None:
                 assert carry is not None
-                mean = running_novelty(carry.novelty, carry.next_surprise, eviction.novelty)
+                mean = running_novelty(carry.novelty, carry.next_surprise, novelty)
                 arrival = Arrival(carry.next_surprise, mean)
             arrivals.append(arrival)
             carry = Carry(arrival.novelty, next_surprise)
-    plan = graphs.empty_edit(width, scored)  # after the read, which needs the most memory
-
-    if account.uncommitted and not (rows and rows[-1].position > account.position):
-        cursor, position, uncommitted = plan.cursor, account.position, True
+    if run.is_captured(needed) and named <= width:
+        plan = graphs.empty_edit(width, scored)  # after the read, which needs the most memory
     else:
-        cursor, position = _cursor_after(memory, account, rows, arrivals, edit, mirror)
-        uncommitted = False
-    newest = int(mirror.position[-1]) if len(mirror) else NOWHERE
-    new = [row.position > newest for row in rows]
-    echoes, strength = _echoes(rows, arrivals, new, eviction)
-    plan = plan._replace(
-        rows=_columns(rows, arrivals, echoes, width, account.tick, memory, eviction),
-        length=memory.int64(len(rows)),
-        cursor=cursor,
-    )
-    if any(new):
-        at = memory.int64(rows[new.index(True)].position)
-        novelty = echo(memory.state, at, memory.float32(strength), eviction.novelty)
-        plan = plan._replace(updates=plan.updates | {"novelty": novelty})
-    plan = _with_edit(plan, memory, edit, mirror)
-    if not captured:
-        plan = _trimmed(plan, len(rows), culls=bool(edit.cull), erases=bool(edit.erase))
-    count = account.count - len(edit.cull) + len(rows)
-    after = account.after_edit(count, position, uncommitted=uncommitted)
+        run, plan = graphs.uncaptured, graphs.empty_edit()
+        if scored is not None:
+            plan = plan._replace(
+                keys=scored.new_keys[:, :, :count], values=scored.new_values[:, :, :count]
+            )
+    plan, after = _planned(memory, index, plan, account, rows, arrivals, edit)
     return _Draft(run, plan, after, carry, scored)
 
 
-def _trimmed(plan: Plan, length: int, *, culls: bool, erases: bool) -> Plan:
-    """The plan without what it does not need: a patch that is not captured may have any shape."""
-    padded = length < plan.keys.shape[2]
-    return plan._replace(
-        erase=plan.erase if erases else None,
-        padded=padded,
-        only_appends=not (padded or culls or erases),
-    )
-
-
-def _cursor_after(
+def _planned(
     memory: Memory,
+    index: RowIndex,
+    plan: EditPlan,
     account: Account,
     rows: Sequence[Row],
     arrivals: Sequence[Arrival],
     edit: Edit,
-    mirror: Mirror,
+) -> tuple[EditPlan, Account]:
+    """An empty plan, filled with new rows and the edit, and the account after it. Finds slots for
+    the rows: the index becomes that of the memory to be.
+    """
+    eviction, newest = memory.graphs.spec.eviction, index.last()
+    new = [newest is None or row.position > newest for row in rows]
+    slots = {position: index.slot_of(position) for position in (*edit.boost, *edit.pin)}
+    slots |= index.forget(edit.cull)
+    changes = {"brightness": _boosted(memory, edit, slots), "pinned": _pinned(memory, edit, slots)}
+    echoes, strength = _echoes(rows, arrivals, new, eviction)
+    if any(new):
+        at = rows[new.index(True)].position
+        changes["novelty"] = _echoed(memory, index, at, strength, eviction)
+    if account.uncommitted and not (rows and rows[-1].position > account.position):
+        cursor, position, uncommitted = plan.cursor, account.position, True
+    else:
+        cursor, position = _cursor_after(memory, index, account, rows, arrivals)
+        uncommitted = False
+    index.pin(edit.pin)
+    filled = index.put([row.position for row in rows])
+    reused = set(filled)
+    gone = [position for position in edit.cull if slots[position] not in reused]
+    erase = [slots[position] for position in gone if position in edit.erase]
+    cull = [slots[position] for position in gone if position not in edit.erase]
+    for name, change in changes.items():
+        room = plan.changes.get(name, Change(change.slots[:0], change.values[:0]))
+        if len(change.slots):
+            plan.changes[name] = Change(*map(_filled_up, change, room))
+    plan = plan._replace(
+        rows=_columns(rows, arrivals, echoes, plan.keys.shape[2], account.tick, memory, eviction),
+        slots=_filled_up(memory.int64(filled), plan.slots),
+        cull=_filled_up(memory.int64(cull), plan.cull),
+        erase=_filled_up(memory.int64(erase), plan.erase),
+        cursor=cursor,
+        only_appends=not (plan.padded or edit.cull),
+    )
+    count = account.count - len(edit.cull) + len(rows)
+    return plan, account.after_edit(count, position, uncommitted=uncommitted)
+
+
+def _filled_up(some: Tensor, empty: Tensor) -> Tensor:
+    """A list that is at least as long as an empty one, whose padding follows."""
+    rest = empty[len(some) :]
+    return torch.cat([some, rest]) if len(rest) else some
+
+
+def _cursor_after(
+    memory: Memory,
+    index: RowIndex,
+    account: Account,
+    rows: Sequence[Row],
+    arrivals: Sequence[Arrival],
 ) -> tuple[Cursor, int]:
-    """A cursor at the newest row there will be, to be read again, and its position."""
-    kept = [index for index, p in enumerate(mirror.position.tolist()) if p not in edit.cull]
-    if rows and (not kept or rows[-1].position > mirror.position[kept[-1]]):
+    """A cursor at the newest row there will be, to be read again, and its position. The index has
+    no row any more that is to be forgotten, and none yet of the new ones.
+    """
+    kept = index.last()
+    if rows and (kept is None or rows[-1].position > kept):
         row, arrival = rows[-1], arrivals[-1]
-    elif kept:
-        newest = {name: column[kept[-1]].item() for name, column in mirror.columns.items()}
-        row = Row(newest["token_id"], newest["position"], newest["source"])
-        arrival = Arrival(newest["surprise"], newest["novelty"])
+    elif kept is not None:
+        state, slot = memory.state, index.slot_of(kept)
+        row = Row(int(state.token_id[slot]), kept, int(state.source[slot]))
+        arrival = Arrival(float(state.surprise[slot]), float(state.novelty[slot]))
     else:
         row, arrival = Row(0, NOWHERE, 0), FIRST
     cursor = Cursor(
@@ -458,32 +477,39 @@ def _columns(
     )
 
 
-def _with_edit(plan: Plan, memory: Memory, edit: Edit, mirror: Mirror) -> Plan:
-    """The plan, doing everything the edit asks for as well."""
-    state, device = memory.state, memory.device
+def _boosted(memory: Memory, edit: Edit, slots: Mapping[int, int]) -> Change:
+    """Brightness of the rows that are boosted."""
+    at = memory.int64([slots[position] for position in edit.boost])
+    most = memory.graphs.spec.eviction.brightness.maximum
+    held = memory.state.brightness.index_select(0, at).tolist()
+    boosted = [
+        min(max(brightness + amount, 0.0), most)
+        for brightness, amount in zip(held, edit.boost.values(), strict=True)
+    ]
+    return Change(at, torch.tensor(boosted, dtype=torch.float32, device=memory.device))
 
-    def slots(positions: Iterable[int]) -> list[int]:
-        return [int(mirror.slot[mirror.index_of(position)]) for position in positions]
 
-    if edit.cull:
-        cull = torch.zeros(state.capacity, dtype=torch.bool)
-        cull[slots(edit.cull)] = True
-        plan = plan._replace(cull=cull.to(device))
-    updates = dict(plan.updates)
-    if edit.boost:
-        most = memory.graphs.spec.eviction.brightness.maximum
-        brightness: Tensor = state.brightness.to("cpu", copy=True)
-        for slot, amount in zip(slots(edit.boost), edit.boost.values(), strict=True):
-            boosted = float(brightness[slot]) + amount
-            brightness[slot] = min(max(boosted, 0.0), most)
-        updates["brightness"] = brightness.to(device)
-    if edit.pin:
-        pinned = state.pinned.to("cpu", copy=True)
-        for slot, pin in zip(slots(edit.pin), edit.pin.values(), strict=True):
-            pinned[slot] = pin
-        updates["pinned"] = pinned.to(device)
-    if edit.erase:
-        erase = torch.full((plan.keys.shape[2],), NOWHERE, dtype=torch.int64)
-        erase[: len(edit.erase)] = torch.tensor(slots(edit.erase), dtype=torch.int64)
-        plan = plan._replace(erase=erase.to(device))
-    return plan._replace(updates=updates)
+def _pinned(memory: Memory, edit: Edit, slots: Mapping[int, int]) -> Change:
+    """Which of the rows that are pinned or released are pinned now."""
+    at = memory.int64([slots[position] for position in edit.pin])
+    pinned = list(edit.pin.values())
+    return Change(at, torch.tensor(pinned, dtype=torch.bool, device=memory.device))
+
+
+def _echoing(memory: Memory, index: RowIndex, at: int) -> Tensor:
+    """Slots of the rows before a position that an echo from there reaches: [M] int64."""
+    reach = memory.graphs.spec.eviction.novelty.reach
+    return torch.from_numpy(index.slots_since(at - reach)).to(memory.device)
+
+
+def _echoed(
+    memory: Memory, index: RowIndex, at: int, strength: float, eviction: Eviction
+) -> Change:
+    """Novelty of the rows before a position, with the echo of what is new from there on."""
+    slots = _echoing(memory, index, at)
+    columns = ("position", "novelty", "valid")
+    some = {name: getattr(memory.state, name).index_select(0, slots) for name in columns}
+    novelty = echo(
+        memory.state._replace(**some), memory.int64(at), memory.float32(strength), eviction.novelty
+    )
+    return Change(slots, novelty)

@@ -18,7 +18,8 @@ from brain.errors import MemoryFull, NotFinite, Refused, warn
 from brain.machine.signals import Uninterrupted
 from brain.memory import Memory
 from brain.repair import Repairs
-from brain.tick import AcceptedToken, Detokenizer, Observer, Step, Tick, host_copies
+from brain.row_index import RowIndex
+from brain.tick import MOST_WAITING, AcceptedToken, Detokenizer, Observer, Step, Tick, host_copies
 from compiled.choose import Forced
 from compiled.lookup import Proposal
 from compiled.score import cull_count
@@ -31,8 +32,9 @@ TICK, READ, CHOOSE, PATCH = "tick", "1 read", "1 sample, 2 score, 3 decide", "4 
 class Loop:
     """Ticks over one memory.
 
-    Attributes: ``detokenizer``, the queue of tokens to be decoded; ``repairs``, made before a read;
-    ``observer``, called in every tick before its patch, if there is one.
+    Attributes: ``detokenizer``, the queue of tokens to be decoded; ``index``, of the rows, for
+    edits; ``repairs``, made before a read; ``observer``, called in every tick before its patch, if
+    there is one.
     """
 
     def __init__(self, memory: Memory, settings: Settings) -> None:
@@ -40,7 +42,8 @@ class Loop:
         self.memory = memory
         self.observer: Observer | None = None
         self.detokenizer = Detokenizer(checkpoint.tokenizer)
-        self.repairs = Repairs(memory, settings, checkpoint.tokenizer.decode)
+        self.index = RowIndex(memory)
+        self.repairs = Repairs(memory, self.index, settings, checkpoint.tokenizer.decode)
         self._culling = settings.culling
         self._rebases = settings.graphs.rebases
         self._trained = checkpoint.config.max_position_embeddings
@@ -60,6 +63,7 @@ class Loop:
         with graphs.ranges(TICK):
             self.require_room(1)
             self.detokenizer.make_room()
+            self.index.catch_up(MOST_WAITING - 1)
             rebased = self.stay_in_range(1)
             if self.repairs.due:
                 self.settle()
@@ -90,6 +94,7 @@ class Loop:
                 graphs.patch(plan)
                 memory.account = after
                 self.detokenizer.follow(tick)
+                self.index.follow(tick)
             return tick
 
     def ticks_ahead(self, proposal: Proposal, forced: Forced) -> tuple[Tick, ...]:
@@ -102,6 +107,7 @@ class Loop:
         memory, graphs = self.memory, self.memory.graphs
         with graphs.ranges(TICK):
             self.settle()  # the caller has waited for the search: this costs nothing
+            self.index.catch_up()
             self.stay_in_range(1)
             before = memory.account
             graphs.begin_step()
@@ -115,10 +121,13 @@ class Loop:
             )
             tokens, surprise, number, flag = (copy.wait() for copy in copies)
             nothing = torch.zeros(0, dtype=torch.int64)
+            accounts = [before]
+            for count in range(1, int(number) + 1):
+                accounts.append(before.after_ticks(count, before.count + count))
             ticks = tuple(
                 Tick(
-                    before,
-                    before.after_ticks(count, before.count + count),
+                    accounts[count - 1],
+                    accounts[count],
                     AcceptedToken(
                         tokens[count - 1 : count], surprise[count - 1 : count], nothing, flag
                     ),
@@ -131,9 +140,10 @@ class Loop:
             ticks[0].prove()
             with graphs.ranges(PATCH), Uninterrupted():
                 graphs.patch(plan)
-                memory.account = before.after_ticks(len(ticks), before.count + len(ticks))
+                memory.account = accounts[-1]
                 for tick in ticks:
                     self.detokenizer.follow(tick)
+                    self.index.follow(tick)
             return ticks
 
     def settle(self) -> None:

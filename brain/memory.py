@@ -112,9 +112,8 @@ class Memory:
 
     def forget_everything(self) -> None:
         """Back to an empty memory; the bytes stay until the slots are reused."""
-        plan = self.graphs.empty_edit(1)._replace(
-            cull=self.state.valid.logical_or(self.state.valid),
-            cursor=allocate_cursor(self.device),
+        plan = self.graphs.empty_edit()._replace(
+            cull=torch.nonzero(self.state.valid)[:, 0], cursor=allocate_cursor(self.device)
         )
         self.graphs.begin_step()
         with Uninterrupted():

@@ -56,10 +56,6 @@ class Mirror:
         runs = np.split(self.token_id, np.flatnonzero(np.diff(self.position) > 1) + 1)
         return gap.join(self.decode(run.tolist()) for run in runs)
 
-    def emptied(self) -> "Mirror":
-        """A mirror of nothing."""
-        return Mirror({name: column[:0] for name, column in self.columns.items()}, self.decode)
-
     def sources(self) -> list[str]:
         """The name of every row's source."""
         return [SOURCES[number] for number in self.source]

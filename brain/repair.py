@@ -29,6 +29,7 @@ from brain.config.settings import Settings
 from brain.machine.signals import Uninterrupted
 from brain.memory import Account, Memory
 from brain.mirror import Mirror, mirror_of, source_number
+from brain.row_index import RowIndex
 from compiled.choose import Look
 from compiled.score import cull_count, may_go
 from conf.schema import RepairConf
@@ -116,9 +117,9 @@ class _Made:
 class Repairs:
     """The repairs of one memory. Attributes: ``on_repair``, called with every one that is made."""
 
-    def __init__(self, memory: Memory, settings: Settings, decode: Decode) -> None:
+    def __init__(self, memory: Memory, index: RowIndex, settings: Settings, decode: Decode) -> None:
         self.on_repair: Callable[[Repair], None] | None = None
-        self._memory, self._decode = memory, decode
+        self._memory, self._index, self._decode = memory, index, decode
         self._conf = settings.conf.repair
         self._culling = settings.culling
         self._keep_score = settings.graphs.eviction.keep_score
@@ -147,7 +148,7 @@ class Repairs:
             first, source = repair.positions[0], source_number("repair")
             edit = Edit(cull=set(repair.positions), replacing=[(repair.token, first, source)])
             with Uninterrupted():
-                edits.edit(self._memory, edit, mirror_of(self._memory.state, self._decode))
+                edits.edit(self._memory, self._index, edit)
                 made = self._made = _Made(repair, self._memory.account)
         if self.on_repair is not None and not made.reported:
             self.on_repair(made.repair)

@@ -149,8 +149,9 @@ class Tick:
     Attributes: ``number`` (1 for the first tick after a prime), ``position`` of the token that was
     spoken, ``count`` of rows remembered after the tick's patch; before this tick's read:
     ``repairs`` that were made, ``rebased``, whether all positions were renumbered; ``width``, how
-    many tokens were read in its pass, of which it may be one of several to come true; ``before``,
-    the host's account before it, and ``fault``, why it has not happened, once that is known.
+    many tokens were read in its pass, of which it may be one of several to come true; ``before``
+    and ``after``, the host's account before it and after it, and ``fault``, why it has not
+    happened, once that is known.
 
     Asking for anything else waits for it. It raises NotFinite if the read made NaN or infinity:
     then neither this tick nor any after it has happened.
@@ -172,6 +173,7 @@ class Tick:
         self.position = after.position
         self.count = after.count
         self.before = before
+        self.after = after
         self.detokenizer = detokenizer
         self.fault: str | None = None
         self._proved = False
@@ -222,7 +224,8 @@ class Tick:
     def culled(self) -> tuple[int, ...]:
         """Positions of the rows that were forgotten."""
         self.prove()
-        return tuple(int(p) for p in self._culled.wait() if p != NOWHERE)
+        culled = self._culled.wait().numpy()
+        return tuple(culled[culled != NOWHERE].tolist())
 
     @property
     def repaired(self) -> tuple[tuple[int, int], ...]:

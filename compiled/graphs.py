@@ -32,7 +32,7 @@ from compiled.cpu_library import Libraries
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
 from compiled.patch import make_empty, patch, rebase
-from compiled.plan import Plan, empty_edit
+from compiled.plan import EditPlan, Plan, empty_edit
 from compiled.read import AheadReading, Reading, ScoredPrefill, read, read_ahead, scored_prefill
 from compiled.read_cpu import Decode
 from compiled.sample import Sampling, SamplingMethod, surprises
@@ -258,17 +258,17 @@ class Graphs:
             choice: Choice = graph(*bound)
         return choice
 
-    def patch(self, plan: Plan) -> None:
-        """Carries out a tick's plan, or an edit's of a captured width, which has ``erase``."""
+    def patch(self, plan: Plan | EditPlan) -> None:
+        """Carries out a tick's plan, or an edit's, padded to a captured width."""
         if not self.compiled:
-            if plan.not_finite is not None and self.device.type == "cpu":  # asking it costs nothing
-                if int(plan.not_finite):
+            if isinstance(plan, Plan) and self.device.type == "cpu":  # asking it costs nothing
+                if plan.not_finite is not None and int(plan.not_finite):
                     return
                 padded = int(plan.length) < plan.keys.shape[2]
                 plan = plan._replace(not_finite=None, padded=padded)
             patch(self.state, self.cursor, plan)
             return
-        kind = "patch tick" if plan.erase is None else "patch edit"
+        kind = "patch tick" if isinstance(plan, Plan) else "patch edit"
         graph = self.table[kind, plan.keys.shape[2], 0]
         with self.ranges(graph.name):
             graph(self.state, self.cursor, plan)
@@ -344,9 +344,14 @@ class Graphs:
                 self.state, self.cursor, self.weights.inverse_frequencies, flag
             )
 
-    def empty_edit(self, width: int, scored: ScoredPrefill | None = None) -> Plan:
+    @property
+    def reach(self) -> int:
+        """The most rows whose novelty changes when a text is appended."""
+        return min(self.spec.eviction.novelty.reach, self.state.capacity)
+
+    def empty_edit(self, width: int = 0, scored: ScoredPrefill | None = None) -> EditPlan:
         """A plan of this brain that changes nothing; see :func:`compiled.plan.empty_edit`."""
-        return empty_edit(self.config, self.state, self.cursor, width, scored)
+        return empty_edit(self.config, self.state, self.cursor, width, self.reach, scored)
 
     def expected(self, *, edits: bool = True) -> tuple[str, ...]:
         """Names of all graphs that this brain can ever need, in order of warm-up; without
@@ -494,8 +499,8 @@ class Uncaptured:
         nats = surprises(reading.logits, targets)
         return ScoredPrefill(nats, reading.new_keys, reading.new_values)
 
-    def patch(self, plan: Plan) -> None:
-        """Carries a plan out."""
+    def patch(self, plan: EditPlan) -> None:
+        """Carries a plan out, padded or not."""
         patch(self._bound[2], self._cursor, plan)
 
 

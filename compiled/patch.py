@@ -4,9 +4,10 @@
     rebase(state, cursor, inverse_frequencies, wanted) → None
 
 The patch culls, erases, appends and replaces. Keys, values and mirror columns of a slot are written
-by the same graph. Culling clears ``valid``, O(1) per row; appending takes
-the lowest free slots and moves O(rows written) bytes. Nothing here is proportional to the size of
-the cache: the only O(capacity) work is scanning and writing single mirror columns.
+by the same graph. Culling clears ``valid``, O(1) per row; appending takes the lowest free slots and
+moves O(rows written) bytes. Nothing here is proportional to the size of the cache. The plan of a
+tick changes columns of all rows, so its patch scans and writes single mirror columns; that of an
+edit names slots, and its patch touches no others.
 
 The plan is fixed in shape and validated before the graph runs. Then all of it happens or nothing:
 
@@ -37,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.plan import Plan
+from compiled.plan import EditPlan, Plan
 from compiled.rope import rotate_rows, rotation
 from compiled.state import COLUMNS, ROW_COLUMNS, Cursor, State, lowest_free_slots
 
@@ -65,22 +66,6 @@ class _Write(NamedTuple):
     old: Tensor | None = None  # what the slots hold; None: it need not be put back
 
 
-class _Erasure(NamedTuple):
-    """Slots to overwrite with what an empty one holds, leaving nothing behind."""
-
-    slots: Tensor  # [E] int64; padding repeats one of them, or is slot 0 if there is none
-    wanted: Tensor  # [] bool: whether there is any
-    gone: Tensor  # [capacity] bool
-
-
-def _erasure(erase: Tensor, valid: Tensor) -> _Erasure:
-    asked = erase >= 0  # [E]
-    wanted = asked.any()
-    slots = torch.where(asked, erase, erase.amax().clamp(min=0))
-    gone = torch.zeros_like(valid).scatter(0, slots, wanted.expand(slots.shape))
-    return _Erasure(slots, wanted, gone)
-
-
 def _row_axis(tensor: Tensor) -> int:
     return 2 if tensor.dim() == 4 else 0  # keys and values, or a column
 
@@ -90,83 +75,97 @@ def _over_rows(flags: Tensor, rows: Tensor) -> Tensor:
     return flags[:, None] if rows.dim() == 4 else flags
 
 
-def _erasures(state: State, plan: Plan, erasure: _Erasure) -> list[_Write]:
-    """Erases keys, values and every column that is not updated as a whole."""
-    blanks = {"keys": 0, "values": 0}
-    blanks |= {name: COLUMNS[name].empty for name in ROW_COLUMNS if name not in plan.updates}
-    writes = []
-    for name, blank in blanks.items():
-        held = getattr(state, name)
-        old = held.index_select(_row_axis(held), erasure.slots)
-        writes.append(_Write(held, old.masked_fill(erasure.wanted, blank), erasure.slots, old))
-    return writes
-
-
-def _rows(
-    held: Tensor,
-    slots: Tensor,
-    rows: Tensor,
-    live: Tensor | None,
-    gone: Tensor | None,
-    blank: int = 0,
-) -> _Write:
-    """Rows in their slots. A padding row puts back what its slot holds, or (``gone`` [W] bool) will
-    hold once it is erased.
-    """
-    old = held.index_select(_row_axis(held), slots)
-    if live is None:
-        return _Write(held, rows, slots, old)
-    kept = old if gone is None else old.masked_fill(_over_rows(gone, old), blank)
-    return _Write(held, torch.where(_over_rows(live, rows), rows, kept), slots, old)
-
-
-def _column(
-    held: Tensor,
-    updated: Tensor,
-    slots: Tensor,
-    rows: Tensor,
-    live: Tensor | None,
-    erasure: _Erasure | None,
-    blank: int,
-) -> _Write:
-    """A column that changes for the rows that are already there, too."""
-    if erasure is not None:
-        updated = updated.masked_fill(erasure.gone, blank)
-    if live is not None:
-        rows = torch.where(live, rows, updated.index_select(0, slots))
-    return _Write(held, updated.index_copy(0, slots, rows))
-
-
-def _writes(
-    state: State, cursor: Cursor, plan: Plan, erasure: _Erasure | None, *, erased: bool
-) -> list[_Write]:
-    """Everything that the plan asks for but erasing rows: cull, update columns, append, move the
-    cursor; ``valid`` last. ``erased``: whether rows are erased already.
-    """
+def _tick_writes(state: State, cursor: Cursor, plan: Plan) -> list[_Write]:
+    """Cull, update columns, append to the lowest free slots, move the cursor; ``valid`` last."""
+    if plan.not_finite is not None:
+        plan = _unless(plan.not_finite != 0, state, cursor, plan)
     width = plan.keys.shape[2]
     valid = state.valid & ~plan.cull
-    if erasure is not None:
-        valid = valid & ~erasure.gone
     slots = lowest_free_slots(valid, width)  # [W]
     live = torch.arange(width, device=slots.device) < plan.length if plan.padded else None  # [W]
-    gone = None if erasure is None or erased else erasure.gone.index_select(0, slots)  # [W]
-    if plan.only_appends:  # what free slots hold need not be put back
-        writes = [_Write(state.keys, plan.keys, slots), _Write(state.values, plan.values, slots)]
-    else:
-        writes = [
-            _rows(state.keys, slots, plan.keys, live, gone),
-            _rows(state.values, slots, plan.values, live, gone),
-        ]
+
+    def rows(held: Tensor, new: Tensor) -> _Write:
+        """A padding row puts back what its slot holds."""
+        old = held.index_select(_row_axis(held), slots)
+        if live is not None:
+            new = torch.where(_over_rows(live, new), new, old)
+        return _Write(held, new, slots, old)
+
+    def column(held: Tensor, updated: Tensor, new: Tensor) -> _Write:
+        """A column that changes for the rows that are already there, too."""
+        if live is not None:
+            new = torch.where(live, new, updated.index_select(0, slots))
+        return _Write(held, updated.index_copy(0, slots, new))
+
+    writes = [rows(state.keys, plan.keys), rows(state.values, plan.values)]
     for name in ROW_COLUMNS:
-        held, new, blank = getattr(state, name), plan.rows[name], COLUMNS[name].empty
-        if name in plan.updates:
-            updated = plan.updates[name]
-            writes.append(_column(held, updated, slots, new, live, erasure, blank))
-        else:
-            writes.append(_rows(held, slots, new, live, gone, blank))
-    there = torch.ones_like(slots, dtype=torch.bool)
+        held, new = getattr(state, name), plan.rows[name]
+        updated = plan.updates.get(name)
+        writes.append(rows(held, new) if updated is None else column(held, updated, new))
     writes += [_Write(held, following) for held, following in zip(cursor, plan.cursor, strict=True)]
-    return [*writes, _column(state.valid, valid, slots, there, live, None, 0)]
+    return [*writes, column(state.valid, valid, torch.ones_like(slots, dtype=torch.bool))]
+
+
+class _Slots(NamedTuple):
+    """Slots to write. In place of padding stands the first of them that is none, with what goes
+    there; where there is none, slot 0 with what it holds.
+    """
+
+    slots: Tensor  # [N] int64
+    source: Tensor | None = None  # [N] int64: which entry's content goes there; None: its own
+    wanted: Tensor | None = None  # [] bool: whether there is any
+
+    @staticmethod
+    def of(slots: Tensor, *, padded: bool) -> "_Slots":
+        if not padded or slots.shape[0] == 0:
+            return _Slots(slots)
+        live = slots >= 0
+        entries = torch.arange(slots.shape[0], device=slots.device)
+        source = torch.where(live, entries, live.to(torch.int64).argmax())
+        return _Slots(slots.index_select(0, source).clamp(min=0), source, live.any())
+
+    def write(self, held: Tensor, new: Tensor) -> _Write:
+        axis = _row_axis(held)
+        old = held.index_select(axis, self.slots)
+        if self.source is not None and self.wanted is not None:
+            new = torch.where(self.wanted, new.index_select(axis, self.source), old)
+        return _Write(held, new, self.slots, old)
+
+
+def _joined(*parts: Tensor, axis: int = 0) -> Tensor:
+    """The parts behind each other; one alone is not copied."""
+    some = [part for part in parts if part.shape[axis]] or [parts[0]]
+    return some[0] if len(some) == 1 else torch.cat(some, axis)
+
+
+def _edit_writes(state: State, cursor: Cursor, plan: EditPlan) -> list[_Write]:
+    """New rows, erased ones and changed columns, the cursor; ``valid`` last. One write for every
+    tensor, so that none undoes another.
+    """
+    rows = _Slots.of(_joined(plan.slots, plan.erase), padded=plan.padded)
+    writes = []
+    for held, new in ((state.keys, plan.keys), (state.values, plan.values)):
+        if plan.only_appends:  # what free slots hold need not be put back
+            writes.append(_Write(held, new, plan.slots))
+        elif rows.slots.shape[0]:
+            shape = (*new.shape[:2], plan.erase.shape[0], new.shape[3])
+            writes.append(rows.write(held, _joined(new, new.new_zeros(shape), axis=2)))
+    for name in ROW_COLUMNS:
+        held, at = getattr(state, name), rows
+        blank = torch.full_like(plan.erase, COLUMNS[name].empty, dtype=held.dtype)
+        content = [plan.rows[name], blank]
+        if name in plan.changes:
+            change = plan.changes[name]
+            content.append(change.values)
+            joined = _joined(plan.slots, plan.erase, change.slots)
+            at = _Slots.of(joined, padded=plan.padded)
+        if at.slots.shape[0]:
+            writes.append(at.write(held, _joined(*content)))
+    writes += [_Write(held, following) for held, following in zip(cursor, plan.cursor, strict=True)]
+    changed = _Slots.of(_joined(plan.slots, plan.cull, plan.erase), padded=plan.padded)
+    gone = torch.zeros_like(_joined(plan.cull, plan.erase), dtype=torch.bool)
+    there = _joined(torch.ones_like(plan.slots, dtype=torch.bool), gone)
+    return [*writes, changed.write(state.valid, there)]
 
 
 def _unless(void: Tensor, state: State, cursor: Cursor, plan: Plan) -> Plan:
@@ -190,7 +189,7 @@ def _put(held: Tensor, slots: Tensor | None, content: Tensor) -> None:
         held.index_copy_(_row_axis(held), slots, content)
 
 
-def patch(state: State, cursor: Cursor, plan: Plan) -> None:
+def patch(state: State, cursor: Cursor, plan: Plan | EditPlan) -> None:
     """Applies a plan in place, wholly or, where anything is raised, not at all.
 
     Args:
@@ -198,18 +197,15 @@ def patch(state: State, cursor: Cursor, plan: Plan) -> None:
         cursor: Its cursor.
         plan: What to change; it is only read. Nothing, if its ``not_finite`` says so.
     """
-    if plan.not_finite is not None:
-        plan = _unless(plan.not_finite != 0, state, cursor, plan)
-    erasure = None if plan.erase is None else _erasure(plan.erase, state.valid)
-    writes = [] if erasure is None else _erasures(state, plan, erasure)
+    if isinstance(plan, Plan):
+        writes = _tick_writes(state, cursor, plan)
+    else:
+        writes = _edit_writes(state, cursor, plan)
     if torch.compiler.is_compiling():
         # The compiler writes in place only what is read nowhere after that.
         for write in writes:
             _put(write.held, write.slots, write.new)
-        for write in _writes(state, cursor, plan, erasure, erased=True):
-            _put(write.held, write.slots, write.new)
         return
-    writes += _writes(state, cursor, plan, erasure, erased=False)
     before = [write.held.clone() if write.slots is None else write.old for write in writes]
     try:
         for write in writes:

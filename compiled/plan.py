@@ -1,7 +1,7 @@
-"""What one patch is to change: the plan, and the plan that changes nothing.
+"""What one patch is to change: the plan of a tick, and that of an edit.
 
-``choose.py``, ``speculate.py`` and edits make plans. The one writer, ``patch.py``, carries them
-out. Nothing here writes.
+A tick changes a column of every row, an edit some rows. ``choose.py``, ``speculate.py`` and edits
+make plans. The one writer, ``patch.py``, carries them out. Nothing here writes.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,11 @@ from compiled.state import COLUMNS, NOWHERE, ROW_COLUMNS, Cursor, State
 
 
 class Plan(NamedTuple):
-    """Everything that one patch changes. Replacing is culling and appending in the same plan.
+    """Everything that the patch of a tick changes, or that of several ticks of one pass.
 
     ``updates`` holds the columns that change for the rows that are already there; every other
-    column is written for new rows alone. ``erase`` is None in the plan of an ordinary tick, and
-    ``not_finite`` (compiled/finite.py) in that of an edit, whose host has looked already. The last
-    two say what is known of a plan that no graph carries out: it then needs less room.
+    column is written for new rows alone. New rows go to the lowest free slots. The last two fields
+    say what the host knows of a plan that no graph carries out.
     """
 
     keys: Tensor  # [layers, kv_heads, W, head_dim] of the rows to append, RoPE applied
@@ -30,9 +29,36 @@ class Plan(NamedTuple):
     cull: Tensor  # [capacity] bool: rows to forget
     updates: dict[str, Tensor]  # [capacity] each
     cursor: Cursor  # where the next read stands
-    erase: Tensor | None = None  # [E] int64: slots to overwrite; NOWHERE is padding
-    not_finite: Tensor | None = None  # [] int64: nothing is changed unless it is 0
+    not_finite: Tensor | None  # [] int64 (compiled/finite.py): nothing is changed unless it is 0
     padded: bool = True  # whether ``length`` may be less than W
+
+
+class Change(NamedTuple):
+    """New values of a column in some slots."""
+
+    slots: Tensor  # [M] int64
+    values: Tensor  # [M]
+
+
+class EditPlan(NamedTuple):
+    """Everything that the patch of an edit changes, slot by slot: it costs what it touches.
+
+    The host knows the slots. No slot is named twice in one column: what ``cull``, ``erase`` and
+    ``changes`` name is not in ``slots``. Replacing is naming the slot of an old row in ``slots``.
+
+    Where graphs need fixed shapes, lists are filled up with NOWHERE in place of a slot. The last
+    two fields say what is known of a plan that no graph carries out: it then needs less room.
+    """
+
+    keys: Tensor  # [layers, kv_heads, W, head_dim] of new rows, RoPE applied
+    values: Tensor  # [layers, kv_heads, W, head_dim]
+    rows: dict[str, Tensor]  # [W] each: every column of the new rows
+    slots: Tensor  # [W] int64: where they go
+    cull: Tensor  # [N] int64: slots whose rows are forgotten
+    erase: Tensor  # [E] int64: slots whose rows are forgotten and overwritten
+    changes: dict[str, Change]  # by column, for rows that stay
+    cursor: Cursor  # where the next read stands
+    padded: bool = True  # whether any slot may be NOWHERE
     only_appends: bool = False  # nothing padded, culled or erased: all rows go to free slots
 
 
@@ -55,20 +81,27 @@ def new_rows(width: int, device: torch.device, **given: Tensor) -> dict[str, Ten
     return rows
 
 
+EDITED_COLUMNS = ("brightness", "novelty", "pinned")
+"""Columns that an edit may change for rows that stay."""
+
+
 def empty_edit(
     config: LlamaConfig,
     state: State,
     cursor: Cursor,
-    width: int,
+    width: int = 0,
+    reach: int = 0,
     scored: ScoredPrefill | None = None,
-) -> Plan:
+) -> EditPlan:
     """An edit that changes nothing, to be filled with ``_replace``.
 
     Args:
         config: The model's dimensions.
         state: The memory.
         cursor: Its cursor.
-        width: W, how many rows it has room for.
+        width: W, how many rows it has room for, and how many slots in every other list. 0: it has
+            room for nothing, is not padded, and may be filled with lists of any length.
+        reach: How many rows' novelty it may change.
         scored: A prefill of that width whose keys and values the rows get.
     """
     device = state.valid.device
@@ -77,21 +110,21 @@ def empty_edit(
         shape = (config.num_layers, config.num_kv_heads, width, config.head_dim)
         return torch.zeros(shape, dtype=state.keys.dtype, device=device)
 
-    return Plan(
+    def nowhere(length: int) -> Tensor:
+        return torch.full((length,), NOWHERE, dtype=torch.int64, device=device)
+
+    def unchanged(name: str) -> Change:
+        slots = nowhere(reach if name == "novelty" else width)
+        return Change(slots, torch.zeros_like(slots, dtype=COLUMNS[name].dtype))
+
+    return EditPlan(
         keys=blank() if scored is None else scored.new_keys,
         values=blank() if scored is None else scored.new_values,
-        rows={  # zeros, not empties: what a restore leaves in holes
-            name: torch.zeros(width, dtype=COLUMNS[name].dtype, device=device)
-            for name in ROW_COLUMNS
-        },
-        length=torch.zeros((), dtype=torch.int64, device=device),
-        cull=torch.zeros_like(state.valid),
-        updates={
-            "brightness": state.brightness.add(0),
-            "lit": state.lit.add(0),
-            "novelty": state.novelty.add(0),
-            "pinned": state.pinned.logical_or(state.pinned),
-        },
+        rows=new_rows(width, device),
+        slots=nowhere(width),
+        cull=nowhere(width),
+        erase=nowhere(width),
+        changes={name: unchanged(name) for name in EDITED_COLUMNS} if width else {},
         cursor=Cursor(*(tensor.add(0) for tensor in cursor)),
-        erase=torch.full((width,), NOWHERE, dtype=torch.int64, device=device),
+        padded=width > 0,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from compiled.state import NOWHERE, Cursor, State
 
 _LAST_POSITION = torch.iinfo(torch.int64).max
+_LOG_OF_NOTHING = -105.0  # exp of less than -104 is 0 in float32
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Novelty:
     def own_share(self) -> float:
         """Share of a token's own surprise in the mean that it joins."""
         return 1.0 - self.decay
+
+    @property
+    def reach(self) -> int:
+        """Positions before a token from which on its echo is 0 in float32, whatever it was."""
+        return 1 if self.decay == 0.0 else math.ceil(_LOG_OF_NOTHING / math.log(self.decay))
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def main() -> None:
                     cull=cull,
                     updates=updates,
                     cursor=following,
+                    not_finite=torch.zeros((), dtype=torch.int64),
                 )
                 patch(state, cursor, plan)
                 return culled

@@ -47,6 +47,7 @@ def plan_for(state: State, cursor: Cursor) -> Plan:
         cull=cull,
         updates={name: getattr(state, name).clone() for name in ("brightness", "lit", "novelty")},
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
+        not_finite=torch.zeros((), dtype=torch.int64),
     )
 
 

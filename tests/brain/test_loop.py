@@ -21,7 +21,7 @@ def test_a_plain_token_is_ten_functions_from_the_kernel(open_tiny: OpenTiny) -> 
     Counted over one eager tick: the functions of ours on the stack when the first product of a
     layer begins, and every entry into ``graphs.py``.
     """
-    b = open_tiny(capacity=64)
+    b = open_tiny(engine="eager", capacity=64)
     b.prime([5, 6, 7, 8])
     b.speak()
     ways: list[list[str]] = []

@@ -29,8 +29,8 @@ def test_a_tick_allocates_nothing_like_the_cache(open_tiny: OpenTiny) -> None:
             b.tick()
     assert loop.largest < layer / 2
     plan = b.graphs.empty_edit(4)
-    plan.cull[7:40] = True
-    plan.length.fill_(4)
+    plan.cull.copy_(torch.arange(7, 11))
+    plan.slots.copy_(torch.arange(11, 15))
     with Watched() as patch:
         b.graphs.patch(plan)
     assert "index_copy_" in patch.names

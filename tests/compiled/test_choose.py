@@ -125,4 +125,3 @@ def test_a_choice_shares_no_memory_with_what_the_patch_will_write() -> None:
     assert plan.keys is reading.new_keys
     assert plan.values is reading.new_values
     assert set(plan.updates) == {"brightness", "lit", "novelty"}
-    assert plan.erase is None

@@ -5,7 +5,7 @@ import torch
 
 from compiled.finite import PARTS, not_finite
 from compiled.patch import patch
-from toys import digest, of_a_tick, toy_config, toy_cursor, toy_plan, toy_state
+from toys import digest, toy_config, toy_cursor, toy_plan, toy_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,7 @@ def test_every_part_has_its_bit(dtype: torch.dtype, value: float) -> None:
 def test_a_patch_with_a_flag_changes_nothing(compiled: bool) -> None:
     run = torch.compile(patch, fullgraph=True) if compiled else patch
     state, cursor = toy_state(toy_config(layers=1), 9, {0: 3, 2: 5, 5: 8}), toy_cursor(9, token=4)
-    plan = of_a_tick(toy_plan(state, cursor, 1, 1))
+    plan = toy_plan(state, cursor, 1, 1)
     plan.cull[2] = True
     plan.updates["brightness"].add_(1)
     plan.cursor.tick.add_(1)

@@ -111,14 +111,9 @@ def test_a_chunk_wider_than_the_widths_is_not_captured() -> None:
         tokens, positions, torch.tensor(5), tokens, high_water=1
     )
     assert scored.new_keys.shape[2] == 5
-    plan = graphs.empty_edit(5)
+    plan = graphs.empty_edit(5, scored)
     graphs.uncaptured.patch(
-        plan._replace(
-            keys=scored.new_keys,
-            values=scored.new_values,
-            rows=plan.rows | {"position": positions},
-            length=torch.tensor(5),
-        )
+        plan._replace(rows=plan.rows | {"position": positions}, slots=torch.arange(5))
     )
     assert graphs.state.valid.sum() == 5
     assert graphs.captured == {}  # nothing was compiled for any of it
@@ -152,14 +147,26 @@ def test_ticks_can_be_captured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(capture.compilations == 1 for capture in graphs.captured.values())
 
 
-def test_an_empty_edit_changes_nothing_it_is_filled_with() -> None:
+@pytest.mark.parametrize("width", [0, 3])
+def test_an_empty_edit_changes_nothing(width: int) -> None:
     graphs = graphs_of(48, compiled=False)
-    plan = graphs.empty_edit(3)
+    plan = graphs.empty_edit(width)
     before = [tensor.clone() for tensor in (*graphs.state, *graphs.cursor)]
     graphs.patch(plan)
     for tensor, same in zip((*graphs.state, *graphs.cursor), before, strict=True):
         assert tensor.equal(same)
     shared = {tensor.data_ptr() for tensor in (*graphs.state, *graphs.cursor)}
-    assert set(plan.updates) == {"brightness", "lit", "novelty", "pinned"}
-    assert not shared & {updated.data_ptr() for updated in plan.updates.values()}
     assert not shared & {tensor.data_ptr() for tensor in plan.cursor}
+    assert set(plan.changes) == ({"brightness", "novelty", "pinned"} if width else set())
+
+
+def test_an_edit_has_room_for_what_it_may_change() -> None:
+    """That of a captured width has one shape, and it does not follow the capacity."""
+    shapes = []
+    for capacity in (1200, 2400):
+        plan = graphs_of(capacity, compiled=True, widths=(1, 4)).empty_edit(4)
+        held = (plan.keys, plan.values, *plan.rows.values(), plan.slots, plan.cull, plan.erase)
+        changed = [tensor for change in plan.changes.values() for tensor in change]
+        shapes.append([tensor.shape for tensor in (*held, *changed)])
+    assert shapes[0] == shapes[1]
+    assert max(max(shape) for shape in shapes[0]) < 1200

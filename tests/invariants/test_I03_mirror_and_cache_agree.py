@@ -191,6 +191,11 @@ class BrainMachine(RuleBasedStateMachine):
         self.b.read([1, 2], [at, at + 1])
         assert everything(self.b) == before
 
+    @rule()
+    def look_up_rows(self) -> None:
+        """Now and then: ticks are followed some later, and together."""
+        assert_index_agrees(self.b)
+
     @invariant()
     def mirror_cache_and_model_agree(self) -> None:
         state, mirror = self.b.state, self.b.mirror
@@ -215,6 +220,20 @@ class BrainMachine(RuleBasedStateMachine):
         assert max(occupied, default=-1) < self.most  # the high-water mark
 
 
+def assert_index_agrees(b: Brain) -> None:
+    """The host's index of rows is that of the mirror."""
+    b.loop.settle()
+    index, mirror = b.loop.index, b.mirror
+    index.update()
+    positions = mirror.position.tolist()
+    assert index.positions == positions
+    assert [index.slot_of(position) for position in positions] == mirror.slot.tolist()
+    assert index.pinned == set(mirror.position[mirror.pinned].tolist())
+    assert index.last() == max(positions, default=None)
+    free = torch.nonzero(~b.state.valid)[:, 0].tolist()
+    assert index.lowest_free(len(free)) == free
+
+
 def test_I3_mirror_and_cache_agree_after_anything(open_tiny: OpenTiny) -> None:
     BrainMachine.b = open_tiny(**SMALL)
     run_state_machine_as_test(
@@ -228,6 +247,7 @@ def test_I3_captured_and_eager_brains_hold_the_same(eager_brain: Brain, warm_bra
         for b in (eager_brain, warm_brain):
             b.prime(IDS[:20], source="system")
             b.patch([Cull([3, 4, 9]), Replace([11, 12], [77]), Pin([6]), Boost([7], 20.0)])
+            b.patch([Boost(list(range(13, 19)), 1.0)])  # a wider graph
             b.feed(IDS[30:34])
             b.patch([Append(IDS[40:43], source="tool"), Redact([15, 16])])
             b.feed(IDS[100 : 100 + 20 * calls], source="model")

@@ -36,14 +36,13 @@ def remembered(b: Brain, ids: list[int], shift: int) -> None:
     """Ids as rows at positions from ``shift`` on, in an empty memory."""
     b.prime(ids[:1])
     b.patch([Cull([0])])
-    plan = b.graphs.empty_edit(b.graphs.edit_width(len(ids)))
+    plan = b.graphs.empty_edit(len(ids))
     reading = b.read(ids, list(range(shift, shift + len(ids))))
     count = len(ids)
-    plan.keys[:, :, :count], plan.values[:, :, :count] = reading.new_keys, reading.new_values
-    plan.rows["position"][:count] = torch.arange(shift, shift + count)
-    plan.rows["token_id"][:count] = torch.tensor(ids)
-    plan.length.fill_(count)
-    b.graphs.patch(plan)
+    plan.rows["position"].copy_(torch.arange(shift, shift + count))
+    plan.rows["token_id"].copy_(torch.tensor(ids))
+    plan.slots.copy_(torch.arange(count))
+    b.graphs.patch(plan._replace(keys=reading.new_keys, values=reading.new_values))
 
 
 def test_I6_shifting_all_positions_changes_rounding_only(eager_brain: Brain) -> None:

@@ -1,13 +1,14 @@
 """Small tensors of every kind that ``compiled/`` takes, without a model or a brain."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiled.llama import LlamaConfig, Weights, weight_shapes
-from compiled.plan import Plan
+from compiled.plan import Change, EditPlan, Plan
 from compiled.rope import inverse_frequencies
 from compiled.state import (
     COLUMNS,
@@ -84,29 +85,68 @@ def _some(dtype: torch.dtype, width: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, most, (width,), generator=generator).to(dtype)
 
 
-def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int = 2) -> Plan:
-    """An edit that appends ``length`` random rows, in a plan of ``width``, and nothing else."""
-    generator = torch.Generator().manual_seed(seed)
+def _toy_rows(state: State, width: int, generator: torch.Generator) -> dict[str, Any]:
+    """Random keys, values and columns of new rows, by the name of a plan's field."""
     layers, kv_heads, _, head_dim = state.keys.shape
     shape = (layers, kv_heads, width, head_dim)
     rows = {name: _some(COLUMNS[name].dtype, width, generator) for name in ROW_COLUMNS}
     rows["position"] = torch.randint(1000, 1 << 40, (width,), generator=generator)
+    return {
+        "keys": torch.randn(shape, generator=generator).to(state.keys.dtype),
+        "values": torch.randn(shape, generator=generator).to(state.keys.dtype),
+        "rows": rows,
+    }
+
+
+def toy_plan(state: State, cursor: Cursor, width: int, length: int, *, seed: int = 2) -> Plan:
+    """Ticks that append ``length`` random rows, in a plan of ``width``, and do nothing else."""
     return Plan(
-        keys=torch.randn(shape, generator=generator).to(state.keys.dtype),
-        values=torch.randn(shape, generator=generator).to(state.keys.dtype),
-        rows=rows,
+        **_toy_rows(state, width, torch.Generator().manual_seed(seed)),
         length=torch.tensor(length),
         cull=torch.zeros_like(state.valid),
-        updates={name: getattr(state, name).clone() for name in ("pinned", *UPDATED_BY_TICKS)},
+        updates={name: getattr(state, name).clone() for name in UPDATED_BY_TICKS},
         cursor=Cursor(*(tensor.clone() for tensor in cursor)),
-        erase=torch.full((width,), NOWHERE),
+        not_finite=torch.tensor(0),
     )
 
 
-def of_a_tick(plan: Plan) -> Plan:
-    """The plan as a tick has it: it pins and erases nothing."""
-    updates = {name: updated for name, updated in plan.updates.items() if name != "pinned"}
-    return plan._replace(updates=updates, erase=None)
+def toy_edit(
+    state: State,
+    cursor: Cursor,
+    slots: Sequence[int] = (),
+    *,
+    cull: Sequence[int] = (),
+    erase: Sequence[int] = (),
+    changes: Mapping[str, Mapping[int, float]] | None = None,
+    room: int | None = None,
+    seed: int = 2,
+) -> EditPlan:
+    """An edit that puts random rows into ``slots``, forgets and erases others, and changes columns
+    of some: by name, slot → value. With ``room`` every list is padded to that length.
+    """
+
+    def padded(values: Iterable[float], dtype: torch.dtype, padding: int = 0) -> Tensor:
+        listed = list(values)
+        listed += [padding] * (0 if room is None else room - len(listed))
+        return torch.tensor(listed, dtype=dtype)
+
+    def at(some: Iterable[int]) -> Tensor:
+        return padded(some, torch.int64, NOWHERE)
+
+    changed = {
+        name: Change(at(values), padded(values.values(), COLUMNS[name].dtype))
+        for name, values in (changes or {}).items()
+    }
+    width = len(slots) if room is None else room
+    return EditPlan(
+        **_toy_rows(state, width, torch.Generator().manual_seed(seed)),
+        slots=at(slots),
+        cull=at(cull),
+        erase=at(erase),
+        changes=changed,
+        cursor=Cursor(*(tensor.clone() for tensor in cursor)),
+        padded=room is not None,
+    )
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
