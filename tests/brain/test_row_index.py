@@ -15,6 +15,7 @@ from brain.actions import Action
 from brain.errors import NotFinite
 from brain.row_index import RowIndex
 from captured_graphs import Watched
+from compiled.score import echo
 from fixture_types import OpenTiny
 from histories import IDS
 
@@ -275,3 +276,27 @@ def test_an_append_makes_nothing_as_long_as_the_capacity_but_its_read(
     b.patch([Append([7, 8]), Replace([4, 5], [9])])
     assert "index_copy_" in watched.names
     assert watched.largest < 70_000
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_an_append_adds_to_the_novelty_of_all_that_it_reaches(
+    engine: str, request: pytest.FixtureRequest
+) -> None:
+    """As ``echo`` over every row would."""
+    b: Brain = request.getfixturevalue("warm_brain" if engine == "compiled" else "eager_brain")
+    b.prime(IDS[:20])
+    b.patch([Cull([4])])
+    eviction = b.graphs.spec.eviction
+    before = b.state._replace(novelty=b.state.novelty.clone(), valid=b.state.valid.clone())
+    position = b.state.position.clone()
+    b.patch([Append([7])])
+    strength = eviction.novelty.own_share * b.mirror.surprise[-1]
+    told = echo(
+        before._replace(position=position),
+        torch.tensor(20),
+        torch.tensor(strength),
+        eviction.novelty,
+    )
+    held = before.valid
+    torch.testing.assert_close(b.state.novelty[held], told[held], rtol=1e-6, atol=0)
+    assert (b.state.novelty[held] > before.novelty[held]).sum() == 19

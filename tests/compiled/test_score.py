@@ -57,6 +57,19 @@ def test_novelty_is_a_running_mean_of_surprise() -> None:
     assert told == pytest.approx(5.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("decay", [0.1, 0.5, 0.9, 0.99])
+def test_an_echo_is_nothing_from_its_reach_on(decay: float) -> None:
+    """An edit leaves those rows out, and every bit is as if it had not."""
+    constants = Novelty(decay)
+    reach = constants.reach
+    state = toy_state(toy_config(), 4, {0: 0, 1: 1, 2: 2, 3: reach + 1})
+    state.novelty.zero_()
+    told = echo(state, torch.tensor(reach + 2), torch.tensor(1e6), constants)
+    assert told[:3].tolist() == [0.0, 0.0, 0.0]
+    assert told[3] > 0
+    assert reach < 1.02 * 150 * math.log(2) / -math.log(decay) + 1  # no further than need be
+
+
 def test_an_echo_reaches_the_rows_before_it_and_fades_with_distance() -> None:
     state = toy_state(toy_config(), CAPACITY, {1: 5, 2: 6, 4: 8, 9: 30})
     told = echo(state, torch.tensor(8), torch.tensor(2.0), Novelty(decay=0.5))
