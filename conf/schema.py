@@ -175,8 +175,9 @@ class BenchTask:
     measures: list[str] = field(default_factory=lambda: ["decode"])  # scaling
     engines: list[str] = field(
         default_factory=lambda: [
+            "default",
+            "native",
             "compiled",
-            "eager",
             "llama-cpp",
             "transformers-dynamic",
             "transformers-static-compiled",
@@ -187,7 +188,8 @@ class BenchTask:
     )  # empty: float32, bfloat16 and int8, or the dtype that is given
     context: int = 512  # decode: tokens remembered
     prefill: int = 862  # decode: tokens to prime with
-    tokens: int = 32  # decoded per repetition
+    tokens: int = 32  # decoded per repetition, at most
+    command_tokens: int = 100  # said by the default command per repetition
     repeats: int = 3  # alternating repetitions
     scaling_engines: list[str] = field(default_factory=lambda: ["compiled", "llama-cpp"])
     capacities: list[int] = field(

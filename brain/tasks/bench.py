@@ -17,7 +17,9 @@ from conf.schema import BenchTask, Conf
 
 
 def run(conf: Conf, run_dir: Path) -> None:
-    """Prints one table for each measure. Raises Refused before anything long begins."""
+    """Prints one table for each measure; when it is interrupted, those of what has been timed.
+    Raises Refused before anything long begins, and KeyboardInterrupt at the end.
+    """
     task = cast(BenchTask, conf.task)
     command = HydraConfig.get().overrides.task
     asked = [override for override in command if key_of(override).partition(".")[0] != "task"]
@@ -26,7 +28,10 @@ def run(conf: Conf, run_dir: Path) -> None:
     check(task, conf, precisions, keys)
     comparison = Comparison(conf, task, command, asked, precisions, run_dir)
     for measure in dict.fromkeys(task.measures):
-        {DECODE: comparison.decode, SCALING: comparison.scaling}[measure]()
+        if not comparison.interrupted:
+            {DECODE: comparison.decode, SCALING: comparison.scaling}[measure]()
     for name, reason in comparison.missing.items():
         print(f"missing: {name}: {reason}")
     note(f"results and pictures in {run_dir}")
+    if comparison.interrupted:
+        raise KeyboardInterrupt

@@ -7,7 +7,7 @@ Medians over all repetitions are reported.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,17 @@ from brain.checkpoints.folder import stored_model
 from brain.config.settings import device_of
 from brain.errors import Refused
 from brain.machine.environment import environment
-from brain.machine.progress import progress_bar
 from brain.measure.bench import plots
+from brain.measure.bench.command import (
+    Command,
+    default_command,
+    llama_cpp_command,
+    time_command,
+)
 from brain.measure.bench.contestants import (
+    DEFAULT,
     LLAMA_CPP,
+    LLAMA_CPP_COMMAND,
     MEMORY,
     PRECISIONS,
     Contestant,
@@ -31,15 +38,21 @@ from brain.measure.bench.contestants import (
     why_missing,
 )
 from brain.measure.bench.gguf_writer import converted_gguf
-from brain.measure.bench.job import Failed, Job, result_of
-from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
-from brain.measure.bench.tables import decode_table, flatness, scaling_table
+from brain.measure.bench.job import Failed, Job, Waiting, result_of
+from brain.measure.bench.progress import Progress
+from brain.measure.bench.results import command_rows, engine_rows, limit_rows, scaling_rows
+from brain.measure.bench.tables import command_table, decode_table, flatness, scaling_table
 from brain.terminal import note
 from conf.schema import BenchTask, Conf
+
+Runs = dict[Any, list[dict[str, Any]]]
 
 
 class Comparison:
     """One benchmark: what it was asked for, and what it has measured so far.
+
+    Attributes: ``missing``, who could not be timed, and why; ``interrupted``, whether somebody
+    ended it before everything was timed.
 
     Args:
         conf: all settings.
@@ -65,6 +78,7 @@ class Comparison:
         self.config = stored_model(self.folder).config
         self.threads = torch.get_num_threads() if conf.threads is None else conf.threads
         self.missing: dict[str, str] = {}
+        self.interrupted = False
         self._gguf: dict[str, Path] = {}
         here = environment(device_of(conf.device))
         self.report = {
@@ -84,28 +98,39 @@ class Comparison:
         }
 
     def decode(self) -> None:
-        """Tokens per second of decode and prefill, and the share of what memory allows."""
+        """Tokens per second of decode and prefill, and the share of what memory allows; and how
+        soon the default command says something.
+        """
         task = self.task
         entries = []
         for precision in self.precisions:
             present = self._present(contestants(task.engines, [precision]))
             entries += [Contestant(MEMORY, precision), *present] if present else []
         jobs = {entry: self._decode_job(entry) for entry in entries}
-        runs = self._alternate("decode", jobs)
-        rows, limits = engine_rows(runs, task.context, task.prefill), limit_rows(runs)
-        if not rows:
-            raise Refused("; ".join(f"{n}: {why}" for n, why in self.missing.items()))
-        title = (
-            f"{self.conf.model.name}, {task.context} tokens in context, capacity "
-            f"{self.conf.capacity}, prefill of {task.prefill}, {self.threads} threads"
-        )
-        print(f"\n{title}; a token of ours is a whole tick")
-        print(decode_table(rows, limits))
-        print("limit: share of the GB/s that the same bytes were read with; MB: peak above start")
-        if any(row["engine"] == LLAMA_CPP for row in rows):
-            print("llama-cpp keeps its cache in float16 at every precision; its int8 is Q8_0")
-        plots.plot_decode(rows, limits, title, self.run_dir / "decode.png")
-        self._write(engines=rows, limits=limits)
+        commands = self._commands() if DEFAULT in task.engines else {}
+        runs = self._alternate("decode", {**commands, **jobs})
+        said = command_rows({entry: runs[entry] for entry in commands})
+        timed = {entry: runs[entry] for entry in jobs}
+        rows, limits = engine_rows(timed, task.context, task.prefill), limit_rows(timed)
+        self._write(commands=said, engines=rows, limits=limits)
+        if said:
+            print(f"\n{self.conf.model.name}, from the start of the process")
+            print(command_table(said))
+        if rows:
+            title = (
+                f"{self.conf.model.name}, {task.context} tokens in context, capacity "
+                f"{self.conf.capacity}, prefill of {task.prefill}, {self.threads} threads"
+            )
+            print(f"\n{title}; a token of ours is a whole tick")
+            print(decode_table(rows, limits))
+            print(
+                "limit: share of the GB/s that the same bytes were read with; MB: peak above start"
+            )
+            if any(row["engine"] == LLAMA_CPP for row in rows):
+                print("llama-cpp keeps its cache in float16 at every precision; its int8 is Q8_0")
+            plots.plot_decode(rows, limits, title, self.run_dir / "decode.png")
+        elif not said:
+            self._nobody()
 
     def scaling(self) -> None:
         """Time per token against the count of rows, and against capacity."""
@@ -127,14 +152,50 @@ class Comparison:
         runs = self._alternate("scaling", jobs)
         rows = scaling_rows(runs)
         if not rows:
-            raise Refused("; ".join(f"{n}: {why}" for n, why in self.missing.items()))
+            self._nobody()
+            return
+        self._write(scaling=rows)
         title = f"{self.conf.model.name}, milliseconds per token, {self.threads} threads"
         print(f"\n{title}; a token of ours is a whole tick")
         print(scaling_table(rows, counts, task.rows))
         for line in flatness(rows, task.rows):
             print(line)
         plots.plot_scaling(rows, task.rows, title, self.run_dir / "scaling.png")
-        self._write(scaling=rows)
+
+    def _nobody(self) -> None:
+        """Raises Refused where nobody could be timed, unless somebody ended it before."""
+        if not self.interrupted:
+            raise Refused("; ".join(f"{n}: {why}" for n, why in self.missing.items()))
+
+    def _commands(self) -> dict[Contestant, Command]:
+        """The default command, and llama.cpp's at the precision that it chooses. Each has been run
+        once: what is fetched, built or compiled once is no part of what is timed.
+        """
+        tokens = self.task.command_tokens
+        ours = default_command(self.conf, self.asked, tokens)
+        note("running the default command once, to see what it chooses …")
+        try:
+            precision = time_command(ours, lambda: None)["precision"]
+        except Failed as failure:
+            self._miss(DEFAULT, f"failed: {failure}")
+            return {}
+        commands = {Contestant(DEFAULT, precision): ours}
+        if LLAMA_CPP in self.task.engines:
+            entry = Contestant(LLAMA_CPP_COMMAND, precision)
+            try:
+                reason = why_missing(Contestant(LLAMA_CPP, precision), self.asked)
+                if reason is None:
+                    gguf = self._gguf_of(precision)
+                    command = llama_cpp_command(self.conf, gguf, tokens, self.threads)
+                    time_command(command, lambda: None)
+                    commands[entry] = command
+            except Failed as failure:
+                reason = f"failed: {failure}"
+            except Refused as refusal:
+                reason = str(refusal)
+            if reason is not None:
+                self._miss(entry.label, reason)
+        return commands
 
     def _present(self, entries: Sequence[Contestant]) -> list[Contestant]:
         """Those that can be timed here; the others are named as missing."""
@@ -186,34 +247,45 @@ class Comparison:
             return dataclasses.replace(job, bytes=size)
         return dataclasses.replace(job, counts=[task.context], prefill=task.prefill)
 
-    def _alternate(self, measure: str, jobs: dict[Any, Job]) -> dict[Any, list[dict[str, Any]]]:
+    def _alternate(self, measure: str, jobs: Mapping[Any, Job | Command]) -> Runs:
         """Every job in turn, as often as is asked for. One that fails is missing from then on.
 
-        Writes the timings after every round: a long run that is cut short keeps what it has.
+        Writes the timings after every run. Whoever interrupts it gets what there is.
         """
-        runs: dict[Any, list[dict[str, Any]]] = {key: [] for key in jobs}
+        runs: Runs = {key: [] for key in jobs}
         failed = set()
-        with progress_bar(measure, self.task.repeats * len(jobs), "run") as bar:
-            for _ in range(self.task.repeats):
-                for key, job in jobs.items():
-                    entry = Contestant(job.engine, job.precision)
-                    bar.set_postfix_str(entry.label)
-                    if entry not in failed:
-                        try:
-                            runs[key].append(result_of(job))
-                        except Failed as failure:
-                            failed.add(entry)
-                            bar.clear()
-                            self._miss(entry.label, f"failed: {failure}")
-                    bar.update()
-                named = {
-                    key.label if isinstance(key, Contestant) else " ".join(map(str, key)): results
-                    for key, results in runs.items()
-                }
-                self._write(**{f"{measure}_runs": named})
+        progress = Progress(measure, list(jobs), self.task.repeats)
+        try:
+            for key in self.task.repeats * list(jobs):
+                entry = key if isinstance(key, Contestant) else Contestant(*key[:2])
+                if entry in failed:
+                    progress.drop(key)
+                    continue
+                try:
+                    with progress.run(key, entry.label):
+                        runs[key].append(_result(jobs[key], progress.show))
+                except Failed as failure:
+                    failed.add(entry)
+                    progress.clear()
+                    self._miss(entry.label, f"failed: {failure}")
+                self._write(**{f"{measure}_runs": {_name(key): runs[key] for key in runs}})
+        except KeyboardInterrupt:
+            self.interrupted = True
+        finally:
+            progress.close()
         return runs
 
     def _write(self, **results: Any) -> None:
         self.report.update(results)
         text = json.dumps(self.report, indent=1) + "\n"
         (self.run_dir / "bench.json").write_text(text, "utf-8")
+
+
+def _result(job: Job | Command, waiting: Waiting) -> dict[str, Any]:
+    """What one run of a job has measured. Raises Failed."""
+    return time_command(job, waiting) if isinstance(job, Command) else result_of(job, waiting)
+
+
+def _name(key: Any) -> str:
+    """Of what is timed, in the report."""
+    return key.label if isinstance(key, Contestant) else " ".join(map(str, key))

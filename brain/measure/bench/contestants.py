@@ -10,18 +10,31 @@ from brain.config.settings import settings_of
 from brain.errors import Refused
 from compiled.llama import LlamaConfig
 
-COMPILED, EAGER = "compiled", "eager"
+DEFAULT = "default"
+"""``brain`` with nothing said of engine or precision, as a command: see ``command.py``."""
+
+NATIVE, COMPILED, EAGER = "native", "compiled", "eager"
 LLAMA_CPP = "llama-cpp"
+LLAMA_CPP_COMMAND = "llama-cpp, a Python process"
+"""What is timed beside the default command, in place of ``llama-cli``."""
+
 DYNAMIC, STATIC = "transformers-dynamic", "transformers-static-compiled"
-OURS = (COMPILED, EAGER)
+OURS = (NATIVE, COMPILED, EAGER)
+"""Choices of ``engine=``."""
+
 PEERS = {LLAMA_CPP: "llama_cpp", DYNAMIC: "transformers", STATIC: "transformers"}
 """Engines that are not ours, and the package that each needs."""
 
 ENGINES = (*OURS, *PEERS)
+"""Each is timed at every precision that is asked for."""
+
 MEMORY = "memory"
 """Not an engine: reads as many bytes as a token needs and does nothing with them."""
 
 GREEDY = "sampler=greedy"
+
+ENGINE_KEYS = ("engine", "engine.captured", "engine.native")
+"""Keys that say which engine runs."""
 
 INT8 = "int8"
 SCALE_BYTES = 4
@@ -59,17 +72,20 @@ class Contestant:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is one of the two engines of this program."""
+        """Whether it is an engine of this program."""
         return self.engine in OURS
 
     def overrides(self, asked: Sequence[str]) -> list[str]:
-        """The configuration of our engines: what was asked for, at this precision. Without a
-        sampler they take the likeliest token, as the others do.
+        """The configuration of our engines: what was asked for, with this engine at this
+        precision. Without a sampler they take the likeliest token, as the others do.
         """
-        keys = [key_of(override) for override in asked]
-        rest = [o for o, key in zip(asked, keys, strict=True) if key not in ("dtype", "weights")]
-        sampled = any(key.partition(".")[0] == "sampler" for key in keys)
-        return [*rest, *([] if sampled else [GREEDY]), *PRECISIONS[self.precision].overrides]
+        sampled = any(key_of(override).partition(".")[0] == "sampler" for override in asked)
+        return [
+            *without_engine(asked),
+            *([] if sampled else [GREEDY]),
+            f"engine={self.engine}",
+            *PRECISIONS[self.precision].overrides,
+        ]
 
 
 def key_of(override: str) -> str:
@@ -77,13 +93,21 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def without_engine(asked: Sequence[str]) -> list[str]:
+    """The overrides without those that choose an engine or a precision."""
+    chosen = (*ENGINE_KEYS, "dtype", "weights")
+    return [override for override in asked if key_of(override) not in chosen]
+
+
 def contestants(engines: Sequence[str], precisions: Sequence[str]) -> list[Contestant]:
-    """Every engine at every precision that it has: transformers has no int8."""
+    """Every engine at every precision that it has: transformers has no int8, and the default
+    command chooses for itself.
+    """
     return [
         Contestant(engine, precision)
         for precision in precisions
         for engine in engines
-        if not (precision == INT8 and PEERS.get(engine) == "transformers")
+        if engine in ENGINES and not (precision == INT8 and PEERS.get(engine) == "transformers")
     ]
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from brain.config.compose import compose_conf
-from brain.measure.bench.contestants import COMPILED
 from brain.measure.bench.job import Job
 from brain.opening import open_brain
 
@@ -16,8 +15,7 @@ class Ours:
 
     def __init__(self, job: Job) -> None:
         conf = compose_conf(job.overrides)
-        captured = job.engine == COMPILED
-        engine = dataclasses.replace(conf.engine, captured=captured, native=captured)
+        engine = conf.engine
         if job.smallest_bucket is not None:
             engine = dataclasses.replace(engine, smallest_bucket=job.smallest_bucket)
         self.brain = open_brain(
@@ -32,8 +30,11 @@ class Ours:
         self.row_bytes = (state.keys.nbytes + state.values.nbytes) // state.capacity
 
     def capture(self) -> None:
-        """Captures every graph, where all are wanted."""
-        for _ in self.brain.graphs.warm_up() if self._capture_all else ():
+        """Captures the graphs of ticks, where all are wanted; on a GPU those of edits too, which
+        are recorded with them.
+        """
+        edits = self.brain.device.type == "cuda"
+        for _ in self.brain.graphs.warm_up(edits=edits) if self._capture_all else ():
             pass
 
     def prime(self, ids: list[int]) -> None:

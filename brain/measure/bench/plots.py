@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brain.measure.bench.contestants import COMPILED, DYNAMIC, EAGER, LLAMA_CPP, STATIC
+from brain.measure.bench.contestants import COMPILED, DYNAMIC, EAGER, LLAMA_CPP, NATIVE, STATIC
 from brain.measure.bench.results import Row
 from brain.measure.bench.tables import FLAT
 from brain.measure.evaluation.plots import pyplot, save
 
 COLOURS = {
+    NATIVE: "#9c2740",
     COMPILED: "#d1495b",
     EAGER: "#edae49",
     LLAMA_CPP: "#30638e",

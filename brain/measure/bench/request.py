@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from brain.auto import plainest
 from brain.config.settings import settings_of
 from brain.errors import Refused, unknown
-from brain.measure.bench.contestants import ENGINES, INT8, PRECISIONS
+from brain.measure.bench.contestants import DEFAULT, ENGINE_KEYS, ENGINES, INT8, PRECISIONS
 from brain.measure.bench.job import WARM_UP_TOKENS
 from brain.opening import MOST_THREADS
 from brain.terminal import note
@@ -46,7 +46,7 @@ def check(task: BenchTask, conf: Conf, precisions: Sequence[str], keys: set[str]
     """Raises Refused for what cannot be timed, and says what is asked for and ignored."""
     known = {
         "measures": (task.measures, MEASURES),
-        "engines": (task.engines, ENGINES),
+        "engines": (task.engines, (DEFAULT, *ENGINES)),
         "scaling_engines": (task.scaling_engines, ENGINES),
         "precisions": (precisions, PRECISIONS),
     }
@@ -56,7 +56,7 @@ def check(task: BenchTask, conf: Conf, precisions: Sequence[str], keys: set[str]
                 raise unknown(f"task.{key}", name, possible)
         if not chosen:
             raise Refused(f"task.{key} is empty: use {', '.join(possible)}")
-    for name in ("context", "prefill", "tokens", "repeats", "rows"):
+    for name in ("context", "prefill", "tokens", "command_tokens", "repeats", "rows"):
         if getattr(task, name) < 1:
             raise Refused(f"task.{name} must be at least 1, not {getattr(task, name)}")
     if conf.threads is not None and not 1 <= conf.threads <= MOST_THREADS:
@@ -104,7 +104,7 @@ def _check_target(task: BenchTask, target: int) -> None:
 
 def _check_ignored(conf: Conf, keys: set[str]) -> None:
     """Says what is asked for and ignored; raises Refused where that would mislead."""
-    if keys & {"engine", "engine.captured"}:
+    if keys.intersection(ENGINE_KEYS):
         note("task=bench times the engines of task.engines: engine is ignored")
     if conf.lookup.width:
         raise Refused("a token of task=bench is a plain tick: use lookup=none")

@@ -31,6 +31,37 @@ def limit_rows(runs: Runs) -> list[Row]:
     return rows
 
 
+def command_rows(runs: Runs) -> list[Row]:
+    """Medians over all repetitions, a row for every command that has any. ``engine`` is None for a
+    command that is not ours. ``tokens_per_second_ratios`` are to the commands that are not ours.
+    """
+    rows: list[Row] = []
+    for contestant, results in runs.items():
+        if results:
+            seconds = [run["first_character_seconds"] for run in results]
+            rates = [run["tokens_per_second"] for run in results]
+            rows.append(
+                {
+                    "command": contestant.engine,
+                    "engine": results[0].get("engine"),
+                    "precision": contestant.precision,
+                    "first_character_seconds": statistics.median(seconds),
+                    "soonest_run": min(seconds),
+                    "latest_run": max(seconds),
+                    "tokens_per_second": statistics.median(rates),
+                    "slowest_run": min(rates),
+                    "fastest_run": max(rates),
+                }
+            )
+    for row in rows:
+        row["tokens_per_second_ratios"] = {
+            peer["command"]: row["tokens_per_second"] / peer["tokens_per_second"]
+            for peer in rows
+            if peer["engine"] is None
+        }
+    return rows
+
+
 def engine_rows(runs: Runs, context: int, prefill: int) -> list[Row]:
     """Medians over all repetitions, a row for every contestant that has any.
 

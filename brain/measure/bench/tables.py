@@ -30,6 +30,29 @@ def decode_table(rows: Sequence[Row], limits: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def command_table(rows: Sequence[Row]) -> str:
+    """One line for the default command, saying what it chose, and one for what is beside it."""
+    lines = [
+        f"{'command':<28} {'engine':<9} {'precision':<9} {'first character':>15} {'(runs)':>11} "
+        f"{'tok/s':>7} {'(runs)':>13}"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['command']:<28} {row['engine'] or '–':<9} {row['precision']:<9} "
+            f"{row['first_character_seconds']:>13.1f} s "
+            f"{_spread(row['soonest_run'], row['latest_run']):>11} "
+            f"{row['tokens_per_second']:>7.1f} "
+            f"{_spread(row['slowest_run'], row['fastest_run']):>13}"
+        )
+    for row in rows:
+        lines += [
+            f"{row['command']} says {ratio:.2f} times the tokens per second of {peer}"
+            for peer, ratio in row["tokens_per_second_ratios"].items()
+            if row["engine"] is not None
+        ]
+    return "\n".join(lines)
+
+
 def _limit_line(row: Row, peers: int) -> str:
     speed, size = row["gb_per_second"], row["bytes"]
     spread = _spread(1e9 * row["slowest_run"] / size, 1e9 * row["fastest_run"] / size)
@@ -54,8 +77,8 @@ def _engine_line(row: Row, peers: Sequence[str]) -> str:
     )
 
 
-def _spread(slowest: float, fastest: float) -> str:
-    return f"{slowest:.1f}–{fastest:.1f}"
+def _spread(least: float, most: float) -> str:
+    return f"{least:.1f}–{most:.1f}"
 
 
 def scaling_table(rows: Sequence[Row], counts: Sequence[int], held: int) -> str:

@@ -20,8 +20,15 @@ from brain.measure.bench.contestants import LLAMA_CPP, MEMORY, OURS
 from brain.measure.bench.engine import Engine
 from brain.measure.bench.job import WARM_UP_TOKENS, Job
 
-PREFILLS = 3
-"""Of which the first is discarded."""
+PREFILLS = 2
+WARM_UP_PREFILL = 64
+"""Tokens of a first prompt, which is discarded."""
+
+ENOUGH_SECONDS = 4.0
+FEWEST_TOKENS = 8
+"""Timing ends when so much time has passed and so many tokens have been decoded: more of what is
+slow says nothing new.
+"""
 
 
 def main() -> int:
@@ -45,15 +52,18 @@ def _time(job: Job) -> dict[str, Any]:
     opened = time.perf_counter()
     engine.capture()
     captured = time.perf_counter() - opened
-    prompt = _ids(job.prefill, engine.vocab_size)
-    prefill = _seconds(lambda: engine.prime(prompt), PREFILLS)[1:] if prompt else []
+    prefill = []
+    if job.prefill:
+        prompt = _ids(job.prefill, engine.vocab_size)
+        engine.prime(prompt[:WARM_UP_PREFILL])
+        prefill = _seconds(lambda: engine.prime(prompt), PREFILLS, fewest=1)
     tokens: dict[str, list[float]] = {}
     for count in job.counts:
         engine.prime(_ids(count, engine.vocab_size))
-        first_steps = sum(_seconds(engine.step, WARM_UP_TOKENS))
+        first_steps = sum(_seconds(engine.step, WARM_UP_TOKENS, fewest=WARM_UP_TOKENS))
         if not tokens:
             captured += first_steps  # in which some engines compile
-        tokens[str(count)] = _seconds(engine.step, job.tokens)
+        tokens[str(count)] = _seconds(engine.step, job.tokens, fewest=FEWEST_TOKENS)
     return {
         "token_seconds": tokens,
         "prefill_seconds": prefill,
@@ -104,10 +114,12 @@ def _ids(count: int, vocab_size: int) -> list[int]:
     return random.Random(0).choices(range(vocab_size), k=count)
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Of each call. Whatever it starts, it waits for."""
-    seconds = []
-    for _ in range(repeats):
+def _seconds(call: Callable[[], Any], most: int, *, fewest: int) -> list[float]:
+    """Of each call: ``most`` of them, or only ``fewest`` where they take long. Whatever a call
+    starts, it waits for.
+    """
+    seconds: list[float] = []
+    while len(seconds) < most and (len(seconds) < fewest or sum(seconds) < ENOUGH_SECONDS):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from brain.checkpoints import open_folder
 from brain.checkpoints.hf_config import read_config
+from brain.config.compose import compose_conf
+from brain.config.overrides import override
 from brain.measure.bench import comparison
 from brain.measure.bench import contestants as who
+from brain.measure.bench.command import default_command
 from brain.measure.bench.contestants import (
     Contestant,
     contestants,
@@ -22,9 +25,10 @@ from brain.measure.bench.contestants import (
     weight_bytes,
     why_missing,
 )
-from brain.measure.bench.job import Failed, Job, result_of
-from brain.measure.bench.results import engine_rows, limit_rows, scaling_rows
-from brain.measure.bench.tables import decode_table, flatness, scaling_table
+from brain.measure.bench.job import Failed, Job, Waiting, result_of
+from brain.measure.bench.progress import Progress
+from brain.measure.bench.results import command_rows, engine_rows, limit_rows, scaling_rows
+from brain.measure.bench.tables import command_table, decode_table, flatness, scaling_table
 from fixture_types import CommandLine
 
 SaveLlama = Callable[..., dict[str, Tensor]]
@@ -116,6 +120,65 @@ def test_bytes_of_a_token_are_those_of_the_tensors(
     assert row_bytes(config, "float32") == 2 * row_bytes(config, "int8") == 2 * 3 * 2 * 8 * 4
 
 
+COMMANDS: dict[Contestant, list[dict[str, Any]]] = {
+    Contestant(who.DEFAULT, "bfloat16"): [
+        {"first_character_seconds": s, "tokens_per_second": r, "engine": "compiled"}
+        for s, r in ((4.0, 50.0), (3.0, 60.0), (9.0, 10.0))
+    ],
+    Contestant(who.LLAMA_CPP_COMMAND, "bfloat16"): [
+        {"first_character_seconds": 1.0, "tokens_per_second": 25.0}
+    ],
+}
+
+
+def test_commands_are_told_by_their_first_character_and_their_rate() -> None:
+    ours, peer = command_rows({**COMMANDS, Contestant(who.DEFAULT, "float32"): []})
+    assert (ours["engine"], ours["precision"]) == ("compiled", "bfloat16")
+    assert ours["first_character_seconds"] == 4.0
+    assert (ours["soonest_run"], ours["latest_run"]) == (3.0, 9.0)
+    assert (ours["tokens_per_second"], ours["slowest_run"], ours["fastest_run"]) == (50, 10, 60)
+    assert ours["tokens_per_second_ratios"] == {who.LLAMA_CPP_COMMAND: pytest.approx(2.0)}
+    assert peer["engine"] is None
+    lines = command_table([ours, peer]).splitlines()
+    assert lines[1].split()[:4] == ["default", "compiled", "bfloat16", "4.0"]
+    assert len(lines[1]) == len(lines[2]) == len(lines[0])
+    assert lines[3:] == [
+        f"default says 2.00 times the tokens per second of {who.LLAMA_CPP_COMMAND}"
+    ]
+
+
+def test_the_default_command_chooses_engine_and_precision_itself() -> None:
+    prompt = 'He said: "a, b" '
+    asked = [override("prompt", prompt), "engine=compiled", "dtype=bfloat16", "capacity=64"]
+    command = default_command(compose_conf(asked), asked, 7)
+    assert command.arguments[1:] == [
+        "-m",
+        "brain.app",
+        f"prompt={prompt}",
+        "capacity=64",
+        "ticks=7",
+    ]
+
+
+def test_the_time_left_follows_from_the_runs_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("brain.measure.bench.progress.time.perf_counter", lambda: now)
+    progress = Progress("decode", ["a", "b"], 2)
+    with progress.run("a", "engine a"):
+        assert progress.seconds_left() is None
+        now = 10.0
+    with progress.run("b", "engine b"):  # taken to last as long as a did
+        assert progress.seconds_left() == pytest.approx(30)
+        now = 14.0
+        assert progress.seconds_left() == pytest.approx(26)
+        now = 50.0
+        assert progress.seconds_left() == pytest.approx(20)
+    progress.drop("b")
+    with progress.run("a", "engine a"):
+        assert progress.seconds_left() == pytest.approx(10)
+    progress.close()
+
+
 def test_transformers_has_no_int8() -> None:
     engines = ["compiled", "llama-cpp", "transformers-dynamic"]
     labels = [entry.label for entry in contestants(engines, ["float32", "int8"])]
@@ -127,12 +190,13 @@ def test_transformers_has_no_int8() -> None:
 
 
 def test_the_precision_replaces_what_was_asked_for() -> None:
-    asked = ["dtype=float16", "capacity=64", "+weights=model", "dtype_not=1"]
+    asked = ["dtype=float16", "capacity=64", "+weights=model", "dtype_not=1", "++engine=eager"]
     overrides = Contestant("compiled", "int8").overrides(asked)
     assert overrides == [
         "capacity=64",
         "dtype_not=1",
         "sampler=greedy",
+        "engine=compiled",
         "dtype=bfloat16",
         "weights=int8",
     ]
@@ -141,8 +205,8 @@ def test_the_precision_replaces_what_was_asked_for() -> None:
 @pytest.mark.parametrize("asked", ["sampler=default", "sampler.top_k=5", "++sampler.seed=1"])
 def test_all_engines_take_the_likeliest_token_unless_a_sampler_is_named(asked: str) -> None:
     entry = Contestant("compiled", "float32")
-    assert entry.overrides([]) == ["sampler=greedy", "dtype=float32"]
-    assert entry.overrides([asked]) == [asked, "dtype=float32"]
+    assert entry.overrides([]) == ["sampler=greedy", "engine=compiled", "dtype=float32"]
+    assert entry.overrides([asked]) == [asked, "engine=compiled", "dtype=float32"]
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +238,7 @@ def test_a_process_that_fails_says_why_in_one_line(
         interpreter.write_text(f"#!/bin/sh\n{script}\n")
         interpreter.chmod(interpreter.stat().st_mode | stat.S_IXUSR)
         with pytest.raises(Failed) as failure:
-            result_of(job)
+            result_of(job, lambda: None)
         assert str(failure.value) == told
 
 
@@ -192,7 +256,7 @@ def run_bench(tmp_path: Path, tiny_folder: Path, command_line: CommandLine) -> B
     return run
 
 
-def invented(job: Job) -> dict[str, Any]:
+def invented(job: Job, waiting: Waiting) -> dict[str, Any]:
     """What a process might have measured."""
     if job.engine == who.MEMORY:
         return {"read_seconds": [1e-4], "operation": "sum", "bytes": job.bytes}
@@ -210,9 +274,9 @@ def test_one_run_reports_everybody_and_names_who_is_missing(
 ) -> None:
     asked: list[Job] = []
 
-    def timed(job: Job) -> dict[str, Any]:
+    def timed(job: Job, waiting: Waiting) -> dict[str, Any]:
         asked.append(job)
-        return invented(job)
+        return invented(job, waiting)
 
     monkeypatch.setattr(comparison, "result_of", timed)
     engines = "[compiled,eager,transformers-static-compiled]"
@@ -364,10 +428,71 @@ def test_if_nobody_could_be_timed_it_says_so(
 def test_bad_input_is_refused_before_anything_is_timed(
     run_bench: Bench, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
 ) -> None:
-    monkeypatch.setattr(comparison, "result_of", lambda job: pytest.fail("something was timed"))
+    monkeypatch.setattr(comparison, "result_of", lambda *_: pytest.fail("something was timed"))
     status, _, err = run_bench(*SMALL, *arguments)
     assert status == 2
     assert told in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_interrupted_it_prints_the_table_of_what_it_has(
+    tmp_path: Path, run_bench: Bench, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    done: list[Job] = []
+
+    def timed(job: Job, waiting: Waiting) -> dict[str, Any]:
+        if len(done) == before:
+            raise KeyboardInterrupt
+        done.append(job)
+        return invented(job, waiting)
+
+    monkeypatch.setattr(comparison, "result_of", timed)
+    engines = ["compiled", "eager"]
+    status, out, err = run_bench(
+        *SMALL,
+        f"task.engines=[{','.join(engines)}]",
+        "task.measures=[decode,scaling]",
+        "dtype=float32",
+        *("task.capacities=[64,128]", "task.counts=[8,100]", "task.rows=32"),
+    )
+    assert status == 130
+    assert err.splitlines()[-1] == "interrupted"
+    lines = [line.split()[:3] for line in out.splitlines()]
+    told = [line[0] for line in lines if line[1:2] == ["float32"]]
+    assert told == [job.engine for job in done[1:3]]
+    assert (["(reading", "memory)", "float32"] in lines) == (before > 1)
+    assert "rows of" not in out  # scaling did not begin
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    assert [row["engine"] for row in report["engines"]] == told
+    assert sum(map(len, report.get("decode_runs", {}).values())) == before
+
+
+def test_the_default_command_is_a_process_that_speaks(tmp_path: Path, run_bench: Bench) -> None:
+    status, out, err = run_bench(
+        *SMALL,
+        "task.engines=[default]",
+        "task.command_tokens=20",
+        "task.repeats=1",
+        "dtype=bfloat16",
+        "threads=1",
+        "prompt=it said, twice",
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    (row,) = report["commands"]
+    assert row["command"] == "default"
+    assert row["precision"] in who.PRECISIONS
+    assert row["first_character_seconds"] > 0
+    assert row["tokens_per_second"] > 0
+    assert f"default {row['precision']}" in report["decode_runs"]
+    line = out.splitlines()[3]
+    assert line.split()[:3] == ["default", row["engine"], row["precision"]]
+
+
+def test_a_default_command_that_fails_says_why(run_bench: Bench) -> None:
+    status, out, err = run_bench(*SMALL, "task.engines=[default]", "save_every=-1")
+    assert (status, out) == (2, "")
+    assert "default: failed: save_every must be 0" in err.splitlines()[-1]
 
 
 def test_real_processes_time_real_engines(tmp_path: Path, run_bench: Bench) -> None:
