@@ -367,7 +367,7 @@ def test_a_target_that_holds_all_rows_is_timed(
     ("asked", "told"),
     [
         (["engine=compiled"], "engine is ignored"),
-        (["++engine.compiled=true"], "engine is ignored"),
+        (["++engine.captured=true"], "engine is ignored"),
         (["task.precisions=[float32]", "dtype=bfloat16"], "dtype is ignored"),
         (["task.precisions=[float32]", "++weights=model"], "weights is ignored"),
     ],
