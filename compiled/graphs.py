@@ -261,7 +261,7 @@ class Graphs:
     def patch(self, plan: Plan | EditPlan) -> None:
         """Carries out a tick's plan, or an edit's, padded to a captured width."""
         if not self.compiled:
-            if isinstance(plan, Plan) and self.device.type == "cpu":  # asking it costs nothing
+            if isinstance(plan, Plan) and self.decode is not None:  # a CPU: asking costs nothing
                 if plan.not_finite is not None and int(plan.not_finite):
                     return
                 padded = int(plan.length) < plan.keys.shape[2]

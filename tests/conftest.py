@@ -202,14 +202,19 @@ def warm_brain(open_tiny: OpenTiny) -> brain.Brain:
 @pytest.fixture(scope="session")
 def eager_brain(open_tiny: OpenTiny) -> brain.Brain:
     """The tiny brain without graphs, shared by all tests: prime it before use."""
-    return open_tiny()
+    return open_tiny(engine="eager")
 
 
-@pytest.fixture(params=["eager", "compiled"])
+@pytest.fixture(scope="session")
+def native_brain(open_tiny: OpenTiny) -> brain.Brain:
+    """The tiny brain with the operators and without graphs, shared: prime it before use."""
+    return open_tiny(engine="native")
+
+
+@pytest.fixture(params=["eager", "native", "warm"])
 def either_brain(request: pytest.FixtureRequest) -> brain.Brain:
-    """Each of the two shared brains in turn."""
-    name = "warm_brain" if request.param == "compiled" else "eager_brain"
-    chosen: brain.Brain = request.getfixturevalue(name)
+    """Each of the three shared brains in turn."""
+    chosen: brain.Brain = request.getfixturevalue(f"{request.param}_brain")
     return chosen
 
 
