@@ -64,7 +64,8 @@ class Subject:
     def __init__(self, slots: int, layers: int, device: torch.device) -> None:
         config = LlamaConfig(**{**vars(LLAMA_8B), "num_layers": layers})
         self.config, self.device = config, device
-        conf = compose_conf([f"capacity={slots}", "device=cpu", f"engine.smallest_bucket={slots}"])
+        sizes = [f"capacity={slots}", f"engine.smallest_bucket={slots}"]
+        conf = compose_conf([*sizes, "device=cpu", "engine=eager", "dtype=float32"])
         settings = settings_of(conf)
         self.state = allocate_state(config, slots, torch.bfloat16, device)
         full(self.state)

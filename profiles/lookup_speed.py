@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
+from brain.auto import resolved
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.opening import checkpoint_of, use_threads
@@ -63,7 +64,7 @@ class Subject(NamedTuple):
 
 def brain_of(checkpoint: Checkpoint | None, overrides: list[str]) -> Brain:
     """A brain with every graph captured, on weights that are open already if there are any."""
-    conf = compose_conf(overrides)
+    conf = resolved(compose_conf(overrides)).conf
     settings = settings_of(conf)
     use_threads(conf.threads)
     if checkpoint is None:

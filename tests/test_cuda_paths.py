@@ -134,7 +134,7 @@ def test_rebasing_takes_no_room_for_a_second_cache() -> None:
     weights = Weights(*(tensor.to(device) for tensor in toy_weights(config).tensors()))
     number = torch.ones((), device=device)
     sampling = Sampling(number, number, number, number, key_of(0).to(device))
-    settings = settings_of(compose_conf(["device=cpu"]))
+    settings = settings_of(compose_conf(["device=cpu", "engine=eager", "dtype=float32"]))
     spec = dataclasses.replace(settings.graphs, compiled=True, rebases=True)
     graphs = Graphs(spec, config, weights, state, cursor, sampling)
     torch.cuda.synchronize()

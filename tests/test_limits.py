@@ -332,5 +332,5 @@ def test_graphs_that_cannot_be_linked_are_refused(
 ) -> None:
     monkeypatch.setattr(torch, "__file__", f"/opt/{name}/torch/__init__.py")
     with pytest.raises(Refused, match=f"{name}.*engine=eager"):
-        settings_of(compose_conf(["engine=compiled", "device=cpu"]))
-    settings_of(compose_conf(["engine=eager", "device=cpu"]))
+        settings_of(compose_conf(["engine=compiled", "device=cpu", "dtype=float32"]))
+    settings_of(compose_conf(["engine=eager", "device=cpu", "dtype=float32"]))

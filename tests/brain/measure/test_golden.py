@@ -364,7 +364,8 @@ def test_nan_is_found(dtype: str) -> None:
 
 def toy_brain(dtype: str) -> tuple[Brain, Golden]:
     golden = load_golden(FOLDER, TOY)
-    brain = Brains(compose_conf([f"dtype={dtype}"])).brain(golden, golden.memory.widths[0])
+    conf = compose_conf([f"dtype={dtype}", "engine=native"])
+    brain = Brains(conf).brain(golden, golden.memory.widths[0])
     return brain, golden
 
 

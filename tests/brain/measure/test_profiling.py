@@ -223,7 +223,7 @@ def test_the_task_writes_a_table_a_trace_and_a_picture(
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"), [("model", "bfloat16, eager"), ("int8", "bfloat16, int8 weights, eager")]
+    ("weights", "told"), [("model", "bfloat16, native"), ("int8", "bfloat16, int8 weights, native")]
 )
 def test_the_report_and_its_picture_tell_the_format_of_the_weights(
     weights: str,
