@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from brain.auto import resolved
 from brain.brain import Brain
 from brain.checkpoints import Checkpoint
-from brain.auto import resolved
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.opening import checkpoint_of, use_threads
