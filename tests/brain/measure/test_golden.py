@@ -59,7 +59,10 @@ RoomyBrain = Callable[[str, str, str], Brain]
 @pytest.fixture(scope="module")
 def brains(smollm2_folder: Path) -> Callable[[str], Brains]:
     """``brains(dtype)``: eager brains for goldens, shared by the tests of this module."""
-    made = {dtype: Brains(compose_conf([f"dtype={dtype}"])) for dtype in ("float32", "bfloat16")}
+    made = {
+        dtype: Brains(compose_conf([f"dtype={dtype}", "engine=eager"]))
+        for dtype in ("float32", "bfloat16")
+    }
     return made.__getitem__
 
 
@@ -145,7 +148,8 @@ def test_compiled_engine_agrees(name: str, dtype: str, roomy_brain: RoomyBrain) 
 
 @pytest.mark.slow
 def test_compiled_engine_agrees_at_the_edges_of_two_buckets() -> None:
-    conf = compose_conf(["engine=compiled", "engine.widths=[1,8]", "engine.chunk=null"])
+    asked = ["engine=compiled", "engine.widths=[1,8]", "engine.chunk=null", "dtype=float32"]
+    conf = compose_conf(asked)
     golden = load_golden(FOLDER, TOY)
     brain = Brains(conf).brain(golden, (1, 8))
     verdict = examine(golden, brain)
@@ -432,7 +436,12 @@ def test_the_engine_that_is_asked_for_is_the_one_that_is_checked() -> None:
     """With ``engine.native=false`` no operator reads in its stead."""
     golden = load_golden(FOLDER, "toy_bucket_edges")
     for native in (True, False):
-        asked = ["engine=compiled", f"engine.native={str(native).lower()}", "device=cpu"]
+        asked = [
+            "engine=compiled",
+            f"engine.native={str(native).lower()}",
+            "device=cpu",
+            "dtype=float32",
+        ]
         made = Brains(compose_conf(asked)).brain(golden, (1, 16))
         assert (made.graphs.decode is not None) is native
 
