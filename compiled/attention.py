@@ -200,7 +200,7 @@ def _attend_in_tiles(
                 (new_keys[heads, :seen], new_values[heads, :seen]),
                 masked,
                 mask_bias,
-                query.dtype if mass is None else torch.float32,
+                None if mass is None else torch.float32,
             )
             attended.append(weighted_values)
             if mass is not None:
@@ -238,7 +238,7 @@ def _attend_tile(
     new: tuple[Tensor, Tensor],
     masked: Tensor,
     mask_bias: Tensor,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Attends with some queries to some key heads.
 
@@ -252,7 +252,7 @@ def _attend_tile(
         masked: [T, bucket] bool: slots that a query does not see.
         mask_bias: [group * T, seen]: minus infinity for a new token that a query does not see,
             otherwise 0.
-        dtype: Of the probabilities.
+        dtype: Of the probabilities; None for that of the scores.
     Returns:
         The weighted values [K, group, T, head_dim] float32, and the probabilities
         [K, group, T, bucket + seen].

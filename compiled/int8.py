@@ -56,6 +56,11 @@ def part(matrix: Matrix, index: int | slice) -> Matrix:
     return matrix[index]
 
 
+def flat(matrix: Matrix) -> tuple[Tensor, ...]:
+    """Returns the tensors that the matrix is made of: one, or in eight bits two."""
+    return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
+
+
 def num_rows(matrix: Matrix) -> int:
     """How many output channels one matrix has."""
     return (matrix.values if isinstance(matrix, Int8) else matrix).shape[-2]

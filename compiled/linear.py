@@ -11,8 +11,9 @@ float32 it calls MKL, which is half as fast on processors of other makers (measu
 340 against 160 GFLOP/s). The weights are used as they lie; a reordered copy would be 10% faster and
 a second copy. On a CPU without instructions for 16-bit floats such products, and all of attention,
 go by way of float32 (measured with AVX2 only: a text of 862 tokens in a sixth of the time in
-bfloat16, a quarter in float16); one row is faster as it is. Everywhere else the plain call is the
-fast one.
+bfloat16, a quarter in float16; with AVX-512 but without bf16, a third in bfloat16); one row is
+faster as it is. There as many rows as evaluation has, one of each text, pay for float32 weights,
+once, but not for making them float32 each time. Everywhere else the plain call is the fast one.
 """
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled import torch_private
-from compiled.int8 import Int8, Matrix, dequantize
+from compiled.int8 import Int8, Matrix, dequantize, flat
 
 FEW_ROWS = 16
 """Rows up to which a product is bound by reading the weights."""
@@ -73,27 +74,20 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
     of the weights are made float32 at a time, not all.
     """
     wide = x.float()
+    if weight.dtype == torch.float32:
+        return _product(wide, weight)
     return torch.cat([_product(wide, some.float()) for some in torch.split(weight, WIDE_ROWS)], -1)
 
 
 def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
     """``x @ weight.T + addend`` by a library: [N, in] × [out, in] + [N, out] → [N, out]."""
-    if x.shape[0] >= FEW_ROWS and _multiplies_wide(x):
+    if weight.dtype != x.dtype or (x.shape[0] >= FEW_ROWS and _multiplies_wide(x)):
         product = _wide_product(x, weight).to(x.dtype)
         return product if addend is None else product + addend
     if _names_onednn(x):
         return torch_private.onednn_linear(x, weight, addend)
     product = F.linear(x, weight)
     return product if addend is None else product + addend
-
-
-def _products(one: Tensor, other: Tensor) -> Tensor:
-    """``torch.bmm``. By way of float32 it makes a copy of both, of one layer's rows at most: faster
-    even for one token (measured with AVX2 only: twice as fast over 1,024 rows).
-    """
-    if _multiplies_wide(one):
-        return torch.bmm(one.float(), other.float()).to(one.dtype)
-    return torch.bmm(one, other)
 
 
 def _takes_packed(x: Tensor, weight: Int8) -> bool:
@@ -108,6 +102,7 @@ def _takes_packed(x: Tensor, weight: Int8) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and x.shape[0] <= FEW_ROWS
+        and weight.values.dtype == torch.int8
         and columns % 64 == 0
         and rows % 4 == 0
         and x.is_contiguous()
@@ -116,15 +111,58 @@ def _takes_packed(x: Tensor, weight: Int8) -> bool:
     )
 
 
+def widened(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+    """Returns the matrix with its numbers in float32 where products in ``dtype`` go by way of that,
+    for who multiplies so often by it that the memory pays. What ``linear`` makes of it is the same.
+
+    Args:
+        matrix: [..., out, in]; in eight bits its integers become float32, and its scale stays.
+        dtype: Of the activations.
+    """
+    numbers = flat(matrix)[0]
+    goes_wide = dtype == torch.float32 or not torch_private.multiplies_in(dtype)
+    if numbers.device.type != "cpu" or not goes_wide:
+        return matrix
+    return Int8(numbers.float(), matrix.scale) if isinstance(matrix, Int8) else numbers.float()
+
+
+class _OfAllStreams(torch.autograd.Function):
+    """A product under ``vmap``: the rows of all streams together, in the form that is fastest for
+    so many. By itself ``vmap`` knows how many rows one stream has, and one library.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, *weight: Tensor) -> Tensor:
+        """Nobody calls it outside ``vmap``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Nothing is kept: no gradient is asked for."""
+
+    @staticmethod
+    def vmap(
+        info: object, in_dims: tuple[int, ...], x: Tensor, *weight: Tensor
+    ) -> tuple[Tensor, int]:
+        """``x`` has an axis more, ``in_dims[0]``; the weights are the same for all."""
+        streams = x.movedim(in_dims[0], 0)  # [streams, T, in]
+        matrix: Matrix = Int8(*weight) if len(weight) == 2 else weight[0]
+        product = linear(streams.flatten(0, 1), matrix)
+        return product.view(*streams.shape[:2], -1), 0
+
+
 def linear(x: Tensor, weight: Matrix) -> Tensor:
     """Computes ``x @ weight.T`` in the form that is fastest for this device and this many rows.
 
     Args:
         x: [T, in] in the model's dtype.
-        weight: [out, in] in the same dtype, or in eight bits.
+        weight: [out, in] in the same dtype, or in eight bits; or ``widened``.
     Returns:
         [T, out] in the dtype of ``x``.
     """
+    if not torch.compiler.is_compiling() and torch_private.is_batched(x):
+        product: Tensor = _OfAllStreams.apply(x, *flat(weight))  # type: ignore[no-untyped-call]
+        return product
     if isinstance(weight, Int8):
         # Eight bits are exact in every floating dtype; the scale comes after the sum.
         if _streams_eight_bits(x):
@@ -163,11 +201,13 @@ def dot_rows(query: Tensor, rows: Tensor, addend: Tensor | None = None) -> Tenso
         rows: [kv_heads, N, head_dim].
         addend: [Q, N], added to the products of every head.
     Returns:
-        [kv_heads, Q, N].
+        [kv_heads, Q, N], in float32 where products go by way of it.
     """
+    if _multiplies_wide(query):
+        return dot_rows(query.float(), rows.float(), None if addend is None else addend.float())
     if len(query) == 1:
         return _product(query[0], rows[0], addend)[None]
-    products = _products(query, rows.transpose(1, 2))
+    products = torch.bmm(query, rows.transpose(1, 2))
     return products if addend is None else products + addend
 
 
@@ -175,15 +215,17 @@ def weighted_rows(probabilities: Tensor, rows: Tensor) -> Tensor:
     """Sums the rows, each weighted by its probability.
 
     Args:
-        probabilities: [kv_heads, Q, N], rounded to the dtype of the rows first.
+        probabilities: [kv_heads, Q, N], rounded first to the dtype in which products are made.
         rows: [kv_heads, N, head_dim].
     Returns:
         [kv_heads, Q, head_dim] float32.
     """
+    if _multiplies_wide(rows):
+        rows = rows.float()
     probabilities = probabilities.to(rows.dtype)
-    if len(probabilities) == 1 and not _multiplies_wide(probabilities):
+    if len(probabilities) == 1:
         return _product(probabilities[0], rows[0].T)[None].float()
-    return _products(probabilities, rows).float()
+    return torch.bmm(probabilities, rows).float()
 
 
 def summed_probabilities(probabilities: Tensor, weights: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled.attention import Attention, Visibility, attend
-from compiled.int8 import Int8, Matrix, part
+from compiled.int8 import Int8, Matrix, flat, part
 from compiled.linear import linear
 from compiled.rope import RopeScaling, rotate
 
@@ -75,7 +75,7 @@ class Weights(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor once per field, flat."""
-        return [tensor for field in self for tensor in _flat(field)]
+        return [tensor for field in self for tensor in flat(field)]
 
 
 class LayerWeights(NamedTuple):
@@ -90,7 +90,7 @@ class LayerWeights(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Flat; ``from_tensors`` undoes it."""
-        return [tensor for field in self for tensor in _flat(field)]
+        return [tensor for field in self for tensor in flat(field)]
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor]) -> "LayerWeights":
@@ -100,10 +100,6 @@ class LayerWeights(NamedTuple):
             return cls(*norms, *matrices)
         pairs = zip(matrices[::2], matrices[1::2], strict=True)
         return cls(*norms, *(Int8(values, scale) for values, scale in pairs))
-
-
-def _flat(matrix: Matrix) -> tuple[Tensor, ...]:
-    return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

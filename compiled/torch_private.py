@@ -7,6 +7,7 @@ longer does what it did. This module knows nothing of models: whoever calls says
 
 import functools
 import os
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import CodeType
@@ -132,15 +133,17 @@ def is_batched(x: Tensor) -> bool:
 
 
 def multiplies_in(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has instructions of this processor for products in bfloat16 or float16."""
+    """Whether oneDNN has instructions of this processor for products in bfloat16 or float16. On
+    x86 it also says yes to bfloat16 where it has AVX-512 and has to make do without them.
+    """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     onednn = torch.ops.mkldnn
-    supported: bool = (
-        onednn._is_mkldnn_bf16_supported()
-        if dtype == torch.bfloat16
-        else onednn._is_mkldnn_fp16_supported()
-    )
+    supported: bool = onednn._is_mkldnn_fp16_supported()
+    if dtype == torch.bfloat16:
+        supported = onednn._is_mkldnn_bf16_supported()
+        if platform.machine() in ("x86_64", "AMD64"):
+            supported = supported and torch.cpu._is_avx512_bf16_supported()
     return supported
 
 

@@ -300,15 +300,18 @@ def test_a_process_times_an_engine(engine: str, tiny_folder: Path) -> None:
             f"model.path={tiny_folder}",
             f"device={DEVICE}",
             "dtype=bfloat16",
+            f"engine={engine}",
             "engine.widths=[1,4]",
         ],
         smallest_bucket=64,
         capture_all=False,
     )
-    result = result_of(job)
+    result = result_of(job, lambda: None)
     assert len(result["token_seconds"]["16"]) == 3
     assert result["peak_mb"] > 0
-    assert result_of(dataclasses.replace(job, engine="memory", bytes=1 << 20))["read_seconds"]
+    assert result_of(dataclasses.replace(job, engine="memory", bytes=1 << 20), lambda: None)[
+        "read_seconds"
+    ]
 
 
 @pytest.mark.parametrize("watcher", ["torch", "nvtx"])

@@ -1,10 +1,20 @@
 """Many memories in step are the same memories one by one."""
 
+import operator
+
 import pytest
 import torch
 
-from compiled.batched import Memories, advance, allocate_memories, last_logits
+from compiled import torch_private
+from compiled.batched import (
+    Memories,
+    advance,
+    allocate_memories,
+    last_logits,
+    weights_for_many,
+)
 from compiled.choose import Eviction, Spoken, follow
+from compiled.llama import Weights
 from compiled.patch import patch
 from compiled.read import read
 from compiled.sample import surprises
@@ -101,3 +111,32 @@ def test_a_layer_of_all_streams_lies_in_one_piece() -> None:
     for cache in (many.state.keys, many.state.values):
         assert cache.shape[:2] == (STREAMS, CONFIG.num_layers)
         assert cache[:, 0].is_contiguous()
+
+
+def test_weights_are_widened_once_where_products_go_by_way_of_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    narrow = {name: field.bfloat16() for name, field in WEIGHTS._asdict().items()}
+    weights = Weights(**narrow | {"inverse_frequencies": WEIGHTS.inverse_frequencies})
+    monkeypatch.setattr(torch_private, "multiplies_in", lambda dtype: True)
+    assert all(map(operator.is_, weights_for_many(weights), weights))
+    monkeypatch.setattr(torch_private, "multiplies_in", lambda dtype: False)
+    many = weights_for_many(weights)
+    assert many.dtype == torch.bfloat16
+    for name in ("qkv", "attention_out", "gate_up", "down", "head"):
+        assert torch.equal(getattr(many, name), getattr(weights, name).float())
+    state = toy_state(CONFIG, CAPACITY, {0: 0, 2: 5})
+    state = state._replace(keys=state.keys.bfloat16(), values=state.values.bfloat16())
+    tokens, positions, length = torch.tensor([3, 4]), torch.tensor([6, 7]), torch.tensor(2)
+    (told,) = last_logits(
+        CONFIG,
+        many,
+        State(*(column[None] for column in state)),
+        tokens[None],
+        positions[None],
+        length[None],
+        bucket=CAPACITY,
+    )
+    alone = read(CONFIG, weights, state, tokens, positions, length, bucket=CAPACITY).logits[1]
+    # Sums of bfloat16 numbers are rounded to 2^-9 of logits of order 1, a few times in a row.
+    torch.testing.assert_close(told, alone, rtol=2**-5, atol=2**-5)

@@ -1,5 +1,6 @@
 """What a benchmark is doing, and how long it will take."""
 
+import math
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ class Progress:
     def run(self, key: Hashable, label: str) -> Iterator[None]:
         """While a run is going on: see ``show``."""
         self._key, self._label, self._start = key, label, time.perf_counter()
-        self._bar.update()
+        self._shown = -math.inf
+        self._bar.n += 1
         self.show()
         try:
             yield
@@ -49,7 +51,11 @@ class Progress:
         self._bar.total -= 1
 
     def show(self) -> None:
-        """Draws the line anew."""
+        """Draws the line anew, at most once a second."""
+        now = time.perf_counter()
+        if now - self._shown < 1:
+            return
+        self._shown = now
         left = self.seconds_left()
         told = "" if left is None else f", about {_spoken(left)} left"
         self._bar.set_postfix_str(f"{self._label}{told}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from brain.checkpoints import Checkpoint
 from brain.diagnosis import not_finite_error
 from brain.mirror import SOURCES
-from compiled.batched import Memories, advance, allocate_memories, last_logits
+from compiled.batched import Memories, advance, allocate_memories, last_logits, weights_for_many
 from compiled.choose import Eviction
 
 Progress = Callable[[int], object]
@@ -26,7 +26,7 @@ class Streams:
 
     def __init__(self, checkpoint: Checkpoint, eviction: Eviction, texts: Tensor) -> None:
         self._checkpoint = checkpoint
-        self._config, self._weights = checkpoint.config, checkpoint.weights
+        self._config, self._weights = checkpoint.config, weights_for_many(checkpoint.weights)
         self._eviction = eviction
         weights = checkpoint.weights
         self._texts = texts.to(weights.device)
