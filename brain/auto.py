@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 
 from brain.checkpoints import stored_format
-from brain.config.settings import engine_name, settings_of
+from brain.config.settings import engine_name, known_formats, settings_of
 from brain.errors import Refused, warn
 from brain.files import given_path
 from brain.machine.compiler import require_capture
 from brain.machine.cpu_operator import native_libraries
 from brain.policies import CustomPolicy
-from compiled.read_cpu import formats
-from conf.schema import Conf, DType, EngineConf, WeightFormat
+from conf.schema import Conf, DType, EngineConf
 
 GAINING = {
     "AVX2": "AVX2 reads 16-bit weights in half the time",
@@ -109,8 +108,7 @@ def _on_gpu(engine: EngineConf) -> EngineConf:
 def _on_cpu(conf: Conf, dtype: DType, device: torch.device) -> EngineConf:
     native = conf.engine.native is not False
     if native:
-        int8 = conf.weights is WeightFormat.int8
-        known = formats(getattr(torch, dtype.value), device, int8=int8)
+        known = known_formats(conf, getattr(torch, dtype.value), device)
         try:
             if known is None:
                 raise Refused(f"dtype={dtype.value} has no operators for the CPU")

@@ -23,6 +23,7 @@ from compiled.choose import Eviction
 from compiled.graphs import GraphSpec
 from compiled.llama import LlamaConfig
 from compiled.lookup import Lookup
+from compiled.read_cpu import Formats, formats
 from compiled.sample import SamplingMethod
 from compiled.score import MOST_CULLED, Brightness, Culling, Novelty
 from compiled.state import state_bytes
@@ -34,6 +35,7 @@ from conf.schema import (
     LookupConf,
     Positions,
     SamplerConf,
+    WeightFormat,
 )
 
 MOST_ROWS = 1 << 62
@@ -96,6 +98,13 @@ def engine_name(engine: EngineConf) -> str:
     return "compiled" if engine.captured else "native" if engine.native else "eager"
 
 
+def known_formats(conf: Conf, dtype: torch.dtype, device: torch.device) -> Formats | None:
+    """What the CPU's operators are built for; None where they do not know the number format or the
+    device.
+    """
+    return formats(dtype, device, int8=conf.weights is WeightFormat.int8)
+
+
 def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
     """Checks a configuration in which nothing is left to choose (``brain/auto.py``). Raises
     Refused, naming the key. ``given`` is the policy that ``cull.policy`` names, where it need not
@@ -112,6 +121,12 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
     device = device_of(conf.device)
     if conf.engine.captured:
         require_capture()
+    dtype: torch.dtype = getattr(torch, conf.dtype.value)
+    if engine_name(conf.engine) == "native" and not known_formats(conf, dtype, device):
+        raise Refused(
+            f"engine=native has no operators for dtype={conf.dtype.value} on {device}: use "
+            "engine=auto, or leave it out"
+        )
     if conf.engine.captured and device.type == "cpu":
         _check_linkable(Path(torch.__file__).parent)
     lookup = _lookup(conf.lookup, conf.capacity)
@@ -132,7 +147,7 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
     return Settings(
         conf=conf,
         device=device,
-        dtype=getattr(torch, conf.dtype.value),
+        dtype=dtype,
         cache=None if conf.cache_dir is None else given_path(conf.cache_dir),
         graphs=graphs,
     )

@@ -12,7 +12,7 @@ import brain
 from brain import app, auto
 from brain.auto import plainest, resolved
 from brain.config.compose import compose_conf
-from brain.config.settings import engine_name
+from brain.config.settings import engine_name, settings_of
 from brain.errors import BrainWarning, Refused
 from brain.record.run_record import as_recorded
 from conf.schema import Conf, DType
@@ -102,6 +102,12 @@ def test_without_a_compiler_the_eager_engine_runs_and_it_is_said(
 def test_float16_has_no_operators(models: dict[str, Model]) -> None:
     with pytest.warns(BrainWarning, match="dtype=float16 has no operators for the CPU"):
         assert chosen(*models["float16"], "dtype=float16") == ("eager", "float16")
+
+
+def test_native_where_it_has_no_operators_is_refused() -> None:
+    conf = compose_conf(["engine=native", "dtype=float16", "device=cpu"])
+    with pytest.raises(Refused, match="engine=native has no operators for dtype=float16 on cpu"):
+        settings_of(conf)
 
 
 @pytest.mark.parametrize(
