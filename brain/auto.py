@@ -102,7 +102,8 @@ def _on_gpu(engine: EngineConf) -> EngineConf:
     except Refused as refusal:
         warn(f"{refusal}; the eager engine runs, which is slow")
         return dataclasses.replace(engine, captured=False, native=False)
-    return dataclasses.replace(engine, captured=True, native=True)
+    captured = engine.captured is not False
+    return dataclasses.replace(engine, captured=captured, native=engine.native is not False)
 
 
 def _on_cpu(conf: Conf, dtype: DType, device: torch.device) -> EngineConf:
@@ -116,4 +117,4 @@ def _on_cpu(conf: Conf, dtype: DType, device: torch.device) -> EngineConf:
         except Refused as refusal:
             warn(f"{refusal}; the eager engine runs, which is slow")
             native = False
-    return dataclasses.replace(conf.engine, captured=False, native=native)
+    return dataclasses.replace(conf.engine, captured=bool(conf.engine.captured), native=native)

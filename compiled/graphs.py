@@ -237,7 +237,10 @@ class Graphs:
         """
         width, bound = len(tokens), (self.weights, self.state)
         if not self.compiled or width > self.widths[-1]:
-            return self.uncaptured.read(tokens, positions, length, high_water=high_water)
+            decode = self.decode if width <= self.widths[-1] else None
+            bucket = high_water if decode is None else max(1, high_water)
+            given = (tokens, positions, length)
+            return read(self.config, *bound, *given, bucket=bucket, decode=decode)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
         graph = self.table["read", width, bucket]
         if not graph.compilations:
@@ -474,14 +477,6 @@ class Uncaptured:
         """The number itself."""
         return num_tokens
 
-    def read(
-        self, tokens: Tensor, positions: Tensor, length: Tensor, *, high_water: int
-    ) -> Reading:
-        """As :meth:`Graphs.read`. A few tokens go through the CPU's operator, if any."""
-        decode = self._decode if len(tokens) <= self._widest else None
-        bucket = high_water if decode is None else max(1, high_water)
-        return read(*self._bound, tokens, positions, length, bucket=bucket, decode=decode)
-
     def scored_prefill(
         self,
         tokens: Tensor,
@@ -492,10 +487,10 @@ class Uncaptured:
         high_water: int,
     ) -> ScoredPrefill:
         """As :meth:`Graphs.scored_prefill`. A few tokens go through the CPU's operator, if any."""
+        given = (*self._bound, tokens, positions, length)
         if self._decode is None or len(tokens) > self._widest:
-            given = (*self._bound, tokens, positions, length)
             return scored_prefill(*given, targets, bucket=high_water)
-        reading = self.read(tokens, positions, length, high_water=high_water)
+        reading = read(*given, bucket=max(1, high_water), decode=self._decode)
         nats = surprises(reading.logits, targets)
         return ScoredPrefill(nats, reading.new_keys, reading.new_values)
 

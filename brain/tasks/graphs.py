@@ -14,7 +14,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     """Prints every graph with its number of compilations; writes ``graphs.json``. Uses the compiled
     engine, whatever ``engine`` is. Raises Refused if not every graph was compiled exactly once.
     """
-    engine = dataclasses.replace(conf.engine, captured=True)
+    engine = dataclasses.replace(conf.engine, captured=True, native=conf.engine.native is not False)
     note(f"loading {conf.model.name} …")
     brain = open_brain(dataclasses.replace(conf, engine=engine))
     capture_graphs(brain.graphs)

@@ -220,3 +220,19 @@ def test_a_damaged_record_decides_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "saves" / "run.json").write_text(content)
     conf: Conf = compose_conf([])
     assert as_recorded(conf, tmp_path) is conf
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("native", [True, False])
+def test_what_is_said_of_an_engine_stays(
+    models: dict[str, Model], captured: bool, native: bool
+) -> None:
+    """Half of what makes an engine may be said."""
+    for key, value in (("captured", captured), ("native", native)):
+        engine = resolved(
+            compose_conf(
+                [*models["float32"], "dtype=float32", f"engine.{key}={str(value).lower()}"]
+            )
+        ).conf.engine
+        assert getattr(engine, key) is value
+        assert None not in (engine.captured, engine.native)

@@ -275,7 +275,7 @@ def test_writing_again_gives_the_same_golden(tmp_path: Path) -> None:
 def test_a_check_reports_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task.run(configured(only_toy(tmp_path)), tmp_path)
     report = json.loads((tmp_path / "golden.json").read_text("utf-8"))
-    assert (report["engine"], report["dtype"]) == ("eager", "float32")
+    assert (report["engine"], report["dtype"]) == ("native", "float32")
     (outcome,) = report["goldens"]
     assert (outcome["name"], outcome["rows"], outcome["failure"]) == (TOY, 16, None)
     assert 0 < outcome["distance"]["logit"] <= LOGIT_TOLERANCE
