@@ -47,7 +47,7 @@ def load(library: Path, arguments: type[ctypes.Structure]) -> ctypes.CDLL:
 
 def defined(
     library: Path,
-    arguments: type[ctypes.Structure],
+    loaded: ctypes.CDLL,
     schema: str,
     run: Callable[..., Any],
     allocated: Callable[..., Any],
@@ -58,15 +58,12 @@ def defined(
     takes one for another; of two copies of a library, one will do.
 
     Args:
-        library: See :func:`load`.
-        arguments: See :func:`load`.
+        library: As :func:`load` was given it.
+        loaded: What that returned.
         schema: Of the operator, as PyTorch writes it, without a name.
         run: Calls it: the library, then what the schema says.
         allocated: Tensors like its results, of what the schema says.
-    Raises:
-        OSError: See :func:`load`.
     """
-    loaded = load(library, arguments)
     name = library.stem.replace("-", "_")
     with _DEFINING:
         if not hasattr(getattr(torch.ops, _NAMESPACE), name):

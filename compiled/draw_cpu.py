@@ -64,7 +64,7 @@ def operator(library: Path) -> Draw:
     loaded = load(library, Arguments)
     call = defined(
         library,
-        Arguments,
+        loaded,
         "(Tensor logits, Tensor[] read, Tensor[] sampling, Tensor forced, bool greedy, int top_k, "
         "bool nucleus) -> (Tensor, Tensor, Tensor)",
         _run,

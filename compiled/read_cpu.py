@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compiled.attention import Visibility
-from compiled.cpu_library import defined
+from compiled.cpu_library import defined, load
 from compiled.int8 import Int8, Matrix
 from compiled.llama import LlamaConfig, Weights
 from compiled.state import State
@@ -115,9 +115,11 @@ def _values(matrix: Matrix) -> Tensor:
 
 @functools.cache
 def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    loaded = load(library, Arguments)
+    loaded.workspace_size.restype = ctypes.c_int64
     return defined(
         library,
-        Arguments,
+        loaded,
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
         "Tensor[] visible, float eps, bool per_query) -> (Tensor, Tensor, Tensor, Tensor)",
         _run,
@@ -207,7 +209,6 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         torch.get_num_threads(),
     )
     reference = ctypes.byref(passed)
-    library.workspace_size.restype = ctypes.c_int64
     workspace = hidden.new_empty(library.workspace_size(reference))
     passed.workspace = workspace.data_ptr()
     library.decode(reference)

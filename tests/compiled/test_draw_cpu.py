@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brain.machine.cpu_operator import native_libraries
 from compiled.draw_cpu import Draw, Drawn, operator
-from compiled.philox import key_of, uniform
+from compiled.philox import uniform
 from compiled.read_cpu import Formats
 from compiled.sample import (
     Sampling,
@@ -22,7 +22,7 @@ from compiled.sample import (
     surprises,
 )
 from compiled.state import State
-from toys import toy_config, toy_state
+from toys import sampling_of, toy_config, toy_state
 
 CAPACITY = 12
 
@@ -30,17 +30,6 @@ CAPACITY = 12
 @pytest.fixture(scope="module")
 def drawing() -> Draw:
     return operator(native_libraries(Formats("float", "float")).draw)
-
-
-def sampling_of(
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    penalty: float = 1.0,
-    seed: int = 0,
-) -> Sampling:
-    t, p, m, r = (torch.tensor(number) for number in (temperature, top_p, min_p, penalty))
-    return Sampling(t, p, m, r, key_of(seed))
 
 
 def remembering(vocab: int, seed: int) -> State:
@@ -148,38 +137,34 @@ def test_what_is_forced_is_taken_and_measured(drawing: Draw) -> None:
     assert_measured(told, logits)
 
 
+def drawn(drawing: Draw, logits: Tensor, method: SamplingMethod) -> Drawn:
+    """What the operator makes of some rows behind a memory of 50 tokens."""
+    rows = len(logits)
+    return drawing(
+        logits,
+        remembering(50, 0),
+        torch.zeros(rows, dtype=torch.int64),
+        torch.tensor(5),
+        unforced(rows),
+        method,
+        sampling_of(top_p=0.9),
+    )
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("greedy", [True, False])
 def test_what_is_not_finite_is_told(drawing: Draw, wrong: float, top_k: int, greedy: bool) -> None:
     logits = torch.randn(2, 50)
     logits[1, 17] = wrong
-    method = SamplingMethod(greedy, top_k, nucleus=True)
-    told = drawing(
-        logits,
-        remembering(50, 0),
-        torch.zeros(2, dtype=torch.int64),
-        torch.tensor(5),
-        unforced(2),
-        method,
-        sampling_of(top_p=0.9),
-    )
+    told = drawn(drawing, logits, SamplingMethod(greedy, top_k, nucleus=True))
     assert told.extremes.isfinite().all(1).tolist() == [True, False]
     assert ((told.token >= 0) & (told.token < 50)).all()
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_a_row_of_nothing_but_nan_draws_a_token(drawing: Draw, top_k: int) -> None:
-    logits = torch.full((1, 50), math.nan)
-    told = drawing(
-        logits,
-        remembering(50, 0),
-        torch.zeros(1, dtype=torch.int64),
-        torch.tensor(5),
-        unforced(1),
-        SamplingMethod(top_k=top_k),
-        sampling_of(top_p=0.9),
-    )
+    told = drawn(drawing, torch.full((1, 50), math.nan), SamplingMethod(top_k=top_k))
     assert told.token.tolist() == [0]
     assert told.surprise.isnan().all()
 

@@ -20,7 +20,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from compiled.philox import key_of
 from compiled.sample import (
     HEAD_BLOCK,
     Sampling,
@@ -33,19 +32,9 @@ from compiled.sample import (
     seen_tokens,
     surprises,
 )
+from toys import sampling_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def sampling_of(
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-) -> Sampling:
-    t, p, m, r = (torch.tensor(n) for n in (temperature, top_p, min_p, repetition_penalty))
-    return Sampling(t, p, m, r, key_of(seed))
 
 
 def method_of(top_k: int = 0, top_p: float = 1.0) -> SamplingMethod:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from compiled.llama import LlamaConfig, Weights, weight_shapes
+from compiled.philox import key_of
 from compiled.plan import Change, EditPlan, Plan
 from compiled.rope import inverse_frequencies
+from compiled.sample import Sampling
 from compiled.state import (
     COLUMNS,
     NOWHERE,
@@ -64,6 +66,17 @@ def toy_state(
     for slot, position in rows.items():
         state.valid[slot], state.position[slot] = True, position
     return state
+
+
+def sampling_of(
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> Sampling:
+    t, p, m, r = (torch.tensor(n) for n in (temperature, top_p, min_p, repetition_penalty))
+    return Sampling(t, p, m, r, key_of(seed))
 
 
 UPDATED_BY_TICKS = ("brightness", "lit", "novelty")
