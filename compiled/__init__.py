@@ -7,5 +7,6 @@ Nothing here knows text, files or configuration, and nothing here imports ``brai
 * ``choose.py``: steps 1 to 3 after the read: next token, brightness, what to cull
 * ``lookup.py``, ``speculate.py``: several tokens per read, where text repeats
 * ``graphs.py``: which graphs exist, and proof that there are no others
-* ``read_cpu.cpp``, ``draw_cpu.cpp``: the read and the draw on a CPU
+* ``read_cpu.cpp``, ``draw_cpu.cpp``, ``tick_cpu.cpp``: the read, the draw and, where nothing is
+  captured, the rest of a tick on a CPU
 """

@@ -10,20 +10,10 @@ import torch
 from torch import Tensor
 
 from compiled.draw_cpu import Draw
-from compiled.finite import not_finite
 from compiled.plan import Plan, new_rows
 from compiled.read import Reading
 from compiled.sample import Sampling, SamplingMethod, draw, penalize_some, surprises
-from compiled.score import (
-    Brightness,
-    Culling,
-    Novelty,
-    brighten,
-    decide_cull,
-    echo,
-    running_novelty,
-    seed_brightness,
-)
+from compiled.score import IN_TENSORS, Brightness, Culling, Novelty, Scoring, running_novelty
 from compiled.state import Cursor, State
 
 
@@ -105,6 +95,7 @@ def choose(
     method: SamplingMethod,
     eviction: Eviction,
     native: Draw | None = None,
+    scoring: Scoring = IN_TENSORS,
 ) -> Choice:
     """Chooses from the reading of the cursor's token (T = 1).
 
@@ -117,13 +108,14 @@ def choose(
         method: What shapes the draw.
         eviction: What decides which rows stay.
         native: The operator that draws, if any.
+        scoring: What steps 2 and 3 are made of.
     """
     if native is not None:
         told = native(
             reading.logits, state, cursor.token, cursor.tick, forced.token, method, sampling
         )
         spoken = Spoken(told.token, forced.source, told.surprise, told.extremes)
-        return follow(state, cursor, reading, spoken, eviction)
+        return follow(state, cursor, reading, spoken, eviction, scoring)
     logits = reading.logits[0]  # [vocab]
     ids = torch.cat([torch.where(state.valid, state.token_id, cursor.token), cursor.token])
     sampled = draw(
@@ -131,7 +123,7 @@ def choose(
     )
     token = torch.where(forced.token >= 0, forced.token, sampled)
     spoken = Spoken(token, forced.source, surprises(reading.logits, token), reading.logits)
-    return follow(state, cursor, reading, spoken, eviction)
+    return follow(state, cursor, reading, spoken, eviction, scoring)
 
 
 class Spoken(NamedTuple):
@@ -144,7 +136,12 @@ class Spoken(NamedTuple):
 
 
 def follow(
-    state: State, cursor: Cursor, reading: Reading, spoken: Spoken, eviction: Eviction
+    state: State,
+    cursor: Cursor,
+    reading: Reading,
+    spoken: Spoken,
+    eviction: Eviction,
+    scoring: Scoring = IN_TENSORS,
 ) -> Choice:
     """What becomes of every row once the token is known: steps 2 and 3, and the patch they ask for.
 
@@ -154,23 +151,24 @@ def follow(
         reading: What the read returned.
         spoken: The token itself.
         eviction: What decides which rows stay.
+        scoring: What steps 2 and 3 are made of.
     """
     token, surprise = spoken.token, spoken.surprise
     tick = cursor.tick + 1
-    bright, lit = brighten(state, tick, reading.mass, eviction.brightness)
+    bright, lit = scoring.brighten(state, tick, reading.mass, eviction.brightness)
     # The token that was read gets its row now, and adds to the novelty of the rows before it.
     strength = eviction.novelty.own_share * cursor.surprise[0] * cursor.uncommitted
-    novelty = echo(state, cursor.position[0], strength, eviction.novelty)
+    novelty = scoring.echo(state, cursor.position[0], strength, eviction.novelty)
     updates = {"brightness": bright, "lit": lit, "novelty": novelty}
     look = Look(reading.mass, cursor.position[0], torch.ones_like(tick), tick)
     keep_scores = eviction.keep_score(state._replace(**updates), look)
-    cull, culled = decide_cull(state, cursor, keep_scores, eviction.culling)
+    cull, culled = scoring.decide_cull(state, cursor, keep_scores, eviction.culling)
     rows = new_rows(
         1,
         token.device,
         token_id=cursor.token + 0,
         position=cursor.position + 0,
-        brightness=seed_brightness(cursor.source, eviction.brightness),
+        brightness=scoring.seed_brightness(cursor.source, eviction.brightness),
         surprise=cursor.surprise + 0,
         novelty=cursor.novelty + 0,
         source=cursor.source + 0,
@@ -196,7 +194,7 @@ def follow(
         culled=culled,
         updates=updates,
         cursor=following,
-        not_finite=not_finite(
+        not_finite=scoring.not_finite(
             surprise, reading.new_keys, reading.new_values, spoken.extremes, reading.mass
         ),
     )

@@ -22,6 +22,7 @@ class Libraries(NamedTuple):
 
     read: Path  # ``read_cpu.cpp``, for the model's ``formats``
     draw: Path  # ``draw_cpu.cpp``
+    tick: Path  # ``tick_cpu.cpp``, for ticks that nothing captures
 
 
 def load(library: Path, arguments: type[ctypes.Structure]) -> ctypes.CDLL:

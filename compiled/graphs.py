@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled import draw_cpu, read_cpu, torch_private
+from compiled import draw_cpu, read_cpu, tick_cpu, torch_private
 from compiled.capture import Capturing, Graph
 from compiled.choose import Choice, Eviction, Forced, choose
 from compiled.cpu_library import Libraries
@@ -36,6 +36,7 @@ from compiled.plan import EditPlan, Plan, empty_edit
 from compiled.read import AheadReading, Reading, ScoredPrefill, read, read_ahead, scored_prefill
 from compiled.read_cpu import Decode
 from compiled.sample import Sampling, SamplingMethod, surprises
+from compiled.score import IN_TENSORS
 from compiled.speculate import Accepted, choose_ahead
 from compiled.state import Cursor, State
 
@@ -121,8 +122,8 @@ class Graphs:
             state: The memory.
             cursor: Its cursor.
             sampling: Settings of the draw.
-            libraries: Of the CPU operators that stand for the layers in reads of a few tokens, and
-                for the draw, if any.
+            libraries: Of the CPU operators that stand for the layers in reads of a few tokens, for
+                the draw and, where nothing is captured, for the rest of a tick; if any.
             ends: Tokens that end a text: none of them is ever proposed.
             capturing: Opened around the compilation of every graph, with its name.
         """
@@ -138,9 +139,16 @@ class Graphs:
         draw = None if libraries is None else draw_cpu.operator(libraries.draw)
         self.uncaptured = Uncaptured(config, weights, state, cursor, self.decode, self.widths[-1])
         self.ranges: Ranges = contextlib.nullcontext
-        self._choose = partial(choose, method=spec.method, eviction=spec.eviction, native=draw)
+        steps = tick_cpu.Steps(IN_TENSORS, patch)
+        if libraries is not None and not spec.compiled:
+            steps = tick_cpu.steps(libraries.tick)
+        self._patch_tick = steps.patch
+        method, eviction, scoring = spec.method, spec.eviction, steps.scoring
+        self._choose = partial(
+            choose, method=method, eviction=eviction, native=draw, scoring=scoring
+        )
         self._choose_ahead = partial(
-            choose_ahead, method=spec.method, eviction=spec.eviction, native=draw
+            choose_ahead, method=method, eviction=eviction, native=draw, scoring=scoring
         )
         self._propose: Callable[..., Proposal] = partial(
             propose,
@@ -264,12 +272,10 @@ class Graphs:
     def patch(self, plan: Plan | EditPlan) -> None:
         """Carries out a tick's plan, or an edit's, padded to a captured width."""
         if not self.compiled:
-            if isinstance(plan, Plan) and self.decode is not None:  # a CPU: asking costs nothing
-                if plan.not_finite is not None and int(plan.not_finite):
-                    return
-                padded = int(plan.length) < plan.keys.shape[2]
-                plan = plan._replace(not_finite=None, padded=padded)
-            patch(self.state, self.cursor, plan)
+            if isinstance(plan, Plan):
+                self._patch_tick(self.state, self.cursor, plan)
+            else:
+                patch(self.state, self.cursor, plan)
             return
         kind = "patch tick" if isinstance(plan, Plan) else "patch edit"
         graph = self.table[kind, plan.keys.shape[2], 0]

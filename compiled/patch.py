@@ -20,8 +20,8 @@ The plan is fixed in shape and validated before the graph runs. Then all of it h
 Keys and values of slots that held no row are not put back: nothing reads them. (A long text goes
 straight into such slots; a second copy of it is never kept.)
 
-A captured patch is one call, in which nothing is raised: it can fail before it, or its caller after
-it. Only a signal could come between two of its kernels, or between the patch and its caller's
+A captured patch is one call, in which nothing is raised, and so is that of a tick in
+``tick_cpu.cpp``: it can fail before it, or its caller after it. Only a signal could come between two of its kernels, or between the patch and its caller's
 account of it: ``brain/machine/signals.py`` holds signals off.
 
 Re-basing renumbers positions densely in text order and turns every key by the difference. It does
@@ -77,24 +77,20 @@ def _over_rows(flags: Tensor, rows: Tensor) -> Tensor:
 
 def _tick_writes(state: State, cursor: Cursor, plan: Plan) -> list[_Write]:
     """Cull, update columns, append to the lowest free slots, move the cursor; ``valid`` last."""
-    if plan.not_finite is not None:
-        plan = _unless(plan.not_finite != 0, state, cursor, plan)
+    plan = _unless(plan.not_finite != 0, state, cursor, plan)
     width = plan.keys.shape[2]
     valid = state.valid & ~plan.cull
     slots = lowest_free_slots(valid, width)  # [W]
-    live = torch.arange(width, device=slots.device) < plan.length if plan.padded else None  # [W]
+    live = torch.arange(width, device=slots.device) < plan.length  # [W]
 
     def rows(held: Tensor, new: Tensor) -> _Write:
         """A padding row puts back what its slot holds."""
         old = held.index_select(_row_axis(held), slots)
-        if live is not None:
-            new = torch.where(_over_rows(live, new), new, old)
-        return _Write(held, new, slots, old)
+        return _Write(held, torch.where(_over_rows(live, new), new, old), slots, old)
 
     def column(held: Tensor, updated: Tensor, new: Tensor) -> _Write:
         """A column that changes for the rows that are already there, too."""
-        if live is not None:
-            new = torch.where(live, new, updated.index_select(0, slots))
+        new = torch.where(live, new, updated.index_select(0, slots))
         return _Write(held, updated.index_copy(0, slots, new))
 
     writes = [rows(state.keys, plan.keys), rows(state.values, plan.values)]

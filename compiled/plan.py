@@ -18,8 +18,7 @@ class Plan(NamedTuple):
     """Everything that the patch of a tick changes, or that of several ticks of one pass.
 
     ``updates`` holds the columns that change for the rows that are already there; every other
-    column is written for new rows alone. New rows go to the lowest free slots. The last two fields
-    say what the host knows of a plan that no graph carries out.
+    column is written for new rows alone. New rows go to the lowest free slots.
     """
 
     keys: Tensor  # [layers, kv_heads, W, head_dim] of the rows to append, RoPE applied
@@ -29,8 +28,7 @@ class Plan(NamedTuple):
     cull: Tensor  # [capacity] bool: rows to forget
     updates: dict[str, Tensor]  # [capacity] each
     cursor: Cursor  # where the next read stands
-    not_finite: Tensor | None  # [] int64 (compiled/finite.py): nothing is changed unless it is 0
-    padded: bool = True  # whether ``length`` may be less than W
+    not_finite: Tensor  # [] int64 (compiled/finite.py): nothing is changed unless it is 0
 
 
 class Change(NamedTuple):

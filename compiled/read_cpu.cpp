@@ -217,7 +217,7 @@ inline void ask_for(const Number* from, int64_t numbers) {
   const char* start = reinterpret_cast<const char*>(from) + AHEAD;
 #pragma GCC unroll 8
   for (int64_t line = 0; line < numbers * int64_t(sizeof(Number)); line += 64)
-    __builtin_prefetch(start + line, 0, 0);
+    __builtin_prefetch(start + line, 0, 3);
 }
 
 // As many numbers of a row, or of what it is multiplied by, as one instruction multiplies.
@@ -746,7 +746,7 @@ template <class Weight>
 void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) {
   const Weight* from = matrix<Weight>(m, layer, rows, columns) + row * columns;
   const char* start = reinterpret_cast<const char*>(from);
-  for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 0);
+  for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 3);
 }
 
 // Rotation ----------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ Both only return new values. The patch writes them.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from compiled.finite import not_finite
 from compiled.state import NOWHERE, Cursor, State
 
 _LAST_POSITION = torch.iinfo(torch.int64).max
@@ -38,9 +40,14 @@ class Novelty:
         return 1.0 - self.decay
 
     @property
+    def log_decay(self) -> float:
+        """Natural logarithm of ``decay``."""
+        return math.log(self.decay) if self.decay else -math.inf
+
+    @property
     def reach(self) -> int:
         """Positions before a token from which on its echo is 0 in float32, whatever it was."""
-        return 1 if self.decay == 0.0 else math.ceil(_LOG_OF_NOTHING / math.log(self.decay))
+        return max(1, math.ceil(_LOG_OF_NOTHING / self.log_decay))
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def echo(state: State, at: Tensor, strength: Tensor, constants: Novelty) -> Tens
         [capacity] float32, nats.
     """
     distance = (at - state.position).to(torch.float32)  # [capacity]
-    share = torch.exp(distance.clamp(min=0.0) * math.log(constants.decay))
+    share = torch.exp(distance.clamp(min=0.0) * constants.log_decay)
     gains = state.valid & (distance > 0)
     return state.novelty + torch.where(gains, share * strength, 0.0)
 
@@ -192,3 +199,17 @@ def _lowest(state: State, eligible: Tensor, scores: Tensor, number: Tensor) -> T
     rank = torch.cumsum(eligible[order], 0)
     going = eligible[order] & (rank <= number)
     return torch.zeros_like(eligible).scatter(0, order, going)
+
+
+class Scoring(NamedTuple):
+    """What steps 2 and 3 of a tick are made of: the functions of this module, or their twins."""
+
+    brighten: Callable[[State, Tensor, Tensor, Brightness], tuple[Tensor, Tensor]]
+    echo: Callable[[State, Tensor, Tensor, Novelty], Tensor]
+    seed_brightness: Callable[[Tensor, Brightness], Tensor]
+    decide_cull: Callable[[State, Cursor, Tensor, Culling], tuple[Tensor, Tensor]]
+    not_finite: Callable[..., Tensor]
+
+
+IN_TENSORS = Scoring(brighten, echo, seed_brightness, decide_cull, not_finite)
+"""As the compiler traces them and every device runs them."""

@@ -25,7 +25,7 @@ from compiled.lookup import Proposal
 from compiled.plan import Plan
 from compiled.read import AheadReading, Reading
 from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
-from compiled.score import Culling
+from compiled.score import IN_TENSORS, Culling, Scoring
 from compiled.state import Cursor, State, lowest_free_slots
 
 Held = TypeVar("Held", State, Cursor)
@@ -68,6 +68,7 @@ def choose_ahead(
     method: SamplingMethod,
     eviction: Eviction,
     native: Draw | None = None,
+    scoring: Scoring = IN_TENSORS,
 ) -> Accepted:
     """Chooses from the reading of the cursor's token and those proposed behind it.
 
@@ -84,6 +85,7 @@ def choose_ahead(
         method: What shapes the draw.
         eviction: What decides which rows stay.
         native: The operator that draws, if any.
+        scoring: What steps 2 and 3 are made of.
     """
     width = reading.logits.shape[0]
     eviction = dataclasses.replace(eviction, culling=Culling(target=0), keep_score=_no_score)
@@ -104,7 +106,8 @@ def choose_ahead(
     for i in range(width):
         one = slice(i, i + 1)
         spoken = Spoken(tokens[one], forced.source[one], surprise[one], extremes[one])
-        choice = follow(state, cursor, _reading_of(reading, slots, i), spoken, eviction)
+        looked = _reading_of(reading, slots, i)
+        choice = follow(state, cursor, looked, spoken, eviction, scoring)
         choices.append(choice)
         if i:  # what is not finite is told by the pass that begins with it
             alive = alive & (choice.not_finite == 0)

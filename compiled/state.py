@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from compiled import large_pages
 from compiled.llama import LlamaConfig
 
 NOWHERE = -1
@@ -94,8 +95,8 @@ def allocate_state(
         for name, column in COLUMNS.items()
     }
     return State(
-        keys=torch.zeros(rows, dtype=dtype, device=device),
-        values=torch.zeros(rows, dtype=dtype, device=device),
+        keys=large_pages.zeros(rows, dtype, device),
+        values=large_pages.zeros(rows, dtype, device),
         **columns,
     )
 

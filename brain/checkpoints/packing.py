@@ -13,6 +13,7 @@ from brain.checkpoints.safetensors_file import DTYPES
 from brain.checkpoints.stored import Stored
 from brain.errors import Refused
 from brain.machine.memory import free_bytes
+from compiled import large_pages
 from compiled.int8 import Int8, Matrix, quantize
 from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.rope import inverse_frequencies
@@ -96,7 +97,7 @@ def _pack(parts: list[Stored], dtype: torch.dtype, device: torch.device) -> Tens
     first, count = parts[0], _count(parts)
     if _in_place(parts, dtype, device):
         return first.file.view(first.entry.start, (count,), dtype)
-    packed = torch.empty(count, dtype=dtype, device=device)
+    packed = large_pages.zeros((count,), dtype, device)
     offset = 0
     for part in parts:
         source = part.file.tensor(part.name).view(-1)
@@ -108,7 +109,7 @@ def _pack(parts: list[Stored], dtype: torch.dtype, device: torch.device) -> Tens
 
 def _quantized(parts: list[Stored], shape: tuple[int, ...], device: torch.device) -> Int8:
     """The parts in eight bits, their rows one after the other, as a matrix of this shape."""
-    values = torch.empty(shape, dtype=torch.int8, device=device)
+    values = large_pages.zeros(shape, torch.int8, device)
     scale = torch.empty(shape[:-1], dtype=torch.float32, device=device)
     offset = 0
     for part in parts:

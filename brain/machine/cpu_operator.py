@@ -14,7 +14,7 @@ from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
 from brain.machine.compiler import FULL_DISK, complaint
 from brain.machine.streams import Notes
-from compiled import draw_cpu, read_cpu
+from compiled import draw_cpu, read_cpu, tick_cpu
 from compiled.cpu_library import Libraries, load
 from compiled.read_cpu import Formats
 
@@ -28,7 +28,7 @@ FLAGS = (
 
 def native_libraries(formats: Formats, cache_dir: Path | None = None) -> Libraries:
     """The libraries of ``compiled/`` for these number formats, as :func:`built_library` builds
-    them, both at once. Raises Refused where one cannot be built or loaded.
+    them, all at once. Raises Refused where one cannot be built or loaded.
     """
     compiler = cpp_compiler()
     defined = (f"-DREAL={formats.real}", f"-DWEIGHT={formats.weight}")
@@ -36,9 +36,11 @@ def native_libraries(formats: Formats, cache_dir: Path | None = None) -> Librari
         with ThreadPoolExecutor() as pool:
             read = pool.submit(built_library, read_cpu.SOURCE, compiler, defined, cache_dir)
             draw = pool.submit(built_library, draw_cpu.SOURCE, compiler, (), cache_dir)
-        libraries = Libraries(read.result(), draw.result())
+            tick = pool.submit(built_library, tick_cpu.SOURCE, compiler, (), cache_dir)
+        libraries = Libraries(read.result(), draw.result(), tick.result())
         load(libraries.read, read_cpu.Arguments)  # a folder may forbid execution
         load(libraries.draw, draw_cpu.Arguments)
+        load(libraries.tick, tick_cpu.Arguments)
     except Refused as refusal:
         raise Refused(f"{refusal}; or use engine=eager") from None
     except OSError as error:

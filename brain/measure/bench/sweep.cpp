@@ -17,7 +17,7 @@ extern "C" int64_t sweep(const char* from, int64_t bytes, int64_t threads) {
       const char* block = from + i * BLOCK;
 #pragma GCC unroll 4
       for (int line = 0; line < 4; ++line) {
-        __builtin_prefetch(block + AHEAD + line * 64, 0, 0);
+        __builtin_prefetch(block + AHEAD + line * 64, 0, 3);
         Line read;
         std::memcpy(&read, block + line * 64, sizeof read);
         lines[line] ^= read;

@@ -35,7 +35,7 @@ def test_every_pair_of_formats_is_a_library_of_its_own(cache: Path) -> None:
     assert floats.draw == bytes_.draw  # which knows no format
 
 
-@pytest.mark.parametrize("which", ["read", "draw"])
+@pytest.mark.parametrize("which", ["read", "draw", "tick"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_damaged_library_is_built_again(cache: Path, damage: str, which: str) -> None:
     library: Path = getattr(native_libraries(FLOATS, cache), which)
