@@ -21,8 +21,9 @@ Keys and values of slots that held no row are not put back: nothing reads them. 
 straight into such slots; a second copy of it is never kept.)
 
 A captured patch is one call, in which nothing is raised, and so is that of a tick in
-``tick_cpu.cpp``: it can fail before it, or its caller after it. Only a signal could come between two of its kernels, or between the patch and its caller's
-account of it: ``brain/machine/signals.py`` holds signals off.
+``tick_cpu.cpp``: it can fail before it, or its caller after it. Only a signal could come between
+two of a graph's kernels, or between the patch and its caller's account of it:
+``brain/machine/signals.py`` holds signals off.
 
 Re-basing renumbers positions densely in text order and turns every key by the difference. It does
 touch the whole cache, so it runs only when the positions would leave the range that the model was

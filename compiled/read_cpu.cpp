@@ -27,6 +27,7 @@
 #include <type_traits>
 
 #include "exponential.h"
+#include "team_size.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -569,6 +570,12 @@ inline void pause_briefly() {
 #endif
 }
 
+using Clock = std::chrono::steady_clock;
+
+inline double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 // A number that changes, and threads that wait for it to: they spin for as long as a wait takes on
 // an idle machine, then sleep, since the thread that will change it may need their processor.
 class Signal {
@@ -582,20 +589,21 @@ class Signal {
     changed.notify_all();
   }
 
-  // Returns what it has become instead of `before`.
-  uint64_t wait(uint64_t before) {
-    const auto start = std::chrono::steady_clock::now();
+  // Returns what it has become instead of `before`. `asleep`: what the seconds asleep are added to.
+  uint64_t wait(uint64_t before, std::atomic<double>* asleep = nullptr) {
+    const auto start = Clock::now();
     do {
       for (int i = 0; i < 16; ++i) {
         const uint64_t found = now();
         if (found != before) return found;
         pause_briefly();
       }
-    } while (std::chrono::steady_clock::now() - start < SPIN);
+    } while (Clock::now() - start < SPIN);
     std::unique_lock<std::mutex> held(mutex);
     ++sleepers;
     changed.wait(held, [&] { return number.load() != before; });
     --sleepers;
+    if (asleep) asleep->store(asleep->load() + seconds_since(start));  // nobody else holds `mutex`
     return now();
   }
 
@@ -613,15 +621,19 @@ class Barrier {
   void wait(int64_t threads) {
     const uint64_t round = rounds.now();  // before this thread arrives it cannot change
     if (arrived.fetch_add(1) + 1 < threads) {
-      rounds.wait(round);
+      rounds.wait(round, &asleep);
     } else {
       arrived.store(0);
       rounds.change(round + 1);
     }
   }
 
+  // Seconds that threads have slept here, since this was last asked.
+  double slept() { return asleep.exchange(0); }
+
  private:
   std::atomic<int64_t> arrived{0};
+  std::atomic<double> asleep{0};
   Signal rounds;
 };
 
@@ -644,17 +656,26 @@ struct Team {
 class Pool {
  public:
   // Runs work(team) in this thread and others, `most` in all. There are fewer if no more can be
-  // started, and this one alone if another call has the others.
+  // started or fewer are faster, and this one alone if another call has the others. `bytes`: what
+  // it waits for most, if for memory; else 0.
   template <class Work>
-  void run(int64_t most, const Work& work) {
+  void run(int64_t most, double bytes, const Work& work) {
     std::unique_lock<std::mutex> held(busy, std::try_to_lock);
-    const int64_t threads = held ? 1 + started(most - 1) : 1;
-    if (threads == 1) return work(Team{0, 1, nullptr});
-    given = &work;
-    call = [](const void* given, const Team& team) { (*static_cast<const Work*>(given))(team); };
-    calls.change(((calls.now() >> THREAD_BITS) + 1) << THREAD_BITS | threads);
-    work(Team{0, threads, &barrier});
-    barrier.wait(threads);
+    if (!held) return work(Team{0, 1, nullptr});
+    const int64_t threads = 1 + started(size.next(most) - 1);
+    const auto start = Clock::now();
+    if (threads == 1) {
+      work(Team{0, 1, nullptr});
+    } else {
+      given = &work;
+      call = [](const void* given, const Team& team) { (*static_cast<const Work*>(given))(team); };
+      calls.change(((calls.now() >> THREAD_BITS) + 1) << THREAD_BITS | threads);
+      work(Team{0, threads, &barrier});
+      barrier.wait(threads);
+    }
+    const double seconds = seconds_since(start);
+    const double asleep = barrier.slept() / (seconds * std::max<int64_t>(threads - 1, 1));
+    if (bytes > 0) size.learn(seconds, asleep, bytes);
   }
 
  private:
@@ -683,6 +704,7 @@ class Pool {
   }
 
   std::mutex busy;
+  TeamSize size;
   int64_t others = 0;
   Signal calls;  // how many there have been, and how many threads the last one has
   const void* given;
@@ -1201,12 +1223,24 @@ void find_blocks(const Decode& d, Shared& shared) {
   shared.blocks = (seen + shared.span - 1) / shared.span;
 }
 
+// Bytes of weights and of the cache that a call reads.
+template <class Real, class Weight>
+double bytes_read(const Decode& d, const Shared& shared) {
+  const double rows = 2.0 * d.layers * d.kv_heads * d.head_dim * shared.num_seen;
+  const double layer = double(qkv_rows_of(d)) * d.hidden_size +
+                       double(d.heads) * d.head_dim * d.hidden_size +
+                       3.0 * d.intermediate * d.hidden_size;
+  const double weights = d.layers * layer + double(d.vocab) * d.hidden_size;
+  return rows * sizeof(Real) + weights * sizeof(Weight);
+}
+
 template <class Real, class Weight>
 void decode(const Decode& d) {
   Slices common{d.workspace, 0};
   Shared shared = shared_of(d, common);
   find_blocks(d, shared);
-  pool->run(d.threads, [&](const Team& team) {
+  const double bytes = d.tokens <= 4 ? bytes_read<Real, Weight>(d, shared) : 0;
+  pool->run(d.threads, bytes, [&](const Team& team) {
     Slices slices{d.workspace, common.used + team.thread * own_size<Real>(d)};
     work<Real, Weight>(d, shared, team, own_of<Real>(d, slices));
   });
