@@ -14,6 +14,7 @@ from torch import Tensor
 from brain import edits, saves
 from brain.actions import Action, Append, Edit, Limits, integer, listed, resolve, token_ids
 from brain.checkpoints import Checkpoint
+from brain.chunks import Chunks
 from brain.config.settings import Settings
 from brain.edits import Row
 from brain.errors import Refused, shown
@@ -49,7 +50,9 @@ class Brain:
         settings.check_against(checkpoint.config)
         self.memory = Memory(checkpoint, settings)
         self.loop = Loop(self.memory, settings)
-        self.lookahead = Lookahead(self.memory, settings, checkpoint.config.max_position_embeddings)
+        trained = checkpoint.config.max_position_embeddings
+        self.lookahead = Lookahead(self.memory, settings, trained)
+        self.chunks = Chunks(self.loop, settings, trained)
         self._unforced = self._forced([UNFORCED], "model")
         self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
         keep_score = settings.graphs.eviction.keep_score
@@ -320,10 +323,29 @@ class Brain:
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
         source_number(source)
         self.loop.require_room(len(checked))
+        if len(checked) > self.settings.conf.cull.chunk > 1:
+            parts = list(self.feed_in_chunks(checked, source))
+            return torch.tensor([nats for part in parts for nats in part], dtype=torch.float32)
         # Of each tick no more is kept than is asked for: a text may be long.
         nats = [self.loop.tick(self._forced([token], source)).arriving for token in checked]
         self.loop.settle()
         return torch.tensor([float(copy.wait()[0]) for copy in nats], dtype=torch.float32)
+
+    def feed_in_chunks(self, ids: Sequence[int], source: str = "user") -> Iterator[list[float]]:
+        """``feed`` of a text of any length, chunk by chunk: yields the nats of each when its tokens
+        are part of the memory. Stop asking, and the text has been read up to there.
+        """
+        checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
+        number, start = source_number(source), 0
+        self.loop.require_room(len(checked))
+        while start < len(checked):
+            end = start + self.chunks.size(len(checked) - start)
+            part = checked[start:end]
+            if len(part) == 1:
+                yield [self.loop.tick(self._forced(part, source)).surprise]
+            else:
+                yield self.chunks.feed(part, number)
+            start = end
 
     def finish_text(self) -> str:
         """What the stream still owes: U+FFFD for a character never completed, else nothing."""

@@ -5,7 +5,7 @@ Only asking a ``Tick`` for its token, text or surprise does.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -72,6 +72,11 @@ class Detokenizer:
     def follow(self, tick: "Tick") -> None:
         """Queues a tick that is done. Cannot fail."""
         self._waiting.append(tick)
+
+    def pass_by(self, ids: Sequence[int]) -> None:
+        """Takes tokens whose text nobody asks for, once every tick has its own."""
+        for token in ids:
+            self._decoder.push(token)
 
     def decode_until(self, tick: "Tick") -> None:
         """Gives every tick up to this one its text."""

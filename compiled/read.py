@@ -42,7 +42,7 @@ from compiled.llama import (
 )
 from compiled.read_cpu import Decode, Decoded
 from compiled.rope import rotation
-from compiled.sample import head_surprises
+from compiled.sample import head_surprises, surprises
 from compiled.state import Cursor, State
 
 
@@ -66,6 +66,18 @@ class ScoredPrefill(NamedTuple):
     surprises: Tensor  # [T] float32, nats: of ``targets[i]`` after token i
     new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [layers, kv_heads, T, head_dim]
+
+
+class ChunkReading(NamedTuple):
+    """What the read of a chunk returns: a number in place of each row of logits, and the attention
+    masses of each new token.
+    """
+
+    surprises: Tensor  # [T] float32, nats, of the token after each
+    new_keys: Tensor  # [layers, kv_heads, T, head_dim] model dtype
+    new_values: Tensor  # [layers, kv_heads, T, head_dim] model dtype
+    mass: Tensor  # [T, capacity] float32, that each token gave every slot
+    own_mass: Tensor  # [T, T] float32: that token i gave token j
 
 
 class AheadReading(NamedTuple):
@@ -195,6 +207,52 @@ def scored_prefill(
     layers = _through_layers(config, weights, state, start, _causal_layer, None)
     surprises = head_surprises(layers.final, weights.head, targets)
     return ScoredPrefill(surprises, layers.new_keys, layers.new_values)
+
+
+def read_chunk(
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    *,
+    bucket: int,
+    decode: Decode | None = None,
+) -> ChunkReading:
+    """Reads T tokens of a text as ``read_ahead`` does, and scores the token after each as
+    ``scored_prefill`` does.
+
+    Args:
+        config: This, ``weights``, ``state`` and ``bucket`` as for ``read``.
+        weights: See ``read``.
+        state: See ``read``.
+        tokens: [T] int64, in text order.
+        positions: [T] int64, ascending, after every row.
+        targets: [T] int64, the token that follows each.
+        bucket: See ``read``.
+        decode: See ``read``.
+    """
+    length = torch.full((), len(tokens), dtype=torch.int64, device=tokens.device)
+    start = _start(weights, state, tokens, positions, length, bucket)
+    if decode is None:
+        shape = (len(tokens), bucket + len(tokens))
+        nothing = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
+        layers = _through_layers(config, weights, state, start, _layer_per_query, nothing)
+        nats, keys, values = head_surprises(layers.final, weights.head, targets), *layers[1:3]
+        mass = layers.mass
+    else:
+        logits, keys, values, mass = decode(config, weights, state, *start, per_query=True)
+        nats = surprises(logits, targets)
+    assert mass is not None
+    mass = mass / (config.num_layers * config.num_heads)
+    return ChunkReading(
+        surprises=nats,
+        new_keys=keys,
+        new_values=values,
+        mass=F.pad(mass[:, :bucket], (0, state.capacity - bucket)),
+        own_mass=mass[:, bucket:],
+    )
 
 
 def trimmed(reading: Reading, length: int) -> Reading:

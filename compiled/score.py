@@ -163,10 +163,10 @@ def decide_cull(
         return cull, torch.full((most,), NOWHERE, dtype=torch.int64, device=cull.device)
     count = state.valid.sum()
     eligible = may_go(state, cursor, constants)
-    # The host relies on the count, whatever the scores.
-    keep_scores = torch.where(keep_scores.isnan(), -math.inf, keep_scores)
+    keep_scores = _ordered(keep_scores)
     if constants.at_once:
-        cull = _lowest(state, eligible, keep_scores, (count - constants.target + 1).clamp(min=0))
+        above = (count - constants.target + 1).clamp(min=0)
+        cull = cull_lowest(state, cursor, keep_scores, above, constants)
         return cull, torch.where(cull, state.position, NOWHERE)
     chosen = []
     for number in range(MOST_CULLED):
@@ -191,8 +191,18 @@ def may_go(state: State, cursor: Cursor, constants: Culling) -> Tensor:
     )
 
 
-def _lowest(state: State, eligible: Tensor, scores: Tensor, number: Tensor) -> Tensor:
-    """The ``number`` [] int64 eligible rows with the lowest scores, earlier ones first: bool."""
+def _ordered(keep_scores: Tensor) -> Tensor:
+    """NaN counts as lowest: the host relies on how many go, whatever the scores."""
+    return torch.where(keep_scores.isnan(), -math.inf, keep_scores)
+
+
+def cull_lowest(
+    state: State, cursor: Cursor, keep_scores: Tensor, number: Tensor, constants: Culling
+) -> Tensor:
+    """The ``number`` [] int64 rows with the lowest keep-scores that are not protected; of equal
+    scores, the earliest positions. Arguments as for ``decide_cull``: [capacity] bool.
+    """
+    eligible, scores = may_go(state, cursor, constants), _ordered(keep_scores)
     by_position = torch.argsort(torch.where(eligible, state.position, _LAST_POSITION))
     by_score = torch.argsort(torch.where(eligible, scores, math.inf)[by_position], stable=True)
     order = by_position[by_score]  # ineligible rows of infinite score may precede eligible ones

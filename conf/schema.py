@@ -100,6 +100,7 @@ class CullConf:
     sinks: int = MISSING  # first positions that are never forgotten
     recent: int = MISSING  # newest positions that are never forgotten
     recent_share: float = MISSING  # the same as a share of the target, if that is more
+    chunk: int = 32  # tokens of a long text that are read before rows go; 1: one by one
     brightness: BrightnessConf = field(default_factory=BrightnessConf)
     novelty: NoveltyConf = field(default_factory=NoveltyConf)
 

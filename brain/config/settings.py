@@ -284,6 +284,8 @@ def _culling(cull: CullConf, capacity: int) -> Culling:
         raise Refused(f"cull.sinks must be 0 or more, not {cull.sinks}")
     if cull.recent < 1:
         raise Refused(f"cull.recent must be at least 1 (the row being read), not {cull.recent}")
+    if cull.chunk < 1:
+        raise Refused(f"cull.chunk must be at least 1 (one token after another), not {cull.chunk}")
     if not 0 <= cull.recent_share <= 0.5:
         raise Refused(f"cull.recent_share must be between 0 and 0.5, not {cull.recent_share}")
     sinks = min(cull.sinks, target // 4)
