@@ -34,6 +34,7 @@ from brain.errors import BrainWarning, OutputLost, Refused, as_line, one_line
 from brain.machine.memory import without_collection
 from brain.machine.signals import endings_are_ctrl_c
 from brain.machine.streams import take_streams
+from brain.prompt_file import with_prompt
 from brain.record.run_folder import clear_away, keep_composed, run_folder
 from conf.schema import InspectTask, register
 
@@ -82,7 +83,7 @@ def _application(composed: DictConfig) -> None:
     # Here as well as in main: Hydra would print what passes through it.
     with _in_one_line():
         try:
-            conf = typed(composed)
+            conf = with_prompt(typed(composed))
             about = conf.task.path if isinstance(conf.task, InspectTask) else None
             with run_folder(about) as run_dir:
                 _task(conf.task.name).run(conf, run_dir)

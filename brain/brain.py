@@ -207,25 +207,53 @@ class Brain:
         """Replaces the context. Afterwards all N tokens are remembered at positions 0 to N - 1, and
         the first tick re-reads the last of them.
 
-        A prompt longer than ``engine.chunk`` leaves an empty memory if it is interrupted.
+        A text of more tokens than there are slots is read with forgetting: its first rows, as many
+        as the loop keeps, are remembered as above, and the rest is fed (``feed_in_chunks``). Then
+        ``len`` is what the loop keeps, the last token is pending, and each token that was fed has
+        been a tick.
+
+        A prompt longer than ``engine.chunk`` leaves an empty memory if it is interrupted; one that
+        is fed has been read up to its last chunk.
 
         Args:
             context: Ids, taken literally, or text, which gets BOS if the model wants it.
             source: Who it comes from: one of ``brain.mirror.SOURCES``.
             special: Of a text, as for ``encode``.
         Raises:
-            Refused: It is empty, too long, or not of the vocabulary.
+            Refused: It is empty, not of the vocabulary, or does not fit where nothing is forgotten.
+        """
+        first, rest = self.prompt_ids(context, source, special=special)
+        self._remember(first, source_number(source))
+        if rest:
+            for _ in self.feed_in_chunks(rest, source):
+                pass
+
+    def prompt_ids(
+        self,
+        context: str | Sequence[int],
+        source: str = "user",
+        *,
+        special: bool | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """The tokens that ``prime`` makes of a context: those that it remembers as they are, and
+        those that it feeds. Arguments and refusals as there.
         """
         if isinstance(context, str):
             ids = self.encode(context, source, special=special)
             context = self.tokenizer.with_bos(ids) if context else []
         ids = token_ids(context, self.checkpoint.config.vocab_size, "prompt")
-        if len(ids) > self.capacity:
+        if len(ids) <= self.capacity:
+            return ids, []
+        target = self.settings.culling.target
+        if not target:
             raise Refused(
-                f"prompt has {len(ids)} tokens but capacity is {self.capacity}: "
-                f"shorten it or set capacity={len(ids)} or more"
+                f"prompt has {len(ids)} tokens but capacity is {self.capacity} and cull=none "
+                f"forgets nothing: set cull=novelty, or capacity={len(ids)} or more"
             )
-        number = source_number(source)
+        return ids[:target], ids[target:]
+
+    def _remember(self, ids: Sequence[int], number: int) -> None:
+        """Replaces the context by so many tokens, which fit."""
         rows = [Row(token, position, number) for position, token in enumerate(ids)]
         before, detokenizer = self.memory.account, self.loop.detokenizer
         index = self.loop.index

@@ -265,6 +265,7 @@ class Conf:
 
     path: str | None = None  # of model=folder: short for model.path
     prompt: str = MISSING
+    prompt_file: str | None = None  # a text file in place of the prompt; -: standard input
     source: str = "user"  # who the prompt comes from: system, user, tool
     special: bool | None = None  # special tokens in a text become such; null: but not in a tool's
     ticks: int = 200

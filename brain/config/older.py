@@ -9,6 +9,7 @@ from conf.schema import CullConf, LookupConf, WeightFormat
 _UNSAID: dict[tuple[str, ...], Any] = {
     ("lookup",): dataclasses.asdict(LookupConf()),
     ("path",): None,
+    ("prompt_file",): None,
     ("special",): True,
     ("weights",): WeightFormat.model.value,
     ("cull", "novelty", "lifetime"): None,

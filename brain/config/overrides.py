@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from brain.errors import Refused, shown
 
 TEXT_KEYS = (
-    *("prompt", "path", "model.path", "model.wheel", "cache_dir"),
+    *("prompt", "prompt_file", "path", "model.path", "model.wheel", "cache_dir"),
     *("task.path", "task.folder", "task.text", "task.actions"),
 )
 """Keys whose values are taken literally on the command line."""
@@ -117,6 +117,9 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
                 f"{shown} cannot be read in this locale ({sys.getfilesystemencoding()}): "
                 "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
             )
+    keys = {argument.partition("=")[0] for argument in arguments}
+    if {"prompt", "prompt_file"} <= keys:
+        raise Refused("give prompt or prompt_file, not both")
     multirun = any(argument in MULTIRUN for argument in arguments)
     result = ["--multirun"] if multirun else []
     for argument in arguments:

@@ -46,7 +46,7 @@ FORMAT = 1
 SAVES, SETTINGS = "saves", "run.json"
 KEPT = 2  # saves that are kept
 FREE = (
-    *("task", "ticks", "stop_at_eos", "threads", "nvtx", "cache_dir"),
+    *("task", "ticks", "stop_at_eos", "threads", "nvtx", "cache_dir", "prompt_file"),
     *("capture", "capture_top", "save_every"),
 )
 """Settings that may change when a run goes on: none of them changes what it says."""
@@ -58,6 +58,7 @@ REPORTS = ("run.json", FILE, FAILED)  # what a run writes about itself when it e
 class Notes(NamedTuple):
     """What a save of a run holds besides the brain."""
 
+    heard: int  # tokens of a text that does not fit, beyond its first rows
     spoken: int  # tokens
     last: int | None  # the last token
     inbox: int  # bytes of the inbox that have been executed
@@ -68,7 +69,8 @@ class Notes(NamedTuple):
 class RunRecord:
     """Writes down a run as it happens. Every method raises Refused if a file cannot be written.
 
-    ``inbox``: the commands it takes. ``spoken``: how many tokens it has said; ``last``: the last.
+    ``inbox``: the commands it takes. ``heard``: how many tokens of a text that does not fit it has
+    read, beyond the first rows; ``spoken``: how many it has said; ``last``: the last.
     """
 
     def __init__(self, folder: Path, brain: Brain, conf: Conf) -> None:
@@ -79,16 +81,19 @@ class RunRecord:
         self._saved_at = 0  # ticks
         self._unsaved = True
         self._broken = False  # the files lack what the journal has
-        self.spoken = 0
+        self._text: Sequence[int] = ()
+        self.heard = self.spoken = 0
         self.last: int | None = None
         self.inbox = Inbox(folder, brain)
         brain.loop.repairs.on_repair = self._record_repair
 
-    def begin(self, prime: Callable[[], None]) -> bool:
+    def begin(self, prime: Callable[[], None], text: Sequence[int] = ()) -> bool:
         """Starts the record, or goes on where it ended; returns whether there was one. ``prime``
-        gives the brain its prompt. Raises Refused, with nothing changed, if the folder has the
-        record of another run or a damaged one.
+        gives the brain its prompt, or the first rows of one that does not fit; ``text`` is the
+        rest, to be heard. Raises Refused, with nothing changed, if the folder has the record of
+        another run or a damaged one.
         """
+        self._text = text
         with self._on_disk():
             self._require_own()
             found = self._has_record()
@@ -100,6 +105,17 @@ class RunRecord:
                 self._start()
         self.inbox.on_command, self.inbox.on_redaction = self._record_command, self._redact
         return found
+
+    def hear(self) -> Iterator[int]:
+        """Reads what is left of the text; yields how many tokens each chunk has, once it is written
+        down. Stop asking, and the record goes on from there.
+        """
+        left = self._text[self.heard :]
+        for part in self._brain.feed_in_chunks(left, self._conf.source) if left else ():
+            self._write_journal({"heard": len(part)})
+            self.heard += len(part)
+            self.save_if_due()
+            yield len(part)
 
     def record_ticks(self, *ticks: Tick) -> str:
         """Writes down the ticks of one pass of the loop; returns their text. A pass that read
@@ -165,8 +181,6 @@ class RunRecord:
         recorded = conf if isinstance(conf, dict) else {}
         bring_up_to_date(recorded)
         conf, settings = self._conf, self._brain.settings
-        if conf.special is None and isinstance(recorded.get("special"), bool):
-            conf = dataclasses.replace(conf, special=recorded["special"])  # the rule it began with
         for key, given in _lasting(conf).items():
             difference = _difference(key, recorded.get(key), given)
             if difference is not None:
@@ -188,8 +202,6 @@ class RunRecord:
                 f"vocabulary {brief(was)} in the record, {brief(now)} given): put the old one back "
                 "to go on with it, or choose another folder"
             )
-        ours = dataclasses.replace(settings.conf, special=conf.special)
-        self._brain.settings = dataclasses.replace(settings, conf=ours)
         self.inbox.read = _count(record.get("inbox"), "inbox", path)
         return True
 
@@ -218,8 +230,8 @@ class RunRecord:
         number, notes, damaged = self._restore_newest()
         if notes is None:
             prime()
-            notes = Notes(0, None, self.inbox.read, {}, alone=False)
-        self.spoken, self.last, self.inbox.read = notes.spoken, notes.last, notes.inbox
+            notes = Notes(0, 0, None, self.inbox.read, {}, alone=False)
+        self.heard, self.spoken, self.last, self.inbox.read = notes[:4]
         if notes.alone:
             self._saves.drop_before(number)
         self._saved_at = self._brain.ticks
@@ -284,6 +296,12 @@ class RunRecord:
             case {"said": list(ids)}:
                 for tick in self._brain.replay(ids):
                     self._write_token(tick)
+            case {"heard": int(number)}:
+                left = self._text[self.heard :]
+                part = next(self._brain.feed_in_chunks(left, self._conf.source), [])
+                if len(part) != number:
+                    raise Refused(f"{path} is damaged: line {line} is not a chunk of the text")
+                self.heard += number
             case {"heard": str(text), "inbox": int(read)} if read >= 0:
                 try:
                     command = text.encode("utf-8", "surrogateescape")
@@ -297,7 +315,7 @@ class RunRecord:
     def _save(self, number: int, *, alone: bool = False) -> None:
         """Saves the brain as this number. ``alone``: earlier saves must not be gone back to."""
         sizes = self._files.sizes(number)
-        notes = Notes(self.spoken, self.last, self.inbox.read, sizes, alone)
+        notes = Notes(self.heard, self.spoken, self.last, self.inbox.read, sizes, alone)
         self._files.to_disk(number)
         self._brain.save(self._saves.save(number), notes._asdict())
         self._saved_at, self._unsaved = self._brain.ticks, False
@@ -383,13 +401,14 @@ def _without(
 
 def as_recorded(conf: Conf, folder: Path) -> Conf:
     """The configuration with what the record in a folder says, if there is one, in place of
-    ``auto``. Whether the record is whole, and of this run, is seen later.
+    ``auto``, and of a rule for special tokens that nothing says. Whether the record is whole, and
+    of this run, is seen later.
     """
     try:
         recorded = read_json(folder / SAVES / SETTINGS, RECORD_BYTES)["conf"]
         bring_up_to_date(recorded)
         captured, native = recorded["engine"]["captured"], recorded["engine"]["native"]
-        dtype = DType[recorded["dtype"]]
+        dtype, special = DType[recorded["dtype"]], recorded["special"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return conf
     engine = conf.engine
@@ -397,6 +416,8 @@ def as_recorded(conf: Conf, folder: Path) -> Conf:
         engine = dataclasses.replace(engine, captured=captured)
     if engine.native is None and isinstance(native, bool):
         engine = dataclasses.replace(engine, native=native)
+    if conf.special is None and isinstance(special, bool):
+        conf = dataclasses.replace(conf, special=special)
     return dataclasses.replace(
         conf, engine=engine, dtype=dtype if conf.dtype is DType.auto else conf.dtype
     )
@@ -435,11 +456,12 @@ def _checked(notes: Any, path: Path) -> Notes:
             "inbox": int(inbox),
             "alone": bool(alone),
         }:
+            heard = _count(notes.get("heard", 0), "heard", path)  # older ones know of none
             _count(spoken, "spoken", path)
             _count(inbox, "inbox", path)
             for name, size in sizes.items():
                 _count(size, f"sizes.{name}", path)
-            return Notes(spoken, last, inbox, sizes, alone)
+            return Notes(heard, spoken, last, inbox, sizes, alone)
     raise Refused(f"{path}: the notes of the run are damaged")
 
 

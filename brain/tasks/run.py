@@ -29,6 +29,9 @@ from brain.record.run_record import FAILED, RunRecord, as_recorded
 from brain.terminal import capture_graphs, note
 from conf.schema import Conf
 
+MOST_SHOWN = 1000
+"""Characters of the prompt that a terminal repeats, at most."""
+
 
 def run(conf: Conf, run_dir: Path) -> None:
     """Speaks on standard output until ``conf.ticks`` tokens have been spoken. Raises Refused.
@@ -69,18 +72,23 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
     record_graphs()
     record = RunRecord(run_dir, brain, conf)
 
+    first, rest = brain.prompt_ids(conf.prompt, conf.source)
+
     def prime() -> None:
         with progress_bar("reading the prompt"):
-            brain.prime(conf.prompt, conf.source)
+            brain.prime(first, conf.source)
 
-    went_on = record.begin(prime)
+    went_on = record.begin(prime, rest)
     keep_composed()
     if conf.capture:
         brain.observer = CaptureWriter(run_dir / CAPTURES, brain, conf.capture_top)
     if went_on:
         note(f"going on after {record.spoken} tokens")
+    if rest:
+        _hear(brain, record, len(first), len(rest))
     if sys.stderr.isatty():
-        note(f"\033[2m{conf.prompt}\033[0m")
+        shown = conf.prompt if len(conf.prompt) <= MOST_SHOWN else f"…{conf.prompt[-MOST_SHOWN:]}"
+        note(f"\033[2m{shown}\033[0m")
     primed = time.perf_counter()
     before = record.spoken
     try:
@@ -107,6 +115,39 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
         )
     if ended is not None:
         raise ended
+
+
+def _hear(brain: Brain, record: RunRecord, first: int, rest: int) -> None:
+    """Reads what is left of a text that does not fit. Raises KeyboardInterrupt if it is asked to
+    stop, when what has been read is saved.
+    """
+    started, before = time.perf_counter(), record.heard
+    with (
+        asked_to_stop() as asked,
+        progress_bar("reading", rest, "token", initial=before, leave=False) as bar,
+    ):
+        for size in record.hear():
+            bar.set_postfix_str(f"{_forgotten(brain, first, record)} rows forgotten", refresh=False)
+            bar.update(size)
+            if asked():
+                break
+    seconds, heard = time.perf_counter() - started, record.heard - before
+    if record.heard < rest:
+        record.save()
+        record.close()
+        note(f"{first + record.heard} of {first + rest} tokens are read; the same command goes on")
+        raise KeyboardInterrupt
+    if heard:
+        note(
+            f"read {first + rest} tokens of text, {heard} of them in {seconds:.1f} s with "
+            f"forgetting ({heard / max(seconds, 1e-9):.0f} per second): {len(brain)} rows "
+            f"remembered, {_forgotten(brain, first, record)} forgotten"
+        )
+
+
+def _forgotten(brain: Brain, first: int, record: RunRecord) -> int:
+    """Rows of the text that are not there any more; its last token has none yet."""
+    return first + record.heard - int(brain.memory.account.uncommitted) - len(brain)
 
 
 def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
