@@ -263,6 +263,11 @@ def native_tick(open_tiny: OpenTiny, _: Path) -> Case:
     return Case(b, b.tick, in_one=True)
 
 
+def chunk(open_tiny: OpenTiny, _: Path) -> Case:
+    b = ready(open_tiny(**{"cull.chunk": 6}), 24)
+    return Case(b, lambda: next(b.feed_in_chunks(SEVENS[30:40])))
+
+
 def edit(open_tiny: OpenTiny, _: Path) -> Case:
     b = ready(open_tiny())
     return Case(b, lambda: b.patch(batch()))
@@ -308,7 +313,7 @@ def load(open_tiny: OpenTiny, folder: Path) -> Case:
 
 
 CASES = (
-    *(tick, first_tick, native_tick, edit, full_memory, prime),
+    *(tick, first_tick, native_tick, chunk, edit, full_memory, prime),
     *(first_long_prime, long_prime, long_append, rebase, load),
 )
 
@@ -394,7 +399,7 @@ class Interrupted:
         return self._trace
 
 
-SIGNALLED = (tick, native_tick, edit, prime, long_append, rebase)
+SIGNALLED = (tick, native_tick, chunk, edit, prime, long_append, rebase)
 
 
 @pytest.mark.parametrize("make", SIGNALLED, ids=lambda case: case.__name__)

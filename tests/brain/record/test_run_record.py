@@ -20,7 +20,7 @@ from brain.brain import Brain
 from brain.errors import BrainWarning, Refused, Unwritten
 from brain.record.commands import ANSWERS, send
 from brain.record.lock import sole_writer
-from brain.record.run_record import RunRecord
+from brain.record.run_record import RunRecord, as_recorded
 from brain.saves import sealed
 from fixture_types import CommandLine, OpenTiny
 from killed_runs import ORDERS, RECORD, Killed, power_cut_at, was_sent
@@ -35,11 +35,20 @@ def open_(open_tiny: OpenTiny) -> Callable[[], Brain]:
     return lambda: open_tiny(save_every=7, prompt=PROMPT, **{"repair": "pairs", "repair.every": 3})
 
 
-def go(brain: Brain, folder: Path, ticks: int, orders: dict[int, str] | None = None) -> RunRecord:
+def go(
+    brain: Brain,
+    folder: Path,
+    ticks: int,
+    orders: dict[int, str] | None = None,
+    prompt: str = PROMPT,
+) -> RunRecord:
     """Runs up to so many ticks; ``orders`` are commands by the number of tokens spoken."""
     folder.mkdir(exist_ok=True)
     run_record = RunRecord(folder, brain, brain.settings.conf)
-    run_record.begin(lambda: brain.prime(PROMPT))
+    first, rest = brain.prompt_ids(prompt)
+    run_record.begin(lambda: brain.prime(first), rest)
+    for _ in run_record.hear():
+        pass
 
     def hear() -> None:
         order = (orders or {}).get(run_record.spoken)
@@ -59,11 +68,25 @@ def told(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in RECORD if (folder / name).exists()}
 
 
+@pytest.mark.parametrize("length", [1, 6])
 def test_a_run_killed_anywhere_goes_on_with_the_same_token(
-    open_: Callable[[], Brain], tmp_path: Path
+    open_tiny: OpenTiny, tmp_path: Path, length: int
 ) -> None:
-    """Killed at every kind of write there is, again and again, at random."""
-    whole = go(open_(), tmp_path / "whole", 40, ORDERS)
+    """Killed at every kind of write there is, again and again, at random: while it hears a text
+    that does not fit, too.
+    """
+
+    def open_() -> Brain:
+        return open_tiny(
+            save_every=40 if length > 1 else 7,
+            prompt=PROMPT * length,
+            **{"repair": "pairs", "repair.every": 3 * length, "cull.chunk": 4},
+        )
+
+    prompt = PROMPT * length
+    whole = go(open_(), tmp_path / "whole", 40, ORDERS, prompt)
+    assert whole.heard == len(open_().prompt_ids(prompt)[1])
+    assert (whole.heard > 100) == (length > 1)
     draw = random.Random(0)
     folder = tmp_path / "killed"
     kills, run_record = 0, None
@@ -71,7 +94,7 @@ def test_a_run_killed_anywhere_goes_on_with_the_same_token(
         brain = open_()
         try:
             with power_cut_at(draw.randrange(1, 60) if attempt < 15 else 0):
-                run_record = go(brain, folder, 40, ORDERS)
+                run_record = go(brain, folder, 40, ORDERS, prompt)
             break
         except Killed:
             kills += 1
@@ -188,8 +211,11 @@ def test_a_record_from_before_novelty_had_a_lifetime_was_made_without_one(
 def test_a_run_keeps_the_rule_for_special_tokens_that_it_began_with(
     open_tiny: OpenTiny, tmp_path: Path
 ) -> None:
-    def roomy(**rule: bool) -> Brain:
+    def roomy(**rule: bool | None) -> Brain:
         return open_tiny(capacity=96, **{"cull.target": 96}, **rule)
+
+    def going_on() -> Brain:
+        return roomy(special=as_recorded(roomy().settings.conf, tmp_path / "run").special)
 
     order = '[{"do": "inject", "text": "<|end|>", "source": "tool"}]'
 
@@ -206,8 +232,8 @@ def test_a_run_keeps_the_rule_for_special_tokens_that_it_began_with(
     record = json.loads(path.read_text("utf-8"))
     assert record["conf"].pop("special") is None  # as before there was the setting
     path.write_text(json.dumps(record), "utf-8")
-    assert from_tool(go(roomy(), tmp_path / "run", 6, {3: order})) == [0]
-    assert from_tool(go(roomy(), tmp_path / "run", 7)) == [0]  # replayed by the same rule
+    assert from_tool(go(going_on(), tmp_path / "run", 6, {3: order})) == [0]
+    assert from_tool(go(going_on(), tmp_path / "run", 7)) == [0]  # replayed by the same rule
     with pytest.raises(Refused, match=r"special: True in the record, False given"):
         go(roomy(special=False), tmp_path / "run", 8)
     as_text = began._brain.tokenizer.encode("<|end|>", special=False)
