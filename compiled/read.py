@@ -42,7 +42,7 @@ from compiled.llama import (
 )
 from compiled.read_cpu import Decode, Decoded
 from compiled.rope import rotation
-from compiled.sample import head_surprises, surprises
+from compiled.sample import head_surprises
 from compiled.state import Cursor, State
 
 
@@ -242,8 +242,9 @@ def read_chunk(
         nats, keys, values = head_surprises(layers.final, weights.head, targets), *layers[1:3]
         mass = layers.mass
     else:
-        logits, keys, values, mass = decode(config, weights, state, *start, per_query=True)
-        nats = surprises(logits, targets)
+        nats, keys, values, mass = decode(
+            config, weights, state, *start, per_query=True, targets=targets
+        )
     assert mass is not None
     mass = mass / (config.num_layers * config.num_heads)
     return ChunkReading(

@@ -460,7 +460,8 @@ struct Decode {
   const uint8_t* visible_cached;  // [T, bucket]
   const uint8_t* visible_new;     // [T, T]
   const float* live;      // [T]
-  float* logits;          // [T, vocab]
+  const int64_t* targets; // [T], or null: what follows each token
+  float* logits;          // [T, vocab]; with targets their nats [T]
   void* new_keys;         // [layers, kv_heads, T, head_dim]
   void* new_values;       // [layers, kv_heads, T, head_dim]
   float* mass;            // [per_query ? T : 1, bucket + T], zeros before
@@ -482,6 +483,11 @@ struct Slices {
   }
 };
 
+// Of some numbers: the largest, and the sum of e^(number - most).
+struct Sum {
+  float most, total;
+};
+
 struct Shared {
   int32_t* seen;       // slots that any token sees
   int64_t num_seen;
@@ -495,9 +501,15 @@ struct Shared {
   float* weighted;     // [blocks, heads * T, head_dim]: values by their weights
   float* scores;       // [heads * T, slots of the first block], then of the next
   float* mass;         // the same, [per_query ? T : 1, slots]
+  Sum* sums;           // with targets: [parts of the head, T], of the logits
+  float* chosen;       // with targets: [T], their logits
 };
 
 constexpr int64_t MOST_BLOCKS = 32, SHORTEST_BLOCK = 64;  // so many threads can attend
+constexpr int64_t GATES = 256;  // rows at a time: enough to be read in a stream
+
+// Parts of the head that are summed apart, by rows and never by threads.
+inline int64_t parts_of(const Decode& d) { return (d.vocab + GATES - 1) / GATES; }
 
 Shared shared_of(const Decode& d, Slices& slices) {
   const int64_t queries = d.heads * d.tokens;
@@ -512,10 +524,10 @@ Shared shared_of(const Decode& d, Slices& slices) {
   shared.weighted = slices.take(blocks * queries * d.head_dim);
   shared.scores = slices.take(queries * d.bucket);
   shared.mass = slices.take((d.per_query ? d.tokens : 1) * d.bucket);
+  shared.sums = reinterpret_cast<Sum*>(slices.take(d.targets ? 2 * parts_of(d) * d.tokens : 0));
+  shared.chosen = slices.take(d.targets ? d.tokens : 0);
   return shared;
 }
-
-constexpr int64_t GATES = 256;  // rows at a time: enough to be read in a stream
 
 template <class Real>
 struct Own {
@@ -814,6 +826,21 @@ void return_new_rows(const Decode& d, int64_t layer, const Own<Real>& own) {
   }
 }
 
+// Numbers to exponentials of what they are less than the largest.
+inline Sum exponentiate(float* row, int64_t length) {
+  float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < length; ++i) most = std::max(most, row[i]);
+  const float base = most == -INFINITY ? 0.0f : most;
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < length; ++i) {
+    row[i] = exponential(row[i] - base);
+    total += row[i];
+  }
+  return {most, total};
+}
+
 // Attention over the cache, block by block ---------------------------------------------------------
 //
 // Of every block b of slots and every query: m_b = max_s score_s, with score_s = q · k_s /
@@ -907,8 +934,11 @@ struct Blocks {
         const int64_t found = index * queries_of(d) + h * group;
         float* weights = block.scores + h * group * block.length;
         score(block, keys, query + h * group * d.head_dim, weights, group);
-        for (int64_t q = 0; q < group; ++q)
-          exponentiate(weights + q * block.length, block.length, found + q);
+        for (int64_t q = 0; q < group; ++q) {
+          const Sum sum = exponentiate(weights + q * block.length, block.length);
+          shared.most[found + q] = sum.most;
+          shared.total[found + q] = sum.total;
+        }
         weigh(block, values, weights, shared.weighted + found * d.head_dim, group);
       }
     }
@@ -937,22 +967,6 @@ struct Blocks {
       for (int64_t j = 0; j < block.length; ++j)
         if (!visible[block.slots[j]]) scores[q * block.length + j] = -INFINITY;
     }
-  }
-
-  // Scores to exponentials; their largest and their sum are kept at this place.
-  void exponentiate(float* row, int64_t length, int64_t place) const {
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < length; ++i) most = std::max(most, row[i]);
-    const float base = most == -INFINITY ? 0.0f : most;
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < length; ++i) {
-      row[i] = exponential(row[i] - base);
-      total += row[i];
-    }
-    shared.most[place] = most;
-    shared.total[place] = total;
   }
 
   // The values of a block, each by its weight: several queries and vectors at a time, so that a
@@ -1166,6 +1180,43 @@ void activate(const Decode& d, const Team& team, int64_t layer, const Own<Real>&
   }
 }
 
+// Surprise ----------------------------------------------------------------------------------------
+//
+// nats[t] = log(sum_row e^logit[t, row]) - logit[t, target[t]], of which no row is ever whole. Twin:
+// `head_surprises` in sample.py.
+
+template <class Real, class Weight>
+void sum_head(const Decode& d, const Shared& shared, const Team& team, const Own<Real>& own) {
+  const int64_t width = d.hidden_size, parts = parts_of(d);
+  const Weight* head = matrix<Weight>(d.head, 0, d.vocab, width);
+  const float* scales = scale(d.head, 0, d.vocab);
+  const int64_t end = parts * (team.thread + 1) / team.threads;
+  for (int64_t part = parts * team.thread / team.threads; part < end; ++part) {
+    const int64_t first = part * GATES, count = std::min(GATES, d.vocab - first);
+    const Rows<Real, false> into{own.gates, GATES, scales ? scales + first : nullptr};
+    multiply(head + first * width, own.x, width, width, d.tokens, 0, count, into);
+    for (int64_t t = 0; t < d.tokens; ++t) {
+      float* logits = own.gates + t * GATES;
+      const int64_t target = d.targets[t] - first;
+      if (0 <= target && target < count) shared.chosen[t] = logits[target];
+      shared.sums[part * d.tokens + t] = exponentiate(logits, count);
+    }
+  }
+}
+
+void surprise(const Decode& d, const Shared& shared) {
+  for (int64_t t = 0; t < d.tokens; ++t) {
+    float most = -INFINITY, total = 0;
+    for (int64_t part = 0; part < parts_of(d); ++part)
+      most = std::max(most, shared.sums[part * d.tokens + t].most);
+    for (int64_t part = 0; part < parts_of(d); ++part) {
+      const Sum sum = shared.sums[part * d.tokens + t];
+      total += sum.total * exponential(sum.most - most);
+    }
+    d.logits[t] = std::log(total) + most - shared.chosen[t];
+  }
+}
+
 // All layers ---------------------------------------------------------------------------------------
 
 // What one thread does. Twin: `_through_layers` in read.py, and the head.
@@ -1200,7 +1251,13 @@ void work(const Decode& d, const Shared& shared, const Team& team, const Own<Rea
     team.wait();
   }
   norm<Real>(d, d.final_norm, 0, own.x);
-  linear<Real, Weight, false>(d, team, d.head, 0, d.vocab, hidden, own.x, d.logits);
+  if (d.targets) {
+    sum_head<Real, Weight>(d, shared, team, own);
+    team.wait();
+    if (team.thread == 0) surprise(d, shared);
+  } else {
+    linear<Real, Weight, false>(d, team, d.head, 0, d.vocab, hidden, own.x, d.logits);
+  }
   blocks.return_mass();
 }
 

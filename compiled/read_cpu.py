@@ -33,7 +33,7 @@ _REALS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
 class Decoded(NamedTuple):
     """What comes out of the last layer and the head."""
 
-    logits: Tensor  # [T, vocab] float32
+    logits: Tensor  # [T, vocab] float32; of a read with targets, their surprises [T], nats
     new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [layers, kv_heads, T, head_dim]
     mass: Tensor  # [bucket + T] float32, summed over layers and heads; see read.py
@@ -72,10 +72,11 @@ def operator(library: Path) -> Decode:
     Args:
         library: ``read_cpu.cpp`` as built for this processor and the model's ``formats``.
     Returns:
-        ``decode(config, weights, state, hidden, cos, sin, visible, *, per_query)``, which a
-        compiler may trace. ``hidden`` [T, hidden] float32 are the embedded tokens; ``cos`` and
-        ``sin`` [T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a bucket;
-        ``per_query`` asks for the attention mass [T, bucket + T] of every token apart.
+        ``decode(config, weights, state, hidden, cos, sin, visible, *, per_query, targets=None)``,
+        which a compiler may trace. ``hidden`` [T, hidden] float32 are the embedded tokens; ``cos``
+        and ``sin`` [T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a
+        bucket; ``per_query`` asks for the attention mass [T, bucket + T] of every token apart. With
+        ``targets`` [T] int64, what follows each token, logits are never kept.
     Raises:
         OSError: The library cannot be loaded, or takes other arguments than this module passes.
     """
@@ -91,6 +92,7 @@ def operator(library: Path) -> Decode:
         visible: Visibility,
         *,
         per_query: bool,
+        targets: Tensor | None = None,
     ) -> Decoded:
         matrices = [weights.qkv, weights.attention_out, weights.gate_up, weights.down, weights.head]
         return Decoded(
@@ -99,7 +101,7 @@ def operator(library: Path) -> Decode:
                 [_values(matrix) for matrix in matrices],
                 [matrix.scale for matrix in matrices if isinstance(matrix, Int8)],
                 [state.keys, state.values],
-                [hidden, cos, sin],
+                [hidden, cos, sin, *([] if targets is None else [targets])],
                 list(visible),
                 config.rms_norm_eps,
                 per_query,
@@ -134,7 +136,7 @@ class _Given(NamedTuple):
     matrices: Sequence[Tensor]  # qkv, attention_out, gate_up, down, head
     scales: Sequence[Tensor]  # theirs in eight bits, or none
     cache: Sequence[Tensor]  # keys, values
-    inputs: Sequence[Tensor]  # hidden, cos, sin
+    inputs: Sequence[Tensor]  # hidden, cos, sin, and targets if there are any
     visible: Sequence[Tensor]  # cached, new, live
     eps: float
     per_query: bool
@@ -149,7 +151,7 @@ def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width = bucket + num_tokens
     new_rows = (layers, kv_heads, num_tokens, head_dim)
     return (
-        given.inputs[0].new_empty((num_tokens, vocab)),
+        given.inputs[0].new_empty((num_tokens, vocab) if len(given.inputs) < 4 else (num_tokens,)),
         given.cache[0].new_empty(new_rows),
         given.cache[0].new_empty(new_rows),
         given.inputs[0].new_zeros((num_tokens, width) if given.per_query else (width,)),
@@ -172,6 +174,7 @@ class Arguments(ctypes.Structure):
         *((name, _Matrix) for name in ("qkv", "attention_out", "gate_up", "down", "head")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "hidden", "cos", "sin")),
         *((name, ctypes.c_void_p) for name in ("visible_cached", "visible_new", "live")),
+        ("targets", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("logits", "new_keys", "new_values", "mass")),
         ("workspace", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
@@ -183,7 +186,8 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     norms, matrices, scales, cache, inputs, visible, eps, per_query = _Given(*arguments)
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
-    given = [hidden, *map(Tensor.contiguous, (*inputs[1:], *visible))]
+    given = [hidden, *map(Tensor.contiguous, (*inputs[1:3], *visible))]
+    targets = [tensor.contiguous() for tensor in inputs[3:]]
     if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache))):
         raise ValueError("weights and cache must lie in one piece")
     num_tokens, bucket = visible[0].shape
@@ -204,7 +208,9 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         eps,
         *map(Tensor.data_ptr, norms),
         *(_Matrix(m.data_ptr(), scale) for m, scale in zip(matrices, scaled, strict=True)),
-        *map(Tensor.data_ptr, (*cache, *given, *results)),
+        *map(Tensor.data_ptr, (*cache, *given)),
+        targets[0].data_ptr() if targets else None,
+        *map(Tensor.data_ptr, results),
         None,
         torch.get_num_threads(),
     )

@@ -29,7 +29,7 @@ from compiled import draw_cpu, read_cpu
 from compiled.cpu_library import load
 from compiled.int8 import Int8, quantize
 from compiled.llama import LlamaConfig, Weights
-from compiled.read import read, read_ahead
+from compiled.read import read, read_ahead, read_chunk
 from compiled.read_cpu import Decode, Formats, formats, operator
 from compiled.state import State, allocate_state
 from toys import CPU, digest, toy_config, toy_cursor, toy_weights
@@ -139,10 +139,18 @@ def test_the_operator_is_its_twin(data: st.DataObject) -> None:
     bucket = data.draw(st.sampled_from([CAPACITY, 160, 64]), "bucket")
     tokens = torch.arange(num_tokens) * 7 % config.vocab_size
     before = digest(*weights.tensors(), *state)
-    if data.draw(st.booleans(), "ahead"):
+    rest: tuple[Any, ...]
+    kind = data.draw(st.sampled_from(["plain", "ahead", "chunk"]), "kind")
+    if kind == "chunk":
+        num_tokens = data.draw(st.sampled_from([2, 3, 8, 33, 70]), "tokens of a chunk")
+        tokens = torch.arange(num_tokens) * 7 % config.vocab_size
+        rest = (tokens, 250 + torch.arange(num_tokens), tokens.roll(-1))
+        reading = compared(read_chunk, config, weights, state, rest, bucket)
+        assert float(reading.mass.sum() + reading.own_mass.sum()) == pytest.approx(num_tokens)
+    elif kind == "ahead":
         position = data.draw(st.sampled_from([50, 250]), "position")
         cursor = toy_cursor(position=position, token=3)
-        rest: tuple[Any, ...] = (cursor, tokens, torch.tensor(length))
+        rest = (cursor, tokens, torch.tensor(length))
         compared(read_ahead, config, weights, state, rest, bucket)
     else:
         start = data.draw(st.sampled_from([0, 20, 100, 250]), "start")
@@ -195,7 +203,7 @@ def test_the_comparison_can_fail() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_I11_the_number_of_threads_changes_no_bit(precision: Precision) -> None:
     """A run may go on with more threads, or fewer, than it began with."""
-    config = replace(toy_config(), hidden_size=49, intermediate_size=33, vocab_size=77)
+    config = replace(toy_config(), hidden_size=49, intermediate_size=33, vocab_size=777)
     weights = model(config, precision)
     state = memory(config, precision[0], torch.arange(CAPACITY) % 7 != 3)
     for num_tokens in (1, 2, 5, 7, 8, 11, 16):
@@ -205,7 +213,9 @@ def test_I11_the_number_of_threads_changes_no_bit(precision: Precision) -> None:
         for threads in (1, 2, 3, 5, 40):
             torch.set_num_threads(threads)
             reading = read(config, weights, state, *rest, bucket=CAPACITY, decode=built(weights))
-            told.add(digest(*reading))
+            chunk = (state, tokens, 1000 + tokens, tokens + 1)
+            scored = read_chunk(config, weights, *chunk, bucket=CAPACITY, decode=built(weights))
+            told.add(digest(*reading, *scored))
         assert len(told) == 1, num_tokens
 
 
