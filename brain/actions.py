@@ -230,7 +230,8 @@ def _check_whole(edit: Edit, index: RowIndex, limits: Limits) -> None:
     if rows > limits.capacity:
         raise Refused(
             f"memory is full: {rows} rows do not fit in {limits.capacity} slots; cull "
-            f"{rows - limits.capacity} first or in the same batch, or feed the text: it forgets"
+            f"{rows - limits.capacity} first or in the same batch, or feed the text, where "
+            "cull lets rows go"
         )
     pinned = len(index.pinned) - sum(position in index.pinned for position in edit.cull)
     pinned += sum(

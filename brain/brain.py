@@ -52,7 +52,7 @@ class Brain:
         self.loop = Loop(self.memory, settings)
         trained = checkpoint.config.max_position_embeddings
         self.lookahead = Lookahead(self.memory, settings, trained)
-        self.chunks = Chunks(self.loop, settings, trained)
+        self.chunks = Chunks(self.loop, settings)
         self._unforced = self._forced([UNFORCED], "model")
         self._unforced_ahead = self._forced([UNFORCED] * self.lookahead.width, "model")
         keep_score = settings.graphs.eviction.keep_score
@@ -107,7 +107,7 @@ class Brain:
     @property
     def observer(self) -> Observer | None:
         """Called in every tick before its patch, to look at what each step received and returned.
-        While there is one, every pass is a single tick.
+        While there is one, every pass is a single tick; chunks of a long text are not shown.
         """
         return self.loop.observer
 
@@ -209,8 +209,8 @@ class Brain:
 
         A text of more tokens than there are slots is read with forgetting: its first rows, as many
         as the loop keeps, are remembered as above, and the rest is fed (``feed_in_chunks``). Then
-        ``len`` is what the loop keeps, the last token is pending, and each token that was fed has
-        been a tick.
+        ``len`` is what the loop keeps (one less where a single token was fed), the last token is
+        pending, and each token that was fed has been a tick.
 
         A prompt longer than ``engine.chunk`` leaves an empty memory if it is interrupted; one that
         is fed has been read up to its last chunk.
@@ -421,8 +421,8 @@ class Brain:
             raise
 
     def apply(self, actions: Sequence[Action]) -> None:
-        """A batch for a brain that is running: as ``patch``, but what is appended passes through
-        the loop token by token, so that a full memory forgets to make room for it.
+        """A batch for a brain that is running: as ``patch``, but what is appended is fed, so
+        that a full memory forgets to make room for it.
 
         Refused as a whole. What has been forgotten cannot be brought back: an exception from amid
         those tokens has a note that says how many are missing.

@@ -12,32 +12,34 @@ import torch
 
 from brain.config.settings import Settings
 from brain.diagnosis import not_finite_error
-from brain.errors import warn
 from brain.loop import Loop
 from brain.machine.signals import Uninterrupted
+from compiled.chunk import follow_chunk
 from compiled.score import cull_count
 
 
 class Chunks:
     """The chunks of one loop."""
 
-    def __init__(self, loop: Loop, settings: Settings, trained: int) -> None:
-        """``trained``: positions that the model has been trained on."""
-        self._loop, self._memory, self._trained = loop, loop.memory, trained
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        self._loop, self._memory = loop, loop.memory
         self._most = settings.conf.cull.chunk
         self._every = settings.conf.repair.every
         self._culling = settings.culling
-        self._renumbered = False
 
     def size(self, tokens: int) -> int:
-        """How many of ``tokens`` ticks the next chunk takes: 1 where it is to be a plain tick."""
+        """How many of ``tokens`` ticks the next chunk takes: 1 where it is to be a plain tick.
+        Renumbers the rows first, where it would leave the range that the model was trained on.
+        """
         account = self._memory.account
         most = min(tokens, self._most)
         if self._every:  # a repair comes between two chunks
             most = min(most, self._every - (account.tick + 1) % self._every)
-        if most < 2 or not account.uncommitted or self._loop.repairs.due or self._loop.observer:
+        if most < 2 or not account.uncommitted or self._loop.repairs.due:
             return 1
         self._loop.settle()
+        self._loop.stay_in_range(most, long_text=True)
+        account = self._memory.account
         self._loop.index.update()
         positions, pinned = self._loop.index.positions, self._loop.index.pinned
         first = self._culling.sinks
@@ -59,7 +61,7 @@ class Chunks:
         return going, count
 
     def feed(self, told: Sequence[int], source: int) -> list[float]:
-        """Makes a chunk of ticks that are told what to speak, as many as ``size`` says.
+        """Makes a chunk of ticks that are told what to speak, as many as ``size`` has just said.
 
         Args:
             told: At least two token ids.
@@ -70,8 +72,6 @@ class Chunks:
             NotFinite: The read made NaN or infinity; nothing is changed.
         """
         loop, memory = self._loop, self._memory
-        self._stay_in_range(len(told))
-        loop.index.update()
         run, before, cursor = memory.graphs.uncaptured, memory.account, memory.cursor
         going, count = self._going(len(told))
         after = before.after_ticks(len(told), count)
@@ -83,7 +83,9 @@ class Chunks:
             targets,
             high_water=before.high_water,
         )
-        plan = run.follow_chunk(
+        plan = follow_chunk(
+            memory.state,
+            cursor,
             reading,
             targets,
             torch.tensor([source], dtype=torch.uint8, device=memory.device),
@@ -104,16 +106,3 @@ class Chunks:
             loop.index.hold(after)
             loop.detokenizer.pass_by(told)
         return nats
-
-    def _stay_in_range(self, size: int) -> None:
-        """Renumbers the rows where the chunk would leave the range that the model was trained on:
-        a long text is no reason to leave it, even where positions are to be kept.
-        """
-        account = self._memory.account
-        if account.position + size - 1 < self._trained or account.position == account.count:
-            return
-        self._loop.settle()
-        self._memory.rebase()
-        if not self._renumbered:
-            self._renumbered = True
-            warn("the text is longer than the range the model was trained on: rows are renumbered")

@@ -12,7 +12,7 @@ from weakref import WeakMethod
 
 import torch
 
-from brain.config.settings import Settings
+from brain.config.settings import Settings, roomy
 from brain.diagnosis import not_finite_error
 from brain.errors import MemoryFull, NotFinite, Refused, warn
 from brain.machine.signals import Uninterrupted
@@ -47,6 +47,7 @@ class Loop:
         self._culling = settings.culling
         self._rebases = settings.graphs.rebases
         self._trained = checkpoint.config.max_position_embeddings
+        self._has_room_to_renumber = settings.conf.capacity <= roomy(checkpoint.config)
         self._warned = False
         # Weak, because a tick that somebody keeps must not keep the memory.
         self._when_void = WeakMethod(self._take_back)
@@ -175,7 +176,7 @@ class Loop:
         if count > self.memory.state.capacity and not self._culling.target:
             raise MemoryFull(
                 f"memory is full: {count} rows do not fit in {self.memory.state.capacity} slots "
-                "and cull=none forgets nothing; set cull=brightness or a larger capacity"
+                "and cull=none forgets nothing; set cull=novelty or a larger capacity"
             )
 
     def require_primed(self) -> None:
@@ -183,22 +184,26 @@ class Loop:
         if self.memory.account.position == NOWHERE:
             raise Refused("nothing to read: prime the brain with a prompt first")
 
-    def stay_in_range(self, tokens: int) -> bool:
+    def stay_in_range(self, tokens: int, *, long_text: bool = False) -> bool:
         """Before ``tokens`` more positions are taken: renumbers the rows, or warns, if that would
-        leave the range the model was trained on. Returns whether it renumbered.
+        leave the range the model was trained on. Returns whether it renumbered. A long text is no
+        reason to leave it, even where positions are to be kept.
         """
         last = self.memory.account.position + tokens - 1
         if last < self._trained:
             return False
-        if self._rebases:
+        renumbers = self._rebases or (long_text and self._has_room_to_renumber)
+        if renumbers:
             self.settle()
             self.memory.rebase()
-            return True
-        if not self._warned:
+        if not self._rebases and not self._warned:
             self._warned = True
             warn(
-                f"position {last} is past the range {self.memory.checkpoint.name} was trained on "
-                f"({self._trained}): expect the text to degrade; positions=rebase renumbers the "
+                f"the text is longer than the range {self.memory.checkpoint.name} was trained on "
+                f"({self._trained}): its rows are renumbered as it is read"
+                if renumbers
+                else f"position {last} is past the range {self.memory.checkpoint.name} was trained "
+                f"on ({self._trained}): expect the text to degrade; positions=rebase renumbers the "
                 "rows"
             )
-        return False
+        return renumbers

@@ -36,7 +36,7 @@ def with_prompt(conf: Conf) -> Conf:
 def _content(file: str) -> bytes:
     if file != STANDARD_INPUT:
         return read_bytes(given_path(file), MOST_BYTES)
-    content = sys.stdin.buffer.read(MOST_BYTES + 1)
+    content = sys.stdin.buffer.read(MOST_BYTES + 1) if sys.stdin else b""  # it may be closed
     if len(content) > MOST_BYTES:
         raise OSError(f"it has more than {MOST_BYTES >> 20} MiB")
     return content

@@ -28,7 +28,6 @@ from torch import Tensor
 from compiled import draw_cpu, read_cpu, tick_cpu, torch_private
 from compiled.capture import Capturing, Graph
 from compiled.choose import Choice, Eviction, Forced, choose
-from compiled.chunk import follow_chunk
 from compiled.cpu_library import Libraries
 from compiled.llama import LlamaConfig, Weights
 from compiled.lookup import Lookup, Proposal, propose
@@ -52,11 +51,6 @@ from compiled.state import Cursor, State
 
 CUDA_GRAPH_WARMUP_RUNS = 3
 """A CUDA graph runs once to warm up, once to record, and only then is replayed."""
-
-WIDEST_CHUNK = 128
-"""Tokens of a chunk up to which a CPU's operator is as fast as the libraries' products of many rows
-(measured on SmolLM2-135M: 1.2 times at 128, twice at 64, six times at 16).
-"""
 
 WARM_UP = "warm-up"
 
@@ -473,8 +467,8 @@ class Graphs:
 
 
 class Uncaptured:
-    """What an edit needs of :class:`Graphs`, called directly at exactly the width asked for: for a
-    text to begin with, a save to go on from, and reads too wide to be captured.
+    """What edits and chunks need of :class:`Graphs`, called directly at exactly the width asked
+    for: for texts, a save to go on from, and reads too wide to be captured.
     """
 
     def __init__(
@@ -519,16 +513,8 @@ class Uncaptured:
         self, tokens: Tensor, positions: Tensor, targets: Tensor, *, high_water: int
     ) -> ChunkReading:
         """Reads a chunk of a text that is to be followed as several ticks are; all [T] int64."""
-        decode = self._decode if len(tokens) <= WIDEST_CHUNK else None
         given = (*self._bound, tokens, positions, targets)
-        return read_chunk(*given, bucket=max(1, high_water), decode=decode)
-
-    def follow_chunk(
-        self, reading: ChunkReading, told: Tensor, source: Tensor, going: Tensor, eviction: Eviction
-    ) -> Plan:
-        """What follows it; see :func:`compiled.chunk.follow_chunk`."""
-        state = self._bound[2]
-        return follow_chunk(state, self._cursor, reading, told, source, going, eviction)
+        return read_chunk(*given, bucket=max(1, high_water), decode=self._decode)
 
     def patch(self, plan: Plan | EditPlan) -> None:
         """Carries a plan out, padded or not."""

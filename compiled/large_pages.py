@@ -18,9 +18,12 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """A tensor of zeros. Like ``torch.zeros``, but on a CPU and from a page on in large pages."""
     count = prod(shape)
     size = count * dtype.itemsize
-    if device.type != "cpu" or size < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    room = None
+    if device.type == "cpu" and size >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # no memory: PyTorch says what is missing
+            room = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if room is None:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    room = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system built without them
         room.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(room, dtype=torch.uint8).data_ptr() % PAGE

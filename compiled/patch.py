@@ -1,4 +1,5 @@
-"""The patch: step 0/4, the only code in this package that writes tensors in place.
+"""The patch: step 0/4, the only code of this package, beside its twin in ``tick_cpu.cpp``, that
+writes tensors in place.
 
     patch(state, cursor, plan) → None
     rebase(state, cursor, inverse_frequencies, wanted) → None

@@ -3,11 +3,13 @@
     read(weights, state, tokens [T], positions [T], length) → Reading
     scored_prefill(weights, state, tokens [T], positions [T], length, targets [T]) → ScoredPrefill
     read_ahead(weights, state, cursor, proposed [T - 1], length) → AheadReading
+    read_chunk(weights, state, tokens [T], positions [T], targets [T]) → ChunkReading
 
 All take the tokens through the same layers and differ in what they return. ``read`` returns the
 logits after every token and the attention mass. ``scored_prefill`` is for a text that is already
 written: it returns the surprise of each next token, and no mass. ``read_ahead`` is for tokens that
-may or may not be accepted: it returns the attention mass of each of them apart.
+may or may not be accepted: it returns the attention mass of each of them apart. ``read_chunk`` does
+both, for a text that is told with forgetting.
 
 Decode, prefill, re-reading a token that is already remembered and reading "as of" an old position
 are all one function: the visibility rule of ``attention.py`` makes them so. Positions and length

@@ -584,8 +584,8 @@ inline void pause_briefly() {
 
 using Clock = std::chrono::steady_clock;
 
-inline double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
+inline int64_t nanoseconds_since(Clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
 }
 
 // A number that changes, and threads that wait for it to: they spin for as long as a wait takes on
@@ -601,8 +601,8 @@ class Signal {
     changed.notify_all();
   }
 
-  // Returns what it has become instead of `before`. `asleep`: what the seconds asleep are added to.
-  uint64_t wait(uint64_t before, std::atomic<double>* asleep = nullptr) {
+  // Returns what it has become instead of `before`. `asleep`: nanoseconds asleep are added to it.
+  uint64_t wait(uint64_t before, std::atomic<int64_t>* asleep = nullptr) {
     const auto start = Clock::now();
     do {
       for (int i = 0; i < 16; ++i) {
@@ -615,7 +615,7 @@ class Signal {
     ++sleepers;
     changed.wait(held, [&] { return number.load() != before; });
     --sleepers;
-    if (asleep) asleep->store(asleep->load() + seconds_since(start));  // nobody else holds `mutex`
+    if (asleep) *asleep += nanoseconds_since(start);
     return now();
   }
 
@@ -640,12 +640,12 @@ class Barrier {
     }
   }
 
-  // Seconds that threads have slept here, since this was last asked.
-  double slept() { return asleep.exchange(0); }
+  // Nanoseconds that threads have slept here, since this was last asked.
+  int64_t slept() { return asleep.exchange(0); }
 
  private:
   std::atomic<int64_t> arrived{0};
-  std::atomic<double> asleep{0};
+  std::atomic<int64_t> asleep{0};
   Signal rounds;
 };
 
@@ -668,12 +668,13 @@ struct Team {
 class Pool {
  public:
   // Runs work(team) in this thread and others, `most` in all. There are fewer if no more can be
-  // started or fewer are faster, and this one alone if another call has the others. `bytes`: what
-  // it waits for most, if for memory; else 0.
+  // started or fewer are faster, and this one alone if another call has the others. Reads
+  // of few tokens and of many learn apart what is faster, each from what an `amount` takes.
   template <class Work>
-  void run(int64_t most, double bytes, const Work& work) {
+  void run(int64_t most, bool many, double amount, const Work& work) {
     std::unique_lock<std::mutex> held(busy, std::try_to_lock);
     if (!held) return work(Team{0, 1, nullptr});
+    TeamSize& size = sizes[many];
     const int64_t threads = 1 + started(size.next(most) - 1);
     const auto start = Clock::now();
     if (threads == 1) {
@@ -685,9 +686,8 @@ class Pool {
       work(Team{0, threads, &barrier});
       barrier.wait(threads);
     }
-    const double seconds = seconds_since(start);
-    const double asleep = barrier.slept() / (seconds * std::max<int64_t>(threads - 1, 1));
-    if (bytes > 0) size.learn(seconds, asleep, bytes);
+    const double taken = nanoseconds_since(start);
+    size.learn(taken, barrier.slept() / (taken * std::max<int64_t>(threads - 1, 1)), amount);
   }
 
  private:
@@ -716,7 +716,7 @@ class Pool {
   }
 
   std::mutex busy;
-  TeamSize size;
+  TeamSize sizes[2];
   int64_t others = 0;
   Signal calls;  // how many there have been, and how many threads the last one has
   const void* given;
@@ -1296,8 +1296,9 @@ void decode(const Decode& d) {
   Slices common{d.workspace, 0};
   Shared shared = shared_of(d, common);
   find_blocks(d, shared);
-  const double bytes = d.tokens <= 4 ? bytes_read<Real, Weight>(d, shared) : 0;
-  pool->run(d.threads, bytes, [&](const Team& team) {
+  const bool many = d.tokens > 4;  // bound by products, not by memory
+  const double bytes = bytes_read<Real, Weight>(d, shared);
+  pool->run(d.threads, many, many ? bytes * d.tokens : bytes, [&](const Team& team) {
     Slices slices{d.workspace, common.used + team.thread * own_size<Real>(d)};
     work<Real, Weight>(d, shared, team, own_of<Real>(d, slices));
   });

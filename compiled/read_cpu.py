@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
     logits: Tensor  # [T, vocab] float32; of a read with targets, their surprises [T], nats
     new_keys: Tensor  # [layers, kv_heads, T, head_dim], RoPE applied
     new_values: Tensor  # [layers, kv_heads, T, head_dim]
-    mass: Tensor  # [bucket + T] float32, summed over layers and heads; see read.py
+    mass: Tensor  # [bucket + T] or [T, bucket + T] float32, summed over layers and heads
 
 
 Decode = Callable[..., Decoded]

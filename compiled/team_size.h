@@ -21,9 +21,9 @@ class TeamSize {
     return size;
   }
 
-  // What became of it: seconds, the share of them that its threads slept, and the work it did.
-  void learn(double seconds, double asleep, double work) {
-    if (trying) return compare(seconds / work);
+  // What became of it: its time, the share of it that its threads slept, and the work it did.
+  void learn(double time, double asleep, double work) {
+    if (trying) return compare(time / work);
     waited += (asleep - waited) / 8;
     const bool doubtful = size < most || waited > CROWDED;
     if (!doubtful || ++calls < CALLS_KEPT) return;

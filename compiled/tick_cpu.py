@@ -132,7 +132,7 @@ def _decide_cull(
 ) -> tuple[Tensor, Tensor]:
     if constants.at_once:  # rare, and sorts
         return decide_cull(state, cursor, keep_scores, constants)
-    keep_scores = keep_scores.float().contiguous()
+    keep_scores = keep_scores.contiguous()
     cull = torch.empty_like(state.valid)
     culled = torch.empty(MOST_CULLED, dtype=torch.int64)
     library.decide_cull(

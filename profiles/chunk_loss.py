@@ -40,11 +40,10 @@ def lived(
     b.prime(ids[: course.starts[0]])
     at, nats, found = course.starts[0], [], []
     for index, number, distance in course.questions():
-        while at <= index:
-            for part in b.feed_in_chunks(ids[at : index + 1]):
-                nats += part
-                at += len(part)
-                bar.update(len(part))
+        for part in b.feed_in_chunks(ids[at : index + 1]) if at <= index else ():
+            nats += part
+            at += len(part)
+            bar.update(len(part))
         fact = facts[number]
         asked = [int(b.cursor.token), *fact.question]
         first = int(b.cursor.position)
@@ -70,14 +69,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32], help="beside 1")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--facts", type=int, default=3, help="of each stream")
     parser.add_argument("--cull", default="novelty")
     given = parser.parse_args()
     common = {"capacity": given.rows, "cull": given.cull}
-    brains = {c: brain.open("smollm2", **common, **{"cull.chunk": c}) for c in given.chunks}
-    b = brains[given.chunks[0]]
+    brains = {c: brain.open("smollm2", **common, **{"cull.chunk": c}) for c in (1, *given.chunks)}
+    b = brains[1]
     ids = b.encode(read_text(given.text))
     task = EvalTask(streams=given.streams, facts=given.facts, budgets=[given.rows])
     task.distances, task.spacing = list(DISTANCES), SPACING
@@ -94,7 +93,6 @@ def main() -> None:
                 told, answers = lived(reader, stream, of_stream, course, bar)
                 nats[chunk] += blocks(told)
                 found[chunk] += answers
-    ticks = given.chunks[0]
     print(f"{'chunk':>5} {'nats':>8} {'difference':>18}  recall at {DISTANCES} memories")
     rows = []
     for chunk in brains:
@@ -102,9 +100,9 @@ def main() -> None:
             statistics.fmean(right for distance, right in found[chunk] if distance == wanted)
             for wanted in course.distances
         ]
-        worse = interval([a - b for a, b in zip(nats[chunk], nats[ticks], strict=True)])
+        worse = interval([a - b for a, b in zip(nats[chunk], nats[1], strict=True)])
         lost = interval(
-            [float(b[1]) - float(a[1]) for a, b in zip(found[chunk], found[ticks], strict=True)]
+            [float(b[1]) - float(a[1]) for a, b in zip(found[chunk], found[1], strict=True)]
         )
         mean = statistics.fmean(nats[chunk])
         print(

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from typing import Any
 
-from conf.schema import CullConf, LookupConf, WeightFormat
+from conf.schema import LookupConf, WeightFormat
 
 _UNSAID: dict[tuple[str, ...], Any] = {
     ("lookup",): dataclasses.asdict(LookupConf()),
@@ -13,7 +13,7 @@ _UNSAID: dict[tuple[str, ...], Any] = {
     ("special",): True,
     ("weights",): WeightFormat.model.value,
     ("cull", "novelty", "lifetime"): None,
-    ("cull", "chunk"): CullConf().chunk,
+    ("cull", "chunk"): 1,
 }
 """What each setting, by its path, would have been where it was not known yet."""
 

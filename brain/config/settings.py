@@ -20,6 +20,7 @@ from brain.machine.memory import free_bytes
 from brain.mirror import SOURCES
 from brain.policies import CustomPolicy, policy
 from compiled.choose import Eviction
+from compiled.chunk import MOST_IN_CHUNK
 from compiled.graphs import GraphSpec
 from compiled.llama import LlamaConfig
 from compiled.lookup import Lookup
@@ -76,11 +77,9 @@ class Settings:
     def check_against(self, config: LlamaConfig) -> None:
         """Raises Refused if a memory of this capacity cannot be had on the device."""
         capacity = self.conf.capacity
-        roomy = config.max_position_embeddings * 3 // 4
-        if self.graphs.rebases and capacity > roomy:
-            # Nearer to the range, keys would be turned, and rounded, every few ticks.
+        if self.graphs.rebases and capacity > roomy(config):
             raise Refused(
-                f"positions=rebase needs capacity={roomy} or less, three quarters of the "
+                f"positions=rebase needs capacity={roomy(config)} or less, three quarters of the "
                 f"{config.max_position_embeddings} positions the model was trained on, not "
                 f"{capacity}"
             )
@@ -204,6 +203,13 @@ def _check_sampler(sampler: SamplerConf) -> None:
         refuse("repetition_penalty", f"{divisors} (1 is off)")
 
 
+def roomy(config: LlamaConfig) -> int:
+    """The largest capacity in which rows may be renumbered. Nearer to the range that the model was
+    trained on, keys would be turned, and rounded, every few ticks.
+    """
+    return config.max_position_embeddings * 3 // 4
+
+
 def eviction_of(cull: CullConf, capacity: int, given: CustomPolicy | None = None) -> Eviction:
     """What decides which rows stay in a memory of this capacity. Raises Refused, naming the key."""
     brightness = cull.brightness
@@ -284,8 +290,10 @@ def _culling(cull: CullConf, capacity: int) -> Culling:
         raise Refused(f"cull.sinks must be 0 or more, not {cull.sinks}")
     if cull.recent < 1:
         raise Refused(f"cull.recent must be at least 1 (the row being read), not {cull.recent}")
-    if cull.chunk < 1:
-        raise Refused(f"cull.chunk must be at least 1 (one token after another), not {cull.chunk}")
+    if not 1 <= cull.chunk <= MOST_IN_CHUNK:
+        raise Refused(
+            f"cull.chunk must be 1 (one token after another) to {MOST_IN_CHUNK}, not {cull.chunk}"
+        )
     if not 0 <= cull.recent_share <= 0.5:
         raise Refused(f"cull.recent_share must be between 0 and 0.5, not {cull.recent_share}")
     sinks = min(cull.sinks, target // 4)

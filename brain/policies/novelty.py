@@ -33,13 +33,13 @@ class Novelty:
     def __call__(self, state: State, look: Look) -> Tensor:
         """Brightness, raised above all others for the most novel rows: [capacity] float32. Newer
         rows, at the positions that ``decide_cull`` protects, take no place yet; the token being
-        read stands one behind the newest row.
+        read stands one behind the newest row, the last of several as many behind it.
         """
         most = min(self.most, state.capacity)
         if most == 0:
             return state.brightness
         newest = torch.where(state.valid, state.position, 0).amax()
-        settled = state.valid & (state.position <= newest + 1 - self.recent)
+        settled = state.valid & (state.position <= newest + look.queries.clamp(min=1) - self.recent)
         settled = settled & ~state.novelty.isnan()  # one of those would hide all others
         novelty = torch.where(settled, self._faded(state), -math.inf)
         least = torch.topk(novelty, most, sorted=False).values.amin()  # a third of the time

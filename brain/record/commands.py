@@ -12,8 +12,8 @@ boost      positions, amount
 cull       positions
 redact     positions
 replace    positions (neighbours), and the text or ids to put there; source (default repair)
-inject     text or ids to add after the last token; source (default user). They pass through the
-           loop like spoken tokens, so that a full memory makes room for them
+inject     text or ids to add after the last token; source (default user). They are fed
+           to the loop, so that a full memory makes room for them
 =========  =======================================================================================
 
 A text may have ``"special": true`` or ``false`` beside it: whether special tokens written out in it

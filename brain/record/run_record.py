@@ -112,7 +112,7 @@ class RunRecord:
         """
         left = self._text[self.heard :]
         for part in self._brain.feed_in_chunks(left, self._conf.source) if left else ():
-            self._write_journal({"heard": len(part)})
+            self._write_journal({"read": len(part)})
             self.heard += len(part)
             self.save_if_due()
             yield len(part)
@@ -296,10 +296,9 @@ class RunRecord:
             case {"said": list(ids)}:
                 for tick in self._brain.replay(ids):
                     self._write_token(tick)
-            case {"heard": int(number)}:
-                left = self._text[self.heard :]
-                part = next(self._brain.feed_in_chunks(left, self._conf.source), [])
-                if len(part) != number:
+            case {"read": int(number)} if 0 < number <= len(self._text) - self.heard:
+                part = self._text[self.heard : self.heard + number]
+                if len(next(self._brain.feed_in_chunks(part, self._conf.source))) != number:
                     raise Refused(f"{path} is damaged: line {line} is not a chunk of the text")
                 self.heard += number
             case {"heard": str(text), "inbox": int(read)} if read >= 0:
@@ -401,11 +400,12 @@ def _without(
 
 def as_recorded(conf: Conf, folder: Path) -> Conf:
     """The configuration with what the record in a folder says, if there is one, in place of
-    ``auto``, and of a rule for special tokens that nothing says. Whether the record is whole, and
-    of this run, is seen later.
+    ``auto``, of a rule for special tokens that nothing says, and of chunks, if it knows none.
+    Whether the record is whole, and of this run, is seen later.
     """
     try:
         recorded = read_json(folder / SAVES / SETTINGS, RECORD_BYTES)["conf"]
+        has_no_chunks = "chunk" not in recorded["cull"]
         bring_up_to_date(recorded)
         captured, native = recorded["engine"]["captured"], recorded["engine"]["native"]
         dtype, special = DType[recorded["dtype"]], recorded["special"]
@@ -418,6 +418,8 @@ def as_recorded(conf: Conf, folder: Path) -> Conf:
         engine = dataclasses.replace(engine, native=native)
     if conf.special is None and isinstance(special, bool):
         conf = dataclasses.replace(conf, special=special)
+    if has_no_chunks:
+        conf = dataclasses.replace(conf, cull=dataclasses.replace(conf.cull, chunk=1))
     return dataclasses.replace(
         conf, engine=engine, dtype=dtype if conf.dtype is DType.auto else conf.dtype
     )

@@ -131,8 +131,9 @@ def _hear(brain: Brain, record: RunRecord, first: int, rest: int) -> None:
             bar.update(size)
             if asked():
                 break
+        stopped = asked()
     seconds, heard = time.perf_counter() - started, record.heard - before
-    if record.heard < rest:
+    if stopped or record.heard < rest:
         record.save()
         record.close()
         note(f"{first + record.heard} of {first + rest} tokens are read; the same command goes on")
