@@ -202,3 +202,36 @@ def test_it_is_resumed_wherever_it_stopped(
         list(stopped.feed_in_chunks(left))
     assert digest(*whole.state, *whole.cursor) == digest(*stopped.state, *stopped.cursor)
     assert whole.loop.index.positions == stopped.loop.index.positions
+
+
+def test_chunks_compile_nothing(warm_brain: Brain) -> None:
+    """Beside captured graphs they are called directly, and the ticks around them are replayed."""
+    before = sum(graph.compilations for graph in warm_brain.graphs.captured.values())
+    warm_brain.prime(IDS[:200])
+    assert warm_brain.ticks == 200 - 24
+    assert [tick.number for tick in warm_brain.stream(3)] == [177, 178, 179]
+    assert sum(graph.compilations for graph in warm_brain.graphs.captured.values()) == before
+
+
+def test_an_observer_changes_nothing(open_tiny: OpenTiny) -> None:
+    """A run that is captured says what it would say otherwise; chunks are not shown."""
+    seen: list[int] = []
+    plain, watched = (opened(open_tiny) for _ in range(2))
+    watched.observer = lambda step: seen.append(step.tick.number)
+    for b in (plain, watched):
+        b.prime(IDS[:120])
+        b.tick()
+    assert digest(*plain.state, *plain.cursor) == digest(*watched.state, *watched.cursor)
+    assert seen == [1, 97]
+
+
+def test_the_newest_rows_of_a_chunk_can_be_kept_for_novelty(open_tiny: OpenTiny) -> None:
+    """What leaves the recent window inside a chunk may go with it: it must count as novel."""
+    b = opened(open_tiny, 8, cull="novelty", **{"cull.novelty.share": 0.2})
+    b.prime(IDS[:24])
+    b.feed(IDS[24:40])
+    novel = int(b.mirror.position[-2])  # leaves the window of 4 with the next chunk
+    b.state.novelty[b.loop.index.slot_of(novel)] = 1e3
+    b.state.brightness[b.loop.index.slot_of(novel)] = 0.0
+    next(b.feed_in_chunks(IDS[40:60]))
+    assert novel in b.mirror.position
