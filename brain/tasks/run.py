@@ -82,7 +82,10 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
     keep_composed()
     if conf.capture:
         brain.observer = CaptureWriter(run_dir / CAPTURES, brain, conf.capture_top)
-    if went_on:
+    if went_on and record.heard < len(rest):
+        text = len(first) + len(rest)
+        note(f"going on after {len(first) + record.heard} of {text} tokens of the text")
+    elif went_on:
         note(f"going on after {record.spoken} tokens")
     if rest:
         _hear(brain, record, len(first), len(rest))
