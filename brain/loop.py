@@ -48,7 +48,7 @@ class Loop:
         self._rebases = settings.graphs.rebases
         self._trained = checkpoint.config.max_position_embeddings
         self._has_room_to_renumber = settings.conf.capacity <= roomy(checkpoint.config)
-        self._warned = False
+        self._warned: set[bool] = set()  # of rows that are renumbered, or are not
         # Weak, because a tick that somebody keeps must not keep the memory.
         self._when_void = WeakMethod(self._take_back)
 
@@ -186,8 +186,8 @@ class Loop:
 
     def stay_in_range(self, tokens: int, *, long_text: bool = False) -> bool:
         """Before ``tokens`` more positions are taken: renumbers the rows, or warns, if that would
-        leave the range the model was trained on. Returns whether it renumbered. A long text is no
-        reason to leave it, even where positions are to be kept.
+        leave the range the model was trained on. Returns whether it renumbered. A text that is
+        read by chunks is no reason to leave it, even where positions are to be kept.
         """
         last = self.memory.account.position + tokens - 1
         if last < self._trained:
@@ -196,14 +196,13 @@ class Loop:
         if renumbers:
             self.settle()
             self.memory.rebase()
-        if not self._rebases and not self._warned:
-            self._warned = True
+        if not self._rebases and renumbers not in self._warned:
+            self._warned.add(renumbers)
+            model = f"{self.memory.checkpoint.name} was trained on ({self._trained})"
             warn(
-                f"the text is longer than the range {self.memory.checkpoint.name} was trained on "
-                f"({self._trained}): its rows are renumbered as it is read"
+                f"the text is longer than the range {model}: rows are renumbered as it is read"
                 if renumbers
-                else f"position {last} is past the range {self.memory.checkpoint.name} was trained "
-                f"on ({self._trained}): expect the text to degrade; positions=rebase renumbers the "
-                "rows"
+                else f"position {last} is past the range {model}: expect the text to degrade; "
+                "positions=rebase renumbers the rows"
             )
         return renumbers

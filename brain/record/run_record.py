@@ -297,7 +297,9 @@ class RunRecord:
                 for tick in self._brain.replay(ids):
                     self._write_token(tick)
             case {"read": int(number)} if 0 < number <= len(self._text) - self.heard:
-                part = self._text[self.heard : self.heard + number]
+                # As much as the chunk may have been: it decides when rows are renumbered.
+                most = max(number, self._conf.cull.chunk)
+                part = self._text[self.heard : self.heard + most]
                 if len(next(self._brain.feed_in_chunks(part, self._conf.source))) != number:
                     raise Refused(f"{path} is damaged: line {line} is not a chunk of the text")
                 self.heard += number

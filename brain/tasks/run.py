@@ -87,14 +87,13 @@ def _run(conf: Conf, run_dir: Path, record_graphs: Callable[[], None]) -> None:
         note(f"going on after {len(first) + record.heard} of {text} tokens of the text")
     elif went_on:
         note(f"going on after {record.spoken} tokens")
-    if rest:
-        _hear(brain, record, len(first), len(rest))
     if sys.stderr.isatty():
         shown = conf.prompt if len(conf.prompt) <= MOST_SHOWN else f"…{conf.prompt[-MOST_SHOWN:]}"
         note(f"\033[2m{shown}\033[0m")
-    primed = time.perf_counter()
-    before = record.spoken
     try:
+        if rest:
+            _hear(brain, record, len(first), len(rest))
+        primed, before = time.perf_counter(), record.spoken
         ended = _speak(brain, conf, record)
     except BrokenPipeError:  # the reader of the text has left: nothing has failed
         raise

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,38 @@ def test_a_run_killed_anywhere_goes_on_with_the_same_token(
     assert mine.token_id.tolist() == other.token_id.tolist()
     assert mine.position.tolist() == other.position.tolist()
     assert mine.brightness.tolist() == other.brightness.tolist()
+
+
+@pytest.mark.parametrize("chunk", [6, 32])
+def test_a_text_is_heard_from_the_journal_alone(
+    open_short: OpenTiny, tmp_path: Path, chunk: int
+) -> None:
+    """Killed after every chunk: rows are renumbered before the same chunks, although a journal does
+    not say how long a chunk might have been.
+    """
+
+    def heard(folder: Path, chunks: int | None) -> RunRecord:
+        brain = open_short(positions="keep", **{"cull.chunk": chunk}, save_every=0)
+        folder.mkdir(exist_ok=True)
+        first, rest = brain.prompt_ids([n * n % 300 for n in range(150)])
+        run_record = RunRecord(folder, brain, brain.settings.conf)
+        run_record.begin(lambda: brain.prime(first), rest)
+        for number, _ in enumerate(run_record.hear(), 1):
+            if number == chunks:
+                break
+        run_record.close()
+        return run_record
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BrainWarning)
+        whole = heard(tmp_path / "whole", None)
+        killed, kills = heard(tmp_path / "killed", 1), 1
+        while killed.heard < whole.heard:
+            killed, kills = heard(tmp_path / "killed", 1), kills + 1
+    assert kills > 5
+    mine, other = killed._brain, whole._brain
+    assert digest(*mine.state, *mine.cursor) == digest(*other.state, *other.cursor)
+    assert mine.ticks == other.ticks == 130
 
 
 def test_the_last_words_of_a_killed_run_are_not_lost_and_not_doubled(
