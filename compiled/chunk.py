@@ -131,12 +131,12 @@ def _brightened(
     constants, width = eviction.brightness, len(ticks)
     bright = torch.cat([state.brightness, seed_brightness(sources, constants)])
     lit = torch.cat([state.lit, ticks])
-    there = torch.cat([state.valid, torch.zeros_like(ticks, dtype=torch.bool)])
     scaled = torch.cat([reading.mass, reading.own_mass], 1)
-    scaled = scaled * (state.valid.sum() + torch.arange(width, device=ticks.device))[:, None]
+    step = torch.arange(width, device=ticks.device)
+    scaled = scaled * (state.valid.sum() + step)[:, None]
     for i in range(width):
+        there = torch.cat([state.valid, step < i])
         brighter = constants.decay * bright + constants.gain * scaled[i]
         bright = torch.where(there, brighter.clamp(0.0, constants.maximum), bright)
         lit = torch.where(there & (scaled[i] > 1.0), ticks[i], lit)
-        there[state.capacity + i] = True
     return bright, lit

@@ -115,7 +115,7 @@ def test_the_package_lists_and_gives_its_names() -> None:
         (["prompt="], "prompt"),
         (["tix=3"], "tix"),
         (["capacity=0"], "capacity"),
-        (["capacity=9", "prompt=a prompt of more than nine tokens"], "capacity"),
+        (["capacity=9", "cull=none", "prompt=a prompt of more than nine tokens"], "capacity"),
         (["model.path=not/there"], "not/there"),
         (["model=gpt9"], "gpt9"),
         (["dtype=int3"], "int3"),

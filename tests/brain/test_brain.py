@@ -76,14 +76,10 @@ def test_an_empty_prompt_is_refused(either_brain: Brain) -> None:
     assert "empty" in refusal(b, lambda: b.prime(""))
 
 
-def test_a_prompt_longer_than_the_memory_is_refused(either_brain: Brain) -> None:
-    b = either_brain
-    b.prime(IDS[:5])
-    message = refusal(b, lambda: b.prime(IDS[:49]))
-    assert "49 tokens" in message
-    assert "capacity=49" in message
-    b.prime(IDS[:48])
-    assert len(b) == 48
+def test_a_prompt_of_all_slots_is_remembered_whole(either_brain: Brain) -> None:
+    either_brain.prime(IDS[:48])
+    assert len(either_brain) == 48
+    assert either_brain.ticks == 0
 
 
 def test_unknown_sources_are_refused(either_brain: Brain) -> None:

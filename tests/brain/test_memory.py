@@ -160,7 +160,7 @@ def test_a_capacity_that_cannot_be_rebased_into_the_range_is_refused(
 
 
 def test_without_rebasing_the_trained_range_is_warned_about(open_short: OpenTiny) -> None:
-    b = open_short(positions="keep")
+    b = open_short(positions="keep", **{"cull.chunk": 1})
     b.prime(IDS[:10])
     with pytest.warns(brain.BrainWarning, match="positions=rebase"):
         b.feed(IDS[:70])

@@ -58,11 +58,8 @@ class BrainMachine(RuleBasedStateMachine):
     def start(self, ids: list[int], source: str) -> None:
         self.prime(ids, source)
 
-    @rule(ids=st.lists(TOKEN, min_size=1, max_size=14), source=SOURCE)
+    @rule(ids=st.lists(TOKEN, min_size=1, max_size=12), source=SOURCE)
     def prime(self, ids: list[int], source: str) -> None:
-        if len(ids) > 12:
-            self.refused(lambda: self.b.prime(ids, source))
-            return
         self.b.prime(ids, source)
         self.rows = {
             position: {"token": token, "source": source, "born": 0}

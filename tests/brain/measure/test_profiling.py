@@ -215,7 +215,7 @@ def test_the_task_writes_a_table_a_trace_and_a_picture(
         (row,) = [row for row in report["tick"] if row["name"] == step]
         assert row["ticks"] == 3
         assert row["microseconds"] > 0
-        assert row["kernels"] > 0
+        assert row["kernels"] > 0 or step == PATCH  # that of a native tick is none of PyTorch's
         assert step in told
     assert report["unwatched_tick_microseconds"] > 0
     assert json.loads((tmp_path / "out" / "trace.json").read_text("utf-8"))["traceEvents"]
