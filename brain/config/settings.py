@@ -276,6 +276,10 @@ def _culling(cull: CullConf, capacity: int) -> Culling:
     """Constants of culling. In a small memory the protected ranges shrink with it, so that there
     is always something to forget.
     """
+    if not 1 <= cull.chunk <= MOST_IN_CHUNK:
+        raise Refused(
+            f"cull.chunk must be 1 (one token after another) to {MOST_IN_CHUNK}, not {cull.chunk}"
+        )
     if cull.policy == "none":
         return Culling(target=0)
     target = capacity if cull.target is None else cull.target
@@ -290,10 +294,6 @@ def _culling(cull: CullConf, capacity: int) -> Culling:
         raise Refused(f"cull.sinks must be 0 or more, not {cull.sinks}")
     if cull.recent < 1:
         raise Refused(f"cull.recent must be at least 1 (the row being read), not {cull.recent}")
-    if not 1 <= cull.chunk <= MOST_IN_CHUNK:
-        raise Refused(
-            f"cull.chunk must be 1 (one token after another) to {MOST_IN_CHUNK}, not {cull.chunk}"
-        )
     if not 0 <= cull.recent_share <= 0.5:
         raise Refused(f"cull.recent_share must be between 0 and 0.5, not {cull.recent_share}")
     sinks = min(cull.sinks, target // 4)

@@ -116,6 +116,8 @@ def test_the_package_lists_and_gives_its_names() -> None:
         (["tix=3"], "tix"),
         (["capacity=0"], "capacity"),
         (["capacity=9", "cull=none", "prompt=a prompt of more than nine tokens"], "capacity"),
+        (["cull=none", "cull.chunk=129"], "cull.chunk must be 1"),
+        (["cull.chunk=0"], "cull.chunk must be 1"),
         (["model.path=not/there"], "not/there"),
         (["model=gpt9"], "gpt9"),
         (["dtype=int3"], "int3"),
