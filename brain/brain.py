@@ -224,9 +224,8 @@ class Brain:
         """
         first, rest = self.prompt_ids(context, source, special=special)
         self._remember(first, source_number(source))
-        if rest:
-            for _ in self.feed_in_chunks(rest, source):
-                pass
+        for _ in self._feed_in_chunks(rest, source):
+            pass
 
     def prompt_ids(
         self,
@@ -352,7 +351,7 @@ class Brain:
         source_number(source)
         self.loop.require_room(len(checked))
         if len(checked) > self.settings.conf.cull.chunk > 1:
-            parts = list(self.feed_in_chunks(checked, source))
+            parts = list(self._feed_in_chunks(checked, source))
             return torch.tensor([nats for part in parts for nats in part], dtype=torch.float32)
         # Of each tick no more is kept than is asked for: a text may be long.
         nats = [self.loop.tick(self._forced([token], source)).arriving for token in checked]
@@ -364,11 +363,15 @@ class Brain:
         are part of the memory. Stop asking, and the text has been read up to there.
         """
         checked = token_ids(ids, self.checkpoint.config.vocab_size, "feed")
-        number, start = source_number(source), 0
+        source_number(source)
         self.loop.require_room(len(checked))
-        while start < len(checked):
-            end = start + self.chunks.size(len(checked) - start)
-            part = checked[start:end]
+        return self._feed_in_chunks(checked, source)
+
+    def _feed_in_chunks(self, ids: Sequence[int], source: str) -> Iterator[list[float]]:
+        number, start = source_number(source), 0
+        while start < len(ids):
+            end = start + self.chunks.size(len(ids) - start)
+            part = ids[start:end]
             if len(part) == 1:
                 yield [self.loop.tick(self._forced(part, source)).surprise]
             else:

@@ -36,7 +36,7 @@ class Chunks:
         if self._every:  # a repair comes between two chunks
             most = min(most, self._every - (account.tick + 1) % self._every)
         if self._most > 1:
-            self._loop.stay_in_range(max(most, 1), long_text=True)
+            self._loop.stay_in_range(most, long_text=True)
             account = self._memory.account
         if most < 2 or not account.uncommitted or self._loop.repairs.due:
             return 1

@@ -19,7 +19,7 @@ from compiled.choose import Eviction, Look
 from compiled.finite import not_finite
 from compiled.plan import Plan, new_rows
 from compiled.read import ChunkReading
-from compiled.score import cull_lowest, echo, running_novelty, seed_brightness
+from compiled.score import brighten, cull_lowest, echo, running_novelty, seed_brightness
 from compiled.state import Cursor, State
 
 MOST_IN_CHUNK = 128
@@ -128,15 +128,15 @@ def _brightened(
     """What ``brighten`` makes of every row in T ticks, each of which adds a row of the chunk:
     brightness [capacity + T] float32 and lit [capacity + T] int64, the chunk's own rows last.
     """
-    constants, width = eviction.brightness, len(ticks)
-    bright = torch.cat([state.brightness, seed_brightness(sources, constants)])
-    lit = torch.cat([state.lit, ticks])
-    scaled = torch.cat([reading.mass, reading.own_mass], 1)
-    step = torch.arange(width, device=ticks.device)
-    scaled = scaled * (state.valid.sum() + step)[:, None]
-    for i in range(width):
-        there = torch.cat([state.valid, step < i])
-        brighter = constants.decay * bright + constants.gain * scaled[i]
-        bright = torch.where(there, brighter.clamp(0.0, constants.maximum), bright)
-        lit = torch.where(there & (scaled[i] > 1.0), ticks[i], lit)
-    return bright, lit
+    step = torch.arange(len(ticks), device=ticks.device)
+    masses = torch.cat([reading.mass, reading.own_mass], 1)  # [T, capacity + T]
+    rows = state._replace(
+        brightness=torch.cat([state.brightness, seed_brightness(sources, eviction.brightness)]),
+        lit=torch.cat([state.lit, ticks]),
+    )
+    for tick, mass, at in zip(ticks, masses, step, strict=True):
+        rows = rows._replace(valid=torch.cat([state.valid, step < at]))
+        bright, lit = brighten(rows, tick, mass, eviction.brightness)
+        # One that has not come yet keeps what it is to come with.
+        rows = rows._replace(brightness=torch.where(rows.valid, bright, rows.brightness), lit=lit)
+    return rows.brightness, rows.lit

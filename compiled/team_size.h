@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -49,7 +48,7 @@ class TeamSize {
   // One fewer than all, half, a quarter, …, one.
   int64_t smaller() const {
     if (size == most && most > 2) return most - 1;
-    return size > most / 2 ? std::max<int64_t>(most / 2, 1) : size / 2;
+    return size > most / 2 ? most / 2 : size / 2;
   }
 
   int64_t most = 0, size = 0, best = 0;
