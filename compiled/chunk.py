@@ -19,13 +19,12 @@ from compiled.choose import Eviction, Look
 from compiled.finite import not_finite
 from compiled.plan import Plan, new_rows
 from compiled.read import ChunkReading
+from compiled.read_cpu import MOST_TOKENS
 from compiled.score import brighten, cull_lowest, echo, running_novelty, seed_brightness
 from compiled.state import Cursor, State
 
-MOST_IN_CHUNK = 128
-"""Tokens of a chunk. So far a CPU's operator is as fast as the libraries' products of many rows
-(measured on SmolLM2-135M: 1.2 times at 128, twice at 64, six times at 16).
-"""
+MOST_IN_CHUNK = MOST_TOKENS
+"""Tokens of a chunk."""
 
 
 def follow_chunk(

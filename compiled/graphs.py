@@ -146,7 +146,7 @@ class Graphs:
         self.widths = tuple(sorted({1, *self.edit_widths}))
         self.decode = None if libraries is None else read_cpu.operator(libraries.read)
         draw = None if libraries is None else draw_cpu.operator(libraries.draw)
-        self.uncaptured = Uncaptured(config, weights, state, cursor, self.decode, self.widths[-1])
+        self.uncaptured = Uncaptured(config, weights, state, cursor, self.decode)
         self.ranges: Ranges = contextlib.nullcontext
         steps = tick_cpu.Steps(IN_TENSORS, patch)
         if libraries is not None and not spec.compiled:
@@ -254,7 +254,7 @@ class Graphs:
         """
         width, bound = len(tokens), (self.weights, self.state)
         if not self.compiled or width > self.widths[-1]:
-            decode = self.decode if width <= self.widths[-1] else None
+            decode = self.decode if width <= read_cpu.MOST_TOKENS else None
             bucket = high_water if decode is None else max(1, high_water)
             given = (tokens, positions, length)
             return read(self.config, *bound, *given, bucket=bucket, decode=decode)
@@ -478,11 +478,10 @@ class Uncaptured:
         state: State,
         cursor: Cursor,
         decode: Decode | None,
-        widest: int,
     ) -> None:
-        """``decode``: the CPU operator, if any, for reads of at most ``widest`` tokens."""
+        """``decode``: the CPU operator, if any, for reads of not too many tokens."""
         self._bound = (config, weights, state)
-        self._cursor, self._decode, self._widest = cursor, decode, widest
+        self._cursor, self._decode = cursor, decode
 
     def is_captured(self, num_tokens: int) -> bool:
         """Never."""
@@ -501,13 +500,13 @@ class Uncaptured:
         *,
         high_water: int,
     ) -> ScoredPrefill:
-        """As :meth:`Graphs.scored_prefill`. A few tokens go through the CPU's operator, if any."""
-        given = (*self._bound, tokens, positions, length)
-        if self._decode is None or len(tokens) > self._widest:
-            return scored_prefill(*given, targets, bucket=high_water)
-        reading = read(*given, bucket=max(1, high_water), decode=self._decode)
-        nats = surprises(reading.logits, targets)
-        return ScoredPrefill(nats, reading.new_keys, reading.new_values)
+        """As :meth:`Graphs.scored_prefill`. No more tokens than the CPU's operator, if any, is for
+        go through it.
+        """
+        decode = self._decode if len(tokens) <= read_cpu.MOST_TOKENS else None
+        bucket = high_water if decode is None else max(1, high_water)
+        given = (*self._bound, tokens, positions, length, targets)
+        return scored_prefill(*given, bucket=bucket, decode=decode)
 
     def read_chunk(
         self, tokens: Tensor, positions: Tensor, targets: Tensor, *, high_water: int

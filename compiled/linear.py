@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled import torch_private
-from compiled.int8 import Int8, Matrix, dequantize, flat
+from compiled.int8 import Int8, Matrix, dequantize
 
 FEW_ROWS = 16
 """Rows up to which a product is bound by reading the weights."""
@@ -45,9 +45,7 @@ def _streams_eight_bits(x: Tensor) -> bool:
 
 
 def _names_onednn(x: Tensor) -> bool:
-    """Whether a product with these rows may call oneDNN by name. A compiler chooses for itself, and
-    ``vmap`` would run it row by row.
-    """
+    """Whether a product with these rows may call oneDNN by name. A compiler chooses for itself."""
     return (
         not torch.compiler.is_compiling()  # first: a compiler cannot follow what comes after it
         and x.device.type == "cpu"
@@ -56,7 +54,6 @@ def _names_onednn(x: Tensor) -> bool:
             x.dtype == torch.float32
             or (x.dtype == torch.bfloat16 and torch_private.multiplies_in(x.dtype))
         )
-        and not torch_private.is_batched(x)
     )
 
 
@@ -74,14 +71,12 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
     of the weights are made float32 at a time, not all.
     """
     wide = x.float()
-    if weight.dtype == torch.float32:
-        return _product(wide, weight)
     return torch.cat([_product(wide, some.float()) for some in torch.split(weight, WIDE_ROWS)], -1)
 
 
 def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
     """``x @ weight.T + addend`` by a library: [N, in] × [out, in] + [N, out] → [N, out]."""
-    if weight.dtype != x.dtype or (x.shape[0] >= FEW_ROWS and _multiplies_wide(x)):
+    if x.shape[0] >= FEW_ROWS and _multiplies_wide(x):
         product = _wide_product(x, weight).to(x.dtype)
         return product if addend is None else product + addend
     if _names_onednn(x):
@@ -102,53 +97,11 @@ def _takes_packed(x: Tensor, weight: Int8) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and x.shape[0] <= FEW_ROWS
-        and weight.values.dtype == torch.int8
         and columns % 64 == 0
         and rows % 4 == 0
         and x.is_contiguous()
         and weight.values.is_contiguous()
-        and not torch_private.is_batched(x)
     )
-
-
-def widened(matrix: Matrix, dtype: torch.dtype) -> Matrix:
-    """Returns the matrix with its numbers in float32 where products in ``dtype`` go by way of that,
-    for who multiplies so often by it that the memory pays. What ``linear`` makes of it is the same.
-
-    Args:
-        matrix: [..., out, in]; in eight bits its integers become float32, and its scale stays.
-        dtype: Of the activations.
-    """
-    numbers = flat(matrix)[0]
-    goes_wide = dtype == torch.float32 or not torch_private.multiplies_in(dtype)
-    if numbers.device.type != "cpu" or not goes_wide:
-        return matrix
-    return Int8(numbers.float(), matrix.scale) if isinstance(matrix, Int8) else numbers.float()
-
-
-class _OfAllStreams(torch.autograd.Function):
-    """A product under ``vmap``: the rows of all streams together, in the form that is fastest for
-    so many. By itself ``vmap`` knows how many rows one stream has, and one library.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, *weight: Tensor) -> Tensor:
-        """Nobody calls it outside ``vmap``."""
-        raise NotImplementedError
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Nothing is kept: no gradient is asked for."""
-
-    @staticmethod
-    def vmap(
-        info: object, in_dims: tuple[int, ...], x: Tensor, *weight: Tensor
-    ) -> tuple[Tensor, int]:
-        """``x`` has an axis more, ``in_dims[0]``; the weights are the same for all."""
-        streams = x.movedim(in_dims[0], 0)  # [streams, T, in]
-        matrix: Matrix = Int8(*weight) if len(weight) == 2 else weight[0]
-        product = linear(streams.flatten(0, 1), matrix)
-        return product.view(*streams.shape[:2], -1), 0
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
@@ -156,13 +109,10 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 
     Args:
         x: [T, in] in the model's dtype.
-        weight: [out, in] in the same dtype, or in eight bits; or ``widened``.
+        weight: [out, in] in the same dtype, or in eight bits.
     Returns:
         [T, out] in the dtype of ``x``.
     """
-    if not torch.compiler.is_compiling() and torch_private.is_batched(x):
-        product: Tensor = _OfAllStreams.apply(x, *flat(weight))  # type: ignore[no-untyped-call]
-        return product
     if isinstance(weight, Int8):
         # Eight bits are exact in every floating dtype; the scale comes after the sum.
         if _streams_eight_bits(x):

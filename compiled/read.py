@@ -190,6 +190,7 @@ def scored_prefill(
     targets: Tensor,
     *,
     bucket: int,
+    decode: Decode | None = None,
 ) -> ScoredPrefill:
     """Reads T tokens of a text as ``read`` does, and scores the token after each.
 
@@ -204,8 +205,12 @@ def scored_prefill(
         length: See ``read``.
         targets: [T] int64, the token that follows each.
         bucket: See ``read``.
+        decode: See ``read``.
     """
     start = _start(weights, state, tokens, positions, length, bucket)
+    if decode is not None:
+        decoded = decode(config, weights, state, *start, per_query=False, targets=targets)
+        return ScoredPrefill(*decoded[:3])
     layers = _through_layers(config, weights, state, start, _causal_layer, None)
     surprises = head_surprises(layers.final, weights.head, targets)
     return ScoredPrefill(surprises, layers.new_keys, layers.new_values)

@@ -127,11 +127,6 @@ def computes(operator: str) -> bool:
 # Products on a CPU -------------------------------------------------------------------------------
 
 
-def is_batched(x: Tensor) -> bool:
-    """Whether ``x`` stands for many tensors, under ``torch.func.vmap``."""
-    return torch._C._functorch.is_batchedtensor(x)
-
-
 def multiplies_in(dtype: torch.dtype) -> bool:
     """Whether oneDNN has instructions of this processor for products in bfloat16 or float16. On
     x86 it also says yes to bfloat16 where it has AVX-512 and has to make do without them.

@@ -216,32 +216,24 @@ class EvalTask:
 
     name: str = "eval"
     text: str | None = None  # a UTF-8 file, or a folder of them
+    quick: bool = False  # true: an answer in two minutes, from small sizes
     measures: list[str] = field(
         default_factory=lambda: ["fluency", "retrieval"]
-    )  # endurance, repair
-    policies: list[str] = field(
-        default_factory=lambda: [
-            "sink_recent",
-            "novelty",
-            "brightness",
-            "surprise",
-            "h2o",
-            "tova",
-            "keydiff",
-            "random",
-        ]
-    )
+    )  # repair, endurance
     budgets: list[int] = field(default_factory=lambda: [256])  # rows
-    streams: int = 16  # texts fed side by side
-    tokens: int = 512  # fluency: scored tokens per stream
     full: bool = True  # measure the full memory too, which forgets nothing
-    distances: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 8.0])  # budgets
-    spacing: float = 4.0  # retrieval: budgets from one fact to the next
-    facts: int = 2  # retrieval: facts per stream; trials are streams times facts
+    against: str = "sink_recent"  # the policy that all are compared with
+    # Null: as ``quick`` says (``brain/measure/evaluation/request.py``).
+    policies: list[str] | None = None
+    streams: int | None = None  # texts
+    tokens: int | None = None  # fluency: scored tokens of a text
+    distances: list[float] | None = None  # retrieval: from a fact to its question, in budgets
+    spacing: float | None = None  # retrieval: budgets from one fact to the next
+    facts: int | None = None  # retrieval: facts of a text; trials are streams times facts
     kinds: list[str] = field(default_factory=list)  # retrieval: empty: all
-    bucket: int = 10_000  # endurance: ticks per point
-    pairs: int = 48  # repair: pairs to repair or drop
+    pairs: int | None = None  # repair: pairs to repair or drop
     horizon: int = 32  # repair: tokens read afterwards
+    bucket: int = 10_000  # endurance: ticks per point
 
 
 class WeightFormat(Enum):

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,8 +14,7 @@ import brain
 from brain import Append, Brain, Refused
 from brain.diagnosis import damaged_tensor
 from brain.errors import NotFinite
-from brain.measure.evaluation.contestants import Contestant
-from brain.measure.evaluation.streams import Streams
+from brain.measure.evaluation.reading import feed
 from compiled.int8 import Matrix
 from fixture_types import OpenTiny, SaveLlama
 from histories import IDS, everything, said
@@ -161,8 +159,7 @@ def test_float16_that_overflows_says_what_helps(tmp_path: Path, save_llama: Save
 
 
 def test_an_evaluation_stops_at_it(open_tiny: OpenTiny) -> None:
-    checkpoint = open_tiny().checkpoint
-    streams = Streams(checkpoint, Contestant("novelty").eviction(16), torch.tensor([IDS[:40]]))
-    streams.feed_until(5, lambda _: None)
-    with damaged(checkpoint.weights.down), pytest.raises(NotFinite, match=r"^feeding texts"):
-        streams.feed_until(9, lambda _: None)
+    b = open_tiny()
+    b.prime(IDS[:1])
+    with damaged(b.checkpoint.weights.down), pytest.raises(NotFinite, match=r"^ticks 1 to 29"):
+        feed(b, IDS[1:30], lambda _: None)

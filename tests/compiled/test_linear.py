@@ -8,8 +8,8 @@ import torch._inductor.test_operators
 
 import compiled.linear
 from compiled import torch_private
-from compiled.int8 import Matrix, dequantize, flat, quantize
-from compiled.linear import _names_onednn, dot_rows, linear, streams_rows, widened
+from compiled.int8 import Matrix, dequantize, quantize
+from compiled.linear import dot_rows, linear, streams_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +58,7 @@ def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 @pytest.mark.parametrize("rows", [1, 2, 33])
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_product_is_the_product(rows: int, dtype: torch.dtype, int8: bool, wide: bool) -> None:
-    """Whichever library makes it, alone and under vmap."""
+    """Whichever library makes it."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, rows, 64, generator=generator).to(dtype)
     plain = torch.randn(48, 64, generator=generator).to(dtype)
@@ -68,54 +68,8 @@ def test_a_product_is_the_product(rows: int, dtype: torch.dtype, int8: bool, wid
     # eight-bit sums once more before they are scaled. Float16 rounds weights out of eight bits.
     tolerance = 1e-5 if dtype == torch.float32 else 2**-8 if not int8 else 2**-7
     alone = torch.stack([linear(one, weight) for one in x])
-    mapped = torch.func.vmap(lambda one: linear(one, weight))(x)
-    for product in (alone, mapped):
-        assert product.dtype == dtype
-        torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_widened_matrix_multiplies_as_it_did(
-    dtype: torch.dtype, int8: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_private, "multiplies_in", lambda dtype: False)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 64, generator=generator).to(dtype)
-    plain = torch.randn(48, 64, generator=generator).to(dtype)
-    weight: Matrix = quantize(plain) if int8 else plain
-    wide = widened(weight, dtype)
-    assert {tensor.dtype for tensor in flat(wide)} == {torch.float32}
-    assert torch.equal(dequantize(wide), dequantize(weight).float())
-    product = linear(x, wide)
-    assert product.dtype == dtype
-    exact = x.double() @ dequantize(weight).double().T
-    # 64 terms of size 1, rounded to 2^-24 each; in 16 bits the sum itself, to 2^-9 or 2^-11.
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=tolerance)
-
-
-def test_a_matrix_is_not_widened_where_a_processor_multiplies_in_its_dtype(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch_private, "multiplies_in", lambda dtype: True)
-    for matrix in (torch.ones(4, 4, dtype=torch.bfloat16), quantize(torch.ones(4, 4))):
-        assert widened(matrix, torch.bfloat16) is matrix
-
-
-@pytest.mark.parametrize("int8", [False, True])
-def test_under_vmap_all_rows_are_one_product(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
-    product = compiled.linear._product
-
-    def noted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        rows.append(len(x))
-        return product(x, weight)
-
-    monkeypatch.setattr(compiled.linear, "_product", noted)
-    weight: Matrix = quantize(torch.ones(4, 8)) if int8 else torch.ones(4, 8)
-    torch.func.vmap(lambda x: linear(x, weight), in_dims=1)(torch.zeros(2, 5, 8))
-    assert rows == [10]
+    assert alone.dtype == dtype
+    torch.testing.assert_close(alone.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -137,17 +91,3 @@ def test_what_is_added_is_added_by_whichever_library(
     torch.testing.assert_close(
         open_columns.double(), exact[..., :3], rtol=tolerance, atol=tolerance
     )
-
-
-def test_the_library_under_vmap_is_the_one_that_knows_batches() -> None:
-    asked = []
-
-    def notes(x: torch.Tensor) -> torch.Tensor:
-        asked.append(_names_onednn(x))
-        return x
-
-    x = torch.zeros(2, 3)
-    torch.func.vmap(notes)(x)
-    notes(x)
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    assert asked == [False, available]

@@ -148,18 +148,6 @@ def test_schemas_tell_what_computes(operator: str, computes: bool) -> None:
     assert torch_private.computes(operator) is computes
 
 
-def test_batches_are_recognised() -> None:
-    asked = []
-
-    def notes(x: Tensor) -> Tensor:
-        asked.append(torch_private.is_batched(x))
-        return x
-
-    torch.func.vmap(notes)(torch.zeros(2, 3))
-    notes(torch.zeros(2, 3))
-    assert asked == [True, False]
-
-
 onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
     reason="this PyTorch has no oneDNN",

@@ -1,20 +1,24 @@
 """Policies to be compared: by name, with settings of their own where wanted.
 
-``novelty`` is the policy as it comes, whatever ``cull`` says;
-``novelty:novelty.share=0.5,recent=64`` is the same with keys under ``cull`` changed; ``full``
-forgets nothing and is the ceiling.
+``novelty`` is the policy as it comes, whatever ``cull`` says, but for ``cull.chunk``, by which all
+of them read; ``novelty:novelty.share=0.5,recent=64`` is the same with keys under ``cull`` changed;
+``full`` forgets nothing and is the ceiling.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from brain.auto import plainest
+from brain.brain import Brain
+from brain.checkpoints import Checkpoint
 from brain.config.compose import compose_conf
-from brain.config.settings import eviction_of
+from brain.config.settings import roomy, settings_of
 from brain.errors import Refused
-from compiled.choose import Eviction
+from compiled.llama import LlamaConfig
+from conf.schema import Conf, Positions
 
 FULL = "full"
-FLOOR = "sink_recent"
-"""What every policy is compared with."""
 
 
 @dataclass(frozen=True)
@@ -23,22 +27,58 @@ class Contestant:
 
     label: str
 
-    def eviction(self, budget: int) -> Eviction:
-        """Constants and keep-score at a budget of rows. Raises Refused, naming what is wrong."""
-        if self.label == FULL:
-            return eviction_of(compose_conf(["cull=none"]).cull, budget)
+    def conf(self, conf: Conf, budget: int, length: int) -> Conf:
+        """The configuration under which it reads ``length`` tokens in ``budget`` rows. Raises
+        Refused, naming what is wrong.
+        """
         name, _, settings = self.label.partition(":")
         changes = [f"cull.{setting}" for setting in settings.split(",") if setting]
-        conf = compose_conf([f"cull={name}", f"cull.target={budget}", *changes])
-        return eviction_of(conf.cull, budget)
+        policy = "none" if name == FULL else name
+        cull = compose_conf([f"cull={policy}", f"cull.chunk={conf.cull.chunk}", *changes]).cull
+        return dataclasses.replace(
+            conf,
+            cull=cull if name == FULL else dataclasses.replace(cull, target=budget),
+            capacity=length if name == FULL else budget,
+            positions=Positions.keep if name == FULL else conf.positions,
+            # Chunks are read by no captured graph.
+            engine=dataclasses.replace(conf.engine, captured=False),
+            repair=dataclasses.replace(conf.repair, every=0),
+            lookup=dataclasses.replace(conf.lookup, width=0),
+        )
+
+    def open(self, checkpoint: Checkpoint, conf: Conf, budget: int, length: int) -> Brain:
+        """A brain that reads so many tokens in so many rows. Raises Refused where that is more
+        than there is memory for.
+        """
+        asked = self.conf(conf, budget, length)
+        if asked.cull.chunk > 1 and asked.capacity <= roomy(checkpoint.config):
+            # A long text is renumbered between chunks in any case: there is nothing to warn of.
+            asked = dataclasses.replace(asked, positions=Positions.rebase)
+        settings = settings_of(asked)
+        settings.check_against(checkpoint.config)
+        return Brain(checkpoint, settings)
+
+    def leaves_range(self, conf: Conf, budget: int, length: int, config: LlamaConfig) -> bool:
+        """Whether it reads past the positions that the model was trained on."""
+        asked = self.conf(conf, budget, length)
+        if length <= config.max_position_embeddings:
+            return False
+        renumbers = asked.cull.chunk > 1 or asked.positions is Positions.rebase
+        return not renumbers or asked.capacity > roomy(config)
 
 
-def contestants(labels: list[str], budgets: list[int]) -> list[Contestant]:
-    """All of them, found good at every budget before anything is measured. Raises Refused."""
+def contestants(
+    labels: Sequence[str], budgets: Sequence[int], conf: Conf, *, full: bool
+) -> list[Contestant]:
+    """All of them, found good at every budget before anything is measured; with ``full``, that one
+    first. Raises Refused.
+    """
     if len(set(labels)) != len(labels):
         raise Refused("task.policies names a policy twice")
     found = [Contestant(label) for label in labels]
+    if full and FULL not in labels:
+        found.insert(0, Contestant(FULL))
     for contestant in found:
         for budget in budgets:
-            contestant.eviction(budget)
+            settings_of(plainest(contestant.conf(conf, budget, budget)))
     return found

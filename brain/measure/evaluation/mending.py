@@ -7,14 +7,15 @@ tokens that follow. Where no candidate gains enough nothing is compared: both wo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from brain.actions import Cull
 from brain.brain import Brain
-from brain.measure.evaluation.streams import Progress
+from brain.measure.evaluation.paired import standard_error
+from brain.measure.evaluation.reading import logits_behind
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,23 @@ def compare(
 
 def _nats(brain: Brain, following: Sequence[int]) -> float:
     """Nats per token of a text behind the pending token, read and not remembered."""
-    pending, first = int(brain.cursor.token[0]), brain.memory.account.position
-    read = [pending, *following[:-1]]
-    logits = brain.read(read, list(range(first, first + len(read)))).logits
+    logits = logits_behind(brain, following[:-1])
     targets = torch.tensor(following, device=logits.device)
     return float(-torch.log_softmax(logits, -1).gather(-1, targets[:, None]).mean())
 
 
-def measure(
-    mended: Brain,
-    dropped: Brain,
-    texts: Tensor,
-    ticks: int,
-    horizon: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    """All comparisons over excerpts [pairs, tokens] int64: the mean difference of repairing to
-    dropping in nats per token (below zero: repairing is better), and its standard error.
+def table(pairs: Sequence[Mended | None], horizon: int) -> dict[str, Any]:
+    """The mean difference of repairing to dropping in nats per token (below zero: repairing is
+    better), its standard error, and how many of the pairs a repair gained anything for.
     """
-    found: list[Mended] = []
-    for text in texts.tolist():
-        one = compare(mended, dropped, text, ticks, horizon)
-        found += [one] if one is not None else []
-        progress(1)
-    difference = torch.tensor([one.repaired - one.dropped for one in found], dtype=torch.float64)
-    pairs = len(found)
+    found = [pair for pair in pairs if pair is not None]
+    apart = [pair.repaired - pair.dropped for pair in found]
     return {
-        "pairs": len(texts),
-        "repaired": pairs,
+        "pairs": len(pairs),
+        "repaired": len(found),
         "horizon": horizon,
-        "difference": float(difference.mean()) if pairs else None,
-        "standard_error": float(difference.std() / pairs**0.5) if pairs > 1 else None,
-        "better": float((difference < 0).double().mean()) if pairs else None,
-        "mean_gain": sum(one.gain for one in found) / pairs if pairs else None,
+        "difference": fmean(apart) if found else None,
+        "standard_error": standard_error(apart),
+        "better": fmean(float(one < 0) for one in apart) if found else None,
+        "mean_gain": fmean(pair.gain for pair in found) if found else None,
     }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brain.measure.evaluation.contestants import FLOOR, FULL
+from brain.measure.evaluation.contestants import FULL
 from brain.measure.evaluation.retrieval import CHANCE
 
 
@@ -23,10 +23,10 @@ def plot_recall(rows: Sequence[dict[str, Any]], path: Path) -> None:
             panel.errorbar(
                 [point["distance"] / budget for point in points],
                 [point["recall"] for point in points],
-                [point["standard_error"] for point in points],
+                _errors(points),
                 capsize=2,
                 marker="o",
-                label=policy,
+                label=_label(policy),
                 **_style(policy),
             )
         panel.axhline(CHANCE, color="0.6", linestyle=":", linewidth=1)
@@ -43,10 +43,13 @@ def plot_recall(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def plot_fluency(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Difference in nats per token to sinks and recent rows, a group of bars for each budget."""
+def plot_fluency(rows: Sequence[dict[str, Any]], against: str, path: Path) -> None:
+    """Difference in nats per token to the policy ``against``, a group of bars for each budget; of
+    the nats themselves where that was not measured.
+    """
     plt = pyplot()
-    rows = [row for row in rows if "difference" in row and row["policy"] != FLOOR]
+    compared = any("difference" in row for row in rows)
+    rows = [row for row in rows if row["policy"] != against]
     budgets = sorted({row["budget"] for row in rows})
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     figure, panel = plt.subplots(figsize=(2.5 + 1.6 * len(budgets) + 0.25 * len(policies), 4.2))
@@ -55,16 +58,18 @@ def plot_fluency(rows: Sequence[dict[str, Any]], path: Path) -> None:
         points = [row for row in rows if row["policy"] == policy]
         panel.bar(
             [budgets.index(p["budget"]) + (number + 0.5) * width - 0.4 for p in points],
-            [p["difference"] for p in points],
+            [p["difference" if compared else "nll"] for p in points],
             width,
-            yerr=[p["standard_error"] for p in points],
+            yerr=_errors(points) if compared else None,
             capsize=2,
-            label=policy,
+            label=_label(policy),
             color=_style(policy).get("color"),
         )
-    panel.axhline(0, color="black", linewidth=1)
+    if compared:
+        panel.axhline(0, color="black", linewidth=1.5, label=f"{against} (compared with)")
     panel.set_xticks(range(len(budgets)), [f"{budget} rows" for budget in budgets])
-    panel.set_ylabel(f"nats per token above {FLOOR}\n(lower is more fluent)")
+    above = f" above {against}" if compared else ""
+    panel.set_ylabel(f"nats per token{above}\n(lower is more fluent)")
     panel.grid(axis="y", alpha=0.3)
     panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     save(figure, path)
@@ -100,10 +105,20 @@ def pyplot() -> Any:
     return plt
 
 
+def _errors(points: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Bars of error; None where there is one stream alone, which has none."""
+    errors = [point["standard_error"] for point in points]
+    return None if None in errors else errors
+
+
+def _label(policy: str) -> str:
+    return f"{FULL} (forgets nothing)" if policy == FULL else policy
+
+
 def _style(policy: str) -> dict[str, Any]:
     if policy == FULL:
         return {"color": "black", "linestyle": "--"}
-    if policy == FLOOR:
+    if policy == "sink_recent":  # what a plain window keeps
         return {"color": "0.45"}
     return {}
 

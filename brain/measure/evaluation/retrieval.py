@@ -5,18 +5,18 @@ read, so one stream serves all of them and no question changes what is remembere
 """
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from brain.checkpoints import Checkpoint
-from brain.measure.evaluation.contestants import Contestant
+from brain.brain import Brain
 from brain.measure.evaluation.facts import DISTRACTORS, Fact
-from brain.measure.evaluation.streams import Progress, Streams
+from brain.measure.evaluation.paired import difference, standard_error
+from brain.measure.evaluation.reading import Progress, begin, feed, logits_behind
 
 CHANCE = 1 / (DISTRACTORS + 1)
 
@@ -82,10 +82,29 @@ class Answer:
     """What became of one fact at one distance."""
 
     kind: str
+    number: int  # of the fact in its stream
     distance: int
     rank: int  # of the right answer among all options, 0 is best
     log_likelihood: float  # of the right answer, nats
     margin: float  # to the best distractor, nats
+
+
+@dataclass(frozen=True)
+class Lived:
+    """What one stream came to."""
+
+    answers: tuple[Answer, ...]
+    nats: tuple[float, ...]  # of each token from the first fact on
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"answers": [asdict(answer) for answer in self.answers], "nats": list(self.nats)}
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> "Lived":
+        """From what ``plain`` has made."""
+        answers = tuple(Answer(**answer) for answer in plain["answers"])
+        return Lived(answers, tuple(plain["nats"]))
 
 
 @dataclass(frozen=True)
@@ -94,74 +113,102 @@ class Recall:
 
     policy: str
     budget: int
-    answers: tuple[Answer, ...]
-    nll: float  # per token of the streams, from the first fact on
+    streams: tuple[Lived, ...]
+
+    def answers(self, distance: int) -> list[list[Answer]]:
+        """Those at a distance, stream by stream."""
+        return [[a for a in lived.answers if a.distance == distance] for lived in self.streams]
 
 
 def measure(
-    checkpoint: Checkpoint,
-    contestant: Contestant,
-    budget: int,
-    texts: Tensor,
-    facts: Sequence[Sequence[Fact]],
-    course: Course,
-    progress: Progress,
-) -> Recall:
-    """Feeds the planted ``texts`` [streams, course.length] and asks as the course says."""
-    streams = Streams(checkpoint, contestant.eviction(budget), texts)
-    answers = []
-    streams.feed_until(course.starts[0] - 1, progress)
-    nats = []
+    brain: Brain, text: Sequence[int], facts: Sequence[Fact], course: Course, progress: Progress
+) -> Lived:
+    """Reads a text with its facts in place, and asks as the course says."""
+    begin(brain, text)
+    feed(brain, text[1 : course.starts[0]], progress)
+    at, nats, answers = course.starts[0], list[float](), list[Answer]()
     for index, number, distance in course.questions():
-        nats.append(streams.feed_until(index, progress))
-        asked = [stream[number] for stream in facts]
-        told = streams.ask([fact.question for fact in asked])
-        answers += [_answer(fact, row, distance) for fact, row in zip(asked, told, strict=True)]
-    nll = float(torch.cat(nats, 1).double().mean())
-    return Recall(contestant.label, budget, tuple(answers), nll)
+        nats += feed(brain, text[at : index + 1], progress)
+        at = index + 1
+        fact = facts[number]
+        logits = logits_behind(brain, fact.question)[-1]
+        answers.append(_answer(fact, torch.log_softmax(logits, -1).cpu(), number, distance))
+    return Lived(tuple(answers), tuple(nats))
 
 
-def _answer(fact: Fact, log_probabilities: Tensor, distance: int) -> Answer:
+def _answer(fact: Fact, log_probabilities: Tensor, number: int, distance: int) -> Answer:
     scores = log_probabilities[list(fact.options)]
     right, wrong = float(scores[0]), scores[1:]
-    return Answer(
-        fact.kind, distance, int((wrong >= right).sum()), right, right - float(wrong.max())
-    )
+    rank = int((wrong >= right).sum())
+    return Answer(fact.kind, number, distance, rank, right, right - float(wrong.max()))
 
 
-def table(results: Sequence[Recall]) -> list[dict[str, Any]]:
+def table(results: Sequence[Recall], against: str) -> list[dict[str, Any]]:
     """A row for each policy, budget and distance, over all kinds and for each of them."""
+    others = {result.budget: result for result in results if result.policy == against}
     rows = []
     for result in results:
-        for distance in sorted({answer.distance for answer in result.answers}):
-            answers = [answer for answer in result.answers if answer.distance == distance]
-            share, error = hit_rate(answers)
+        nats = [lived.nats for lived in result.streams]
+        other = others.get(result.budget)
+        compared: dict[str, Any] = {}
+        if other is not None:
+            apart = difference(nats, [lived.nats for lived in other.streams])
+            compared = {"nll_difference": apart.mean, "nll_standard_error": apart.error}
+        for distance in sorted({a.distance for lived in result.streams for a in lived.answers}):
+            found = result.answers(distance)
+            answers = [answer for stream in found for answer in stream]
             kinds = {answer.kind for answer in answers}
-            rows.append(
-                {
-                    "policy": result.policy,
-                    "budget": result.budget,
-                    "distance": distance,
-                    "trials": len(answers),
-                    "recall": share,
-                    "standard_error": error,
-                    "log_likelihood": _mean([answer.log_likelihood for answer in answers]),
-                    "margin": _mean([answer.margin for answer in answers]),
-                    "nll": result.nll,
-                    "recall_by_kind": {
-                        kind: hit_rate([a for a in answers if a.kind == kind])[0]
-                        for kind in sorted(kinds)
-                    },
-                }
-            )
+            row: dict[str, Any] = {
+                "policy": result.policy,
+                "budget": result.budget,
+                "distance": distance,
+                "trials": len(answers),
+                "recall": hit_rate(answers),
+                "standard_error": _share_error(answers) if len(found) > 1 else None,
+                "log_likelihood": fmean(answer.log_likelihood for answer in answers),
+                "margin": fmean(answer.margin for answer in answers),
+                "nll": fmean(one for stream in nats for one in stream),
+                "recall_by_kind": {
+                    kind: hit_rate([a for a in answers if a.kind == kind]) for kind in sorted(kinds)
+                },
+            }
+            if other is not None:
+                theirs = [answer for stream in other.answers(distance) for answer in stream]
+                hits = [
+                    float(a.rank == 0) - float(b.rank == 0)
+                    for a, b in zip(answers, theirs, strict=True)
+                ]
+                row["difference"] = fmean(hits)
+                row["difference_error"] = standard_error(hits) if len(found) > 1 else None
+            rows.append(row | compared)
     return rows
 
 
-def hit_rate(answers: Sequence[Answer]) -> tuple[float, float]:
-    """Share of facts whose right answer ranks first, and its standard error."""
-    share = _mean([float(answer.rank == 0) for answer in answers])
-    return share, math.sqrt(max(share * (1 - share), 0.0) / len(answers))
+def over_distances(ours: Recall, theirs: Recall) -> tuple[float, float | None]:
+    """Difference in the share of facts found, over all distances, and its standard error: of one
+    fact the answers at several distances are alike.
+    """
+    apart = [
+        fmean(a - b for a, b in zip(one, other, strict=True))
+        for one, other in zip(_hits_by_fact(ours), _hits_by_fact(theirs), strict=True)
+    ]
+    return fmean(apart), standard_error(apart) if len(ours.streams) > 1 else None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _hits_by_fact(recall: Recall) -> list[list[float]]:
+    return [
+        [float(a.rank == 0) for a in lived.answers if a.number == number]
+        for lived in recall.streams
+        for number in sorted({answer.number for answer in lived.answers})
+    ]
+
+
+def hit_rate(answers: Sequence[Answer]) -> float:
+    """Share of answers that rank first."""
+    return fmean(float(answer.rank == 0) for answer in answers)
+
+
+def _share_error(answers: Sequence[Answer]) -> float:
+    """Standard error of a share: that of a binomial."""
+    share = hit_rate(answers)
+    return float((share * (1 - share) / len(answers)) ** 0.5)

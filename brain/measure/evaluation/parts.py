@@ -1,0 +1,78 @@
+"""What an evaluation has measured so far, part by part, in its folder: it may be ended at any time,
+and the same command goes on. A part is what one policy made of one text.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from brain.errors import Refused
+from brain.files import require_own
+from brain.record.journal import Journal, read_journal
+
+FILE = "parts.jsonl"
+
+Key = tuple[str | int, ...]
+
+
+class Parts:
+    """The parts of one folder.
+
+    Args:
+        folder: of the run.
+        about: what every part depends on; JSON can hold it.
+    Raises:
+        Refused: the folder holds parts of another evaluation, or a damaged file.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        path = folder / FILE
+        require_own([path])
+        about = json.loads(json.dumps(about))  # as it will be found again
+        records, size = read_journal(path) if path.exists() else ([], 0)
+        self._known: dict[Key, Any] = {}
+        if records:
+            _require_same(records[0], about, folder)
+            os.truncate(path, size)  # what a crash tore
+            try:
+                self._known = {tuple(key): found for key, found in records[1:]}
+            except (TypeError, ValueError):
+                raise Refused(f"{path} is damaged: it holds something that is no part") from None
+        self._journal = Journal(path)
+        if not records:
+            self._journal.add(about)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: Key) -> Any:
+        return self._known[key]
+
+    def keep(self, key: Key, found: Any) -> None:
+        """Adds a part, as JSON has it. Raises Unwritten, with nothing added, if that fails."""
+        self._journal.add([list(key), found])
+        self._known[key] = found
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._journal.close()
+
+
+def _require_same(found: Any, about: dict[str, Any], folder: Path) -> None:
+    if not isinstance(found, dict):
+        raise Refused(f"{folder / FILE} is damaged: its first line is no description")
+    for key in sorted({*found, *about}):
+        if found.get(key) != about.get(key):
+            raise Refused(
+                f"{folder} holds an evaluation with another {key} ({_short(found.get(key))}, not "
+                f"{_short(about.get(key))}): give the same, or another hydra.run.dir"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
