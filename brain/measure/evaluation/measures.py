@@ -17,8 +17,8 @@ from brain.measure.evaluation.contestants import FULL, Contestant
 from brain.measure.evaluation.facts import Fact, make_facts
 from brain.measure.evaluation.fluency import Fluency
 from brain.measure.evaluation.mending import Mended
-from brain.measure.evaluation.parts import Key, Parts
-from brain.measure.evaluation.reading import Progress
+from brain.measure.evaluation.parts import Key, Made, Parts
+from brain.measure.evaluation.reading import Progress, numbers
 from brain.measure.evaluation.request import FLUENCY, REPAIR, RETRIEVAL, Request
 from brain.measure.evaluation.retrieval import Course, Lived, Recall
 from brain.measure.evaluation.texts import excerpts
@@ -102,13 +102,15 @@ class Subject:
         measure: str,
         lengths: dict[int, int],
         one: Callable[[Brain, int, int, Progress], Any],
-    ) -> Iterator[tuple[Contestant, int, list[Any]]]:
+        parse: Callable[[Any], Made],
+    ) -> Iterator[tuple[Contestant, int, list[Made]]]:
         """What every policy makes of every text: all texts of one policy and budget at a time.
 
         Args:
             measure: What is measured.
             lengths: Tokens of a text, by budget.
-            one: Measures with a brain, at a budget, the text of this number.
+            one: Measures with a brain, at a budget, the text of this number; as JSON has it.
+            parse: From JSON to what is wanted.
         """
         count = self.request.sizes.streams
         total = sum(count * lengths[budget] for _, budget in self.entries())
@@ -124,7 +126,7 @@ class Subject:
                     if brain is None:
                         brain = policy.open(self.checkpoint, self.conf, budget, lengths[budget])
                     self.parts.keep(key, one(brain, budget, stream, bar.update))
-                yield policy, budget, [self.parts[key] for key in keys]
+                yield policy, budget, [self.parts.read(key, parse) for key in keys]
 
 
 def plant(checkpoint: Checkpoint, request: Request, seed: int) -> Planting:
@@ -154,7 +156,7 @@ def measure_fluency(subject: Subject) -> list[dict[str, Any]]:
         return fluency.measure(brain, budget, texts[stream][-lengths[budget] :], progress)
 
     results = []
-    for policy, budget, nats in subject.streams(FLUENCY, lengths, one):
+    for policy, budget, nats in subject.streams(FLUENCY, lengths, one, numbers):
         results.append(Fluency(policy.label, budget, nats))
         write(fluency.table(results, against), subject.folder / "fluency.json")
     rows = fluency.table(results, against)
@@ -184,8 +186,8 @@ def measure_retrieval(subject: Subject) -> list[dict[str, Any]]:
         return retrieval.measure(brain, text, facts[stream], courses[budget], progress).plain()
 
     results = []
-    for policy, budget, lived in subject.streams(RETRIEVAL, lengths, one):
-        results.append(Recall(policy.label, budget, tuple(map(Lived.of, lived))))
+    for policy, budget, lived in subject.streams(RETRIEVAL, lengths, one, Lived.of):
+        results.append(Recall(policy.label, budget, tuple(lived)))
         write(retrieval.table(results, against), subject.folder / "retrieval.json")
     rows = retrieval.table(results, against)
     trials = sizes.streams * sizes.facts
@@ -238,8 +240,7 @@ def measure_repair(subject: Subject) -> list[dict[str, Any]]:
                     one = mending.compare(brains[0], brains[1], text, ticks, request.horizon)
                     subject.parts.keep(key, None if one is None else dataclasses.asdict(one))
                 bar.update(1)
-            found = [subject.parts[key] for key in keys]
-            pairs = [None if one is None else Mended(**one) for one in found]
+            pairs = [subject.parts.read(key, Mended.of) for key in keys]
             row = mending.table(pairs, request.horizon)
             rows.append({"budget": budget, **row})
             compared = ""

@@ -26,6 +26,13 @@ class Mended:
     repaired: float
     dropped: float
 
+    @staticmethod
+    def of(plain: dict[str, float] | None) -> "Mended | None":
+        """From JSON. Raises LookupError or ValueError for something else."""
+        if plain is None:
+            return None
+        return Mended(*(float(plain[name]) for name in ("gain", "repaired", "dropped")))
+
 
 def compare(
     mended: Brain, dropped: Brain, text: Sequence[int], ticks: int, horizon: int

@@ -4,8 +4,9 @@ and the same command goes on. A part is what one policy made of one text.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from brain.errors import Refused
 from brain.files import require_own
@@ -14,6 +15,7 @@ from brain.record.journal import Journal, read_journal
 FILE = "parts.jsonl"
 
 Key = tuple[str | int, ...]
+Made = TypeVar("Made")
 
 
 class Parts:
@@ -27,7 +29,7 @@ class Parts:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        path = folder / FILE
+        self._path = path = folder / FILE
         require_own([path])
         about = json.loads(json.dumps(about))  # as it will be found again
         records, size = read_journal(path) if path.exists() else ([], 0)
@@ -49,8 +51,14 @@ class Parts:
     def __contains__(self, key: Key) -> bool:
         return key in self._known
 
-    def __getitem__(self, key: Key) -> Any:
-        return self._known[key]
+    def read(self, key: Key, parse: Callable[[Any], Made]) -> Made:
+        """What ``parse`` makes of a part. Raises Refused where it can make nothing of it."""
+        try:
+            return parse(self._known[key])
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+            raise Refused(
+                f"{self._path} is damaged: it holds something else for {' '.join(map(str, key))}"
+            ) from None
 
     def keep(self, key: Key, found: Any) -> None:
         """Adds a part, as JSON has it. Raises Unwritten, with nothing added, if that fails."""

@@ -1,6 +1,8 @@
 """A text read by a brain, for the sake of what the brain makes of it."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -8,6 +10,14 @@ from brain.brain import Brain
 
 Progress = Callable[[int], object]
 """Told how much has been done since it was last told."""
+
+
+def numbers(plain: Sequence[Any]) -> list[float]:
+    """Numbers as JSON has them. Raises ValueError or TypeError for something else."""
+    found = [float(number) for number in plain]
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError("there must be numbers, and finite ones")
+    return found
 
 
 def begin(brain: Brain, ids: Sequence[int]) -> None:

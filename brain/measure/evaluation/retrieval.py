@@ -16,7 +16,7 @@ from torch import Tensor
 from brain.brain import Brain
 from brain.measure.evaluation.facts import DISTRACTORS, Fact
 from brain.measure.evaluation.paired import difference, standard_error
-from brain.measure.evaluation.reading import Progress, begin, feed, logits_behind
+from brain.measure.evaluation.reading import Progress, begin, feed, logits_behind, numbers
 
 CHANCE = 1 / (DISTRACTORS + 1)
 
@@ -102,9 +102,18 @@ class Lived:
 
     @staticmethod
     def of(plain: dict[str, Any]) -> "Lived":
-        """From what ``plain`` has made."""
-        answers = tuple(Answer(**answer) for answer in plain["answers"])
-        return Lived(answers, tuple(plain["nats"]))
+        """From what ``plain`` has made. Raises LookupError, TypeError or ValueError for something
+        else.
+        """
+        answers = [
+            Answer(
+                str(one["kind"]),
+                *(int(one[name]) for name in ("number", "distance", "rank")),
+                *(float(one[name]) for name in ("log_likelihood", "margin")),
+            )
+            for one in plain["answers"]
+        ]
+        return Lived(tuple(answers), tuple(numbers(plain["nats"])))
 
 
 @dataclass(frozen=True)

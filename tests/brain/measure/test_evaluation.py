@@ -21,9 +21,10 @@ from brain.measure.evaluation.contestants import FULL, Contestant, contestants
 from brain.measure.evaluation.endurance import endure
 from brain.measure.evaluation.facts import DISTRACTORS, KINDS, make_facts
 from brain.measure.evaluation.fluency import Fluency
+from brain.measure.evaluation.mending import Mended
 from brain.measure.evaluation.paired import difference
 from brain.measure.evaluation.parts import Parts
-from brain.measure.evaluation.reading import begin, feed, logits_behind
+from brain.measure.evaluation.reading import begin, feed, logits_behind, numbers
 from brain.measure.evaluation.request import QUICK, THOROUGH, request_of
 from brain.measure.evaluation.retrieval import (
     Answer,
@@ -264,6 +265,8 @@ def test_over_distances_a_fact_counts_once() -> None:
 def test_what_a_stream_came_to_is_kept_whole() -> None:
     one = lived(0, 3, 1)
     assert Lived.of(json.loads(json.dumps(one.plain()))) == one
+    pair = Mended(0.5, 1.5, 2.0)
+    assert Mended.of(json.loads(json.dumps(dataclasses.asdict(pair)))) == pair
 
 
 def test_a_fact_that_is_remembered_is_found(open_tiny: OpenTiny) -> None:
@@ -472,7 +475,10 @@ def test_parts_are_kept_and_found_again(tmp_path: Path) -> None:
         file.write(b"0123 torn")  # by a crash
     again = Parts(tmp_path, about)
     assert len(again) == 2
-    assert again["fluency", "novelty", 64, 0] == [1.5, 2.25]
+    assert again.read(("fluency", "novelty", 64, 0), numbers) == [1.5, 2.25]
+    assert again.read(("repair", 64, 0), Mended.of) is None
+    with pytest.raises(Refused, match="something else for fluency novelty 64 0"):
+        again.read(("fluency", "novelty", 64, 0), Lived.of)
     assert ("repair", 64, 0) in again
     assert ("repair", 64, 1) not in again
     again.keep(("repair", 64, 1), {"gain": 1.0})

@@ -4,11 +4,12 @@ A target may return, or raise Refused with one line; anything else is a finding.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,11 +22,16 @@ from brain.brain import Brain
 from brain.checkpoints import open_folder, wheel
 from brain.checkpoints.gguf_file import convert_gguf
 from brain.errors import Refused
+from brain.measure.evaluation.mending import Mended
+from brain.measure.evaluation.parts import Key, Parts
+from brain.measure.evaluation.reading import numbers
+from brain.measure.evaluation.retrieval import Answer, Lived
 from brain.measure.evaluation.texts import read_text
 from brain.measure.golden.check import check
 from brain.measure.golden.files import golden_names
 from brain.opening import load, open_brain
 from brain.policies import CustomPolicy
+from brain.prompt_file import with_prompt
 from brain.record.commands import INBOX, Inbox, parse_batch
 from brain.record.heatmap import in_terminal, remembered
 from brain.record.journal import read_journal
@@ -411,6 +417,42 @@ def text(case: Case) -> None:
     read_text(case.folder / "text")
 
 
+def prompt_file(case: Case) -> None:
+    """A prompt from a file, of any length, for a memory that forgets."""
+    rng, mind = case.rng, case.specimens.brain
+    path = case.folder / "prompt.txt"
+    path.write_bytes((TEXT * rng.randrange(1, 30) + "é日本😀").encode())
+    if rng.random() < 0.5:
+        path.write_bytes(damaged(path.read_bytes(), rng))
+    case.replace(path)
+    conf = with_prompt(dataclasses.replace(mind.settings.conf, prompt_file=str(path)))
+    mind.prime(conf.prompt, rng.choice(("user", "tool")))
+    mind.tick()
+
+
+def parts(case: Case) -> None:
+    """What an evaluation has measured, before it goes on."""
+    rng, about = case.rng, {"seed": 0, "task.budgets": [8]}
+    kept = Parts(case.folder, about)
+    keys: list[Key] = [("fluency", "novelty", 8, 0), ("retrieval", "novelty", 8, 0), ("repair", 8)]
+    answer = Answer("key", 0, 8, 1, -1.0, 0.5)
+    for key, found in zip(
+        keys, ([1.5, 2.0], Lived((answer,), (1.0,)).plain(), asdict(Mended(1, 2, 3))), strict=True
+    ):
+        kept.keep(key, found)
+    kept.close()
+    path = case.folder / "parts.jsonl"
+    path.write_bytes(resealed_journal(path.read_bytes(), rng))
+    case.replace(path)
+    again = Parts(case.folder, about)
+    parses: list[Callable[[Any], Any]] = [numbers, Lived.of, Mended.of]
+    for key, parse in zip(keys, parses, strict=True):
+        if key in again:
+            again.read(key, parse)
+    again.keep(("more",), [1.0])
+    again.close()
+
+
 TARGETS: dict[str, tuple[Target, int]] = {
     "config": (config, 200),
     "safetensors": (safetensors, 160),
@@ -427,5 +469,7 @@ TARGETS: dict[str, tuple[Target, int]] = {
     "inspected": (inspected, 40),
     "golden": (golden, 20),
     "text": (text, 40),
+    "prompt_file": (prompt_file, 30),
+    "parts": (parts, 60),
 }
 """Every target but the command line, and its share of all cases: what is slow gets less."""
