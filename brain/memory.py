@@ -86,6 +86,7 @@ class Memory:
                 key=key_of(conf.seed).to(self.device),
             ),
             libraries=None if known is None else native_libraries(known, settings.cache),
+            kernels=conf.engine.kernels,
             ends=checkpoint.tokenizer.eos_ids,
             capturing=capturing,
         )

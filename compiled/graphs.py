@@ -119,6 +119,7 @@ class Graphs:
         sampling: Sampling,
         *,
         libraries: Libraries | None = None,
+        kernels: bool = False,
         ends: frozenset[int] = frozenset(),
         capturing: Capturing = contextlib.nullcontext,
     ) -> None:
@@ -133,6 +134,7 @@ class Graphs:
             sampling: Settings of the draw.
             libraries: Of the CPU operators that stand for the layers in reads of a few tokens, for
                 the draw and, where nothing is captured, for the rest of a tick; if any.
+            kernels: Whether the layers are Triton kernels in reads of a few tokens on a GPU.
             ends: Tokens that end a text: none of them is ever proposed.
             capturing: Opened around the compilation of every graph, with its name.
         """
@@ -144,9 +146,9 @@ class Graphs:
         fitting = tuple(width for width in spec.widths[1:] if width <= state.capacity)
         self.edit_widths = fitting or (state.capacity,)
         self.widths = tuple(sorted({1, *self.edit_widths}))
-        self.decode = None if libraries is None else read_cpu.operator(libraries.read)
+        self.decode, self._widest = self._operator(libraries, kernels=kernels)
         draw = None if libraries is None else draw_cpu.operator(libraries.draw)
-        self.uncaptured = Uncaptured(config, weights, state, cursor, self.decode)
+        self.uncaptured = Uncaptured(config, weights, state, cursor, self._decode_for)
         self.ranges: Ranges = contextlib.nullcontext
         steps = tick_cpu.Steps(IN_TENSORS, patch)
         if libraries is not None and not spec.compiled:
@@ -182,10 +184,25 @@ class Graphs:
             for tensor in (*weights.tensors(), *state, *cursor, *sampling):
                 torch_private.keep_address(tensor)
 
+    def _operator(self, libraries: Libraries | None, *, kernels: bool) -> tuple[Decode | None, int]:
+        """The operator that stands for the layers, if any, and the most tokens that it is for."""
+        if kernels:
+            from compiled import read_cuda  # needs Triton
+
+            most = min(read_cuda.MOST_TOKENS, self.state.capacity)
+            return read_cuda.operator(self.config, self.weights, self.state, most), most
+        if libraries is not None:
+            return read_cpu.operator(libraries.read), read_cpu.MOST_TOKENS
+        return None, 0
+
+    def _decode_for(self, num_tokens: int) -> Decode | None:
+        """The operator for a read of so many tokens, if any."""
+        return self.decode if num_tokens <= self._widest else None
+
     def _tick_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         lookup = self.spec.lookup
         for bucket in self.buckets:
-            bound = partial(read, self.config, bucket=bucket, decode=self.decode)
+            bound = partial(read, self.config, bucket=bucket, decode=self._decode_for(1))
             yield ("read", 1, bucket), bound
             yield CHOOSE, self._choose
             yield ("patch tick", 1, 0), patch
@@ -195,7 +212,8 @@ class Graphs:
             return
         width = 1 + lookup.width
         for bucket in self.buckets:
-            ahead = partial(read_ahead, self.config, bucket=bucket, decode=self.decode)
+            decode = self._decode_for(width)
+            ahead = partial(read_ahead, self.config, bucket=bucket, decode=decode)
             yield ("read ahead", width, bucket), ahead
             yield ("choose", width, 0), self._choose_ahead
             yield ("patch tick", width, 0), patch
@@ -203,7 +221,7 @@ class Graphs:
     def _edit_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         for width in self.edit_widths:
             for bucket in self.buckets:
-                bound = partial(read, self.config, bucket=bucket, decode=self.decode)
+                bound = partial(read, self.config, bucket=bucket, decode=self._decode_for(width))
                 yield ("read", width, bucket), bound
                 yield ("surprise", width, 0), surprises
                 yield ("patch edit", width, 0), patch
@@ -254,7 +272,7 @@ class Graphs:
         """
         width, bound = len(tokens), (self.weights, self.state)
         if not self.compiled or width > self.widths[-1]:
-            decode = self.decode if width <= read_cpu.MOST_TOKENS else None
+            decode = self._decode_for(width)
             bucket = high_water if decode is None else max(1, high_water)
             given = (tokens, positions, length)
             return read(self.config, *bound, *given, bucket=bucket, decode=decode)
@@ -306,11 +324,12 @@ class Graphs:
 
     def read_ahead(self, proposal: Proposal, *, high_water: int) -> AheadReading:
         """Reads the cursor's token and those proposed behind it, over a bucket as ``read`` does."""
-        bound = (self.weights, self.state, self.cursor, *proposal)
+        width, bound = 1 + len(proposal.tokens), (self.weights, self.state, self.cursor, *proposal)
         if not self.compiled:
-            return read_ahead(self.config, *bound, bucket=high_water, decode=self.decode)
+            decode = self._decode_for(width)
+            return read_ahead(self.config, *bound, bucket=high_water, decode=decode)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
-        graph = self.table["read ahead", 1 + len(proposal.tokens), bucket]
+        graph = self.table["read ahead", width, bucket]
         with self.ranges(graph.name):
             reading: AheadReading = graph(*bound)
         return reading
@@ -477,11 +496,11 @@ class Uncaptured:
         weights: Weights,
         state: State,
         cursor: Cursor,
-        decode: Decode | None,
+        decode_for: Callable[[int], Decode | None],
     ) -> None:
-        """``decode``: the CPU operator, if any, for reads of not too many tokens."""
+        """``decode_for`` tells the operator for a read of so many tokens, if there is one."""
         self._bound = (config, weights, state)
-        self._cursor, self._decode = cursor, decode
+        self._cursor, self._decode_for = cursor, decode_for
 
     def is_captured(self, num_tokens: int) -> bool:
         """Never."""
@@ -500,10 +519,8 @@ class Uncaptured:
         *,
         high_water: int,
     ) -> ScoredPrefill:
-        """As :meth:`Graphs.scored_prefill`. No more tokens than the CPU's operator, if any, is for
-        go through it.
-        """
-        decode = self._decode if len(tokens) <= read_cpu.MOST_TOKENS else None
+        """As :meth:`Graphs.scored_prefill`."""
+        decode = self._decode_for(len(tokens))
         bucket = high_water if decode is None else max(1, high_water)
         given = (*self._bound, tokens, positions, length, targets)
         return scored_prefill(*given, bucket=bucket, decode=decode)
@@ -513,7 +530,8 @@ class Uncaptured:
     ) -> ChunkReading:
         """Reads a chunk of a text that is to be followed as several ticks are; all [T] int64."""
         given = (*self._bound, tokens, positions, targets)
-        return read_chunk(*given, bucket=max(1, high_water), decode=self._decode)
+        decode = self._decode_for(len(tokens))
+        return read_chunk(*given, bucket=max(1, high_water), decode=decode)
 
     def patch(self, plan: Plan | EditPlan) -> None:
         """Carries a plan out, padded or not."""

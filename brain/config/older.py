@@ -14,6 +14,7 @@ _UNSAID: dict[tuple[str, ...], Any] = {
     ("weights",): WeightFormat.model.value,
     ("cull", "novelty", "lifetime"): None,
     ("cull", "chunk"): 1,
+    ("engine", "kernels"): False,
 }
 """What each setting, by its path, would have been where it was not known yet."""
 

@@ -5,7 +5,9 @@ the dataclass of ``compiled/`` that takes it.
 """
 
 import dataclasses
+import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +130,8 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
         )
     if conf.engine.captured and device.type == "cpu":
         _check_linkable(Path(torch.__file__).parent)
+    if conf.engine.kernels:
+        _require_kernels(device)
     lookup = _lookup(conf.lookup, conf.capacity)
     eviction = eviction_of(conf.cull, conf.capacity, given)
     with _naming("engine"):
@@ -175,6 +179,18 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Refused(f"device={name} is not there: PyTorch sees {torch.cuda.device_count()} GPUs")
     return device
+
+
+def _require_kernels(device: torch.device) -> None:
+    """Refuses kernels where they cannot run."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests
+    if device.type != "cuda" and not interpreted:
+        raise Refused(f"engine.kernels=true needs a GPU, not {device}: leave it out")
+    if importlib.util.find_spec("triton") is None:
+        raise Refused(
+            "engine.kernels=true needs Triton, which PyTorch for CUDA brings along: install it "
+            "(pip install triton), or leave it out"
+        )
 
 
 def _check_linkable(libraries: Path) -> None:

@@ -1,0 +1,468 @@
+"""The operator that takes a few tokens through all layers on a GPU: six Triton kernels a layer.
+
+A tick of one sequence is bound by bytes, and by how many kernels it starts. Each kernel
+(``read_kernels.py``) reads what it needs once, norms and rotations are computed in passing, and the
+attention mass comes out of the same pass over the keys. To the compiler all of it is one opaque
+call, as on a CPU (``read_cpu.py``): it means what its twin means, the layers of ``read.py``, and
+writes nothing but its results and scratch of its own.
+
+A layer is
+
+    1. norm, packed projection, rotation: queries to scratch, new keys and values to the results
+    2. attention over splits of the slots: per split a maximum, a sum, a weighted sum of values, and
+       for every slot its weight exp(score - maximum so far)
+    3. the splits put together, with what the new tokens give each other
+    4. output projection and residual; beside it, in the same launch, the weights of 2 become the
+       layer's share of the attention mass
+    5. norm, gate and up, SwiGLU
+    6. down projection and residual
+
+and after the last a norm and the head. Slots that no token sees are never loaded.
+
+Triton comes with PyTorch for CUDA. Where ``TRITON_INTERPRET=1`` is set, the kernels run on a CPU,
+for tests. Nothing else of this package imports this module before it is asked for.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled import read_kernels
+from compiled.attention import Visibility
+from compiled.int8 import Int8, Matrix, part
+from compiled.llama import LlamaConfig, Weights
+from compiled.read_cpu import Decode, Decoded
+from compiled.sample import surprises
+from compiled.state import State
+
+MOST_TOKENS = 8
+"""Of a read that the operator is for: more are bound by arithmetic, not by bytes."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run on a CPU, one program after another."""
+
+_NAMESPACE = "positronic_brain"
+
+_TILE = 8192
+"""Numbers of a weight that a program multiplies at a time, times tokens: what registers hold."""
+_MOST_SPLITS = 128
+"""Of the slots of one key head: with four of those, some four programs for each multiprocessor of
+the largest GPUs. One program a head puts them together."""
+_MASS_SLOTS = 256
+"""Slots of the mass that a program adds up."""
+
+
+# Launches ----------------------------------------------------------------------------------------
+
+
+def power_of_two(number: int) -> int:
+    """The least one that is not below a number of at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the slots of a read are cut: into splits, and those into blocks of ``slots``. Of a model
+    it follows from the bucket alone, so that sums are added up in the same order whenever the
+    bucket is the same.
+    """
+
+    bucket: int
+    slots: int
+
+    @property
+    def blocks(self) -> int:
+        """Of one split."""
+        return max(1, -(-self.bucket // (self.slots * _MOST_SPLITS)))
+
+    @property
+    def splits(self) -> int:
+        """Of the slots of a key head."""
+        return max(1, -(-self.bucket // (self.slots * self.blocks)))
+
+
+def cut_of(config: LlamaConfig, dtype: torch.dtype, bucket: int) -> Cut:
+    """The cut of a model's reads. A block of keys and one of values fit into registers."""
+    return Cut(bucket, 64 if _padded(config) * dtype.itemsize <= 256 else 32)
+
+
+def _padded(config: LlamaConfig) -> int:
+    return max(16, power_of_two(config.head_dim))
+
+
+class Scratch(NamedTuple):
+    """Room for what kernels hand on to each other, at fixed addresses, used again by every layer
+    and every read. Nothing in it outlives a read.
+    """
+
+    hidden: Tensor  # [T, hidden] float32
+    queries: Tensor  # [T, heads, head_dim] model dtype
+    attended: Tensor  # [T, heads * head_dim] float32
+    inner: Tensor  # [T, intermediate] float32
+    weights: Tensor  # [T * heads * capacity] model dtype
+    crests: Tensor  # [T * heads * blocks of the capacity] float32
+    parts: Tensor  # [T * heads * splits * head_dim] float32
+    tops: Tensor  # [T * heads * splits] float32
+    totals: Tensor  # [T * heads * splits] float32
+    summary: Tensor  # [2 * T * heads] float32
+    own: Tensor  # [T * heads * T] float32
+
+
+def allocate_scratch(
+    config: LlamaConfig, capacity: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Scratch:
+    """Scratch for reads of at most ``tokens`` tokens in a memory of ``capacity`` slots."""
+    rows = tokens * config.num_heads
+    cut = cut_of(config, dtype, capacity)
+    splits = cut.splits if cut.blocks == 1 else _MOST_SPLITS  # of some smaller bucket
+    # The last split of some bucket may be cut short: one block more for each.
+    crests = -(-capacity // cut.slots) + _MOST_SPLITS
+
+    def room(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=of, device=device)
+
+    return Scratch(
+        hidden=room(tokens, config.hidden_size),
+        queries=room(tokens, config.num_heads, config.head_dim, of=dtype),
+        attended=room(tokens, config.num_heads * config.head_dim),
+        inner=room(tokens, config.intermediate_size),
+        weights=room(rows * capacity, of=dtype),
+        crests=room(rows * crests),
+        parts=room(rows * splits * config.head_dim),
+        tops=room(rows * splits),
+        totals=room(rows * splits),
+        summary=room(2 * rows),
+        own=room(rows * tokens),
+    )
+
+
+class Launch(NamedTuple):
+    """One kernel as it is started."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]  # tensors and numbers
+    constants: dict[str, Any]
+    num_warps: int
+
+
+def launches(
+    config: LlamaConfig,
+    weights: Weights,
+    cache: tuple[Tensor, Tensor],
+    scratch: Scratch,
+    given: "Given",
+    results: Decoded,
+    *,
+    per_query: bool,
+) -> list[Launch]:
+    """All kernels of a read, in order.
+
+    Args:
+        config: Of the model.
+        weights: Of the model.
+        cache: Keys and values [layers, kv_heads, capacity, head_dim].
+        scratch: For at least as many tokens and slots.
+        given: What is read.
+        results: Where it goes; ``mass`` [T or 1, bucket + T].
+        per_query: Whether ``mass`` has a row for every token.
+    """
+    c, tokens, bucket = config, given.hidden.shape[0], given.seen.shape[1]
+    cut, heads, kv = cut_of(c, weights.dtype, bucket), c.num_heads, c.num_kv_heads
+    int8 = isinstance(weights.qkv, Int8)
+    common = {"T": tokens, "TP": power_of_two(tokens)}
+    attention = {"T": tokens, "HEADS": heads, "KV": kv, "D": c.head_dim}
+    padded = _padded(c)
+    scale = c.head_dim**-0.5
+    out = []
+
+    def columns(size: int, rows: int) -> int:
+        """Numbers of a weight's row at a time."""
+        return min(power_of_two(size), max(16, _TILE // (rows * power_of_two(tokens))))
+
+    def of(matrix: Matrix, layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """A matrix and its scale; where it has none, something that is not looked at."""
+        one = matrix if layer is None else part(matrix, layer)
+        return (one.values, one.scale) if isinstance(one, Int8) else (one, given.live)
+
+    for layer in range(c.num_layers):
+        before = given.hidden if layer == 0 else scratch.hidden
+        new_keys, new_values = results.new_keys[layer], results.new_values[layer]
+        rows = 8
+        pairs = -(-(c.head_dim // 2) // (rows // 2))
+        out.append(
+            Launch(
+                read_kernels.project,
+                ((heads + 2 * kv) * pairs,),
+                (
+                    *(before, weights.attention_norm[layer], *of(weights.qkv, layer)),
+                    *(given.cos, given.sin, scratch.queries, new_keys, new_values),
+                ),
+                {
+                    **(common | attention),
+                    **{"H": c.hidden_size, "EPS": c.rms_norm_eps, "INT8": int8},
+                    **{"BN": rows, "BK": columns(c.hidden_size, rows)},
+                },
+                4,
+            )
+        )
+        out.append(
+            Launch(
+                read_kernels.attend,
+                (kv, cut.splits),
+                (
+                    *(scratch.queries, cache[0][layer], cache[1][layer], given.seen),
+                    *(scratch.weights, scratch.crests, scratch.parts),
+                    *(scratch.tops, scratch.totals, cache[0].shape[2], bucket),
+                ),
+                {
+                    **attention,
+                    "DP": padded,
+                    "RP": max(16, power_of_two(tokens * heads // kv)),
+                    **{"BS": cut.slots, "BLOCKS": cut.blocks, "SPLITS": cut.splits},
+                    **{"SCALE": scale, "WIDE": INTERPRETED},
+                },
+                8 if weights.dtype == torch.float32 else 4,
+            )
+        )
+        out.append(
+            Launch(
+                read_kernels.combine,
+                (tokens * heads,),
+                (
+                    *(scratch.queries, new_keys, new_values, given.seen_new),
+                    *(scratch.parts, scratch.tops, scratch.totals),
+                    *(scratch.attended, scratch.summary, scratch.own),
+                ),
+                {
+                    **(common | attention),
+                    **{"DP": padded, "SPLITS": cut.splits, "SP": power_of_two(cut.splits)},
+                    "SCALE": scale,
+                },
+                4,
+            )
+        )
+        rows, inputs = 4, heads * c.head_dim
+        products, shares = -(-c.hidden_size // rows), -(-bucket // _MASS_SLOTS)
+        out.append(
+            Launch(
+                read_kernels.add_out,
+                (products + shares + 1,),
+                (
+                    *(scratch.attended, *of(weights.attention_out, layer)),
+                    *(before, scratch.hidden, scratch.weights, scratch.crests, scratch.summary),
+                    *(scratch.own, given.live, results.mass, bucket, products, shares),
+                ),
+                {
+                    **common,
+                    **{"H": c.hidden_size, "K": inputs, "HEADS": heads, "HP": power_of_two(heads)},
+                    **{"BN": rows, "BK": columns(inputs, rows), "BM": _MASS_SLOTS, "BS": cut.slots},
+                    "CRESTS": cut.splits * cut.blocks,
+                    **{"PER_QUERY": per_query, "FIRST": layer == 0, "INT8": int8},
+                },
+                4,
+            )
+        )
+        rows = 16
+        out.append(
+            Launch(
+                read_kernels.gate_up,
+                (-(-c.intermediate_size // (rows // 2)),),
+                (
+                    *(scratch.hidden, weights.mlp_norm[layer]),
+                    *(*of(weights.gate_up, layer), scratch.inner),
+                ),
+                {
+                    **common,
+                    **{"H": c.hidden_size, "INNER": c.intermediate_size, "EPS": c.rms_norm_eps},
+                    **{"BN": rows, "BK": columns(c.hidden_size, rows), "INT8": int8},
+                },
+                4,
+            )
+        )
+        rows = 4
+        out.append(
+            Launch(
+                read_kernels.add_down,
+                (-(-c.hidden_size // rows),),
+                (scratch.inner, *of(weights.down, layer), scratch.hidden),
+                {
+                    **common,
+                    **{"H": c.hidden_size, "K": c.intermediate_size, "INT8": int8},
+                    **{"BN": rows, "BK": columns(c.intermediate_size, rows)},
+                },
+                4,
+            )
+        )
+    rows = 16
+    out.append(
+        Launch(
+            read_kernels.head,
+            (-(-c.vocab_size // rows),),
+            (scratch.hidden, weights.final_norm, *of(weights.head), results.logits),
+            {
+                **common,
+                **{"H": c.hidden_size, "V": c.vocab_size, "EPS": c.rms_norm_eps, "INT8": int8},
+                **{"BN": rows, "BK": columns(c.hidden_size, rows)},
+            },
+            4,
+        )
+    )
+    return out
+
+
+def start(launch: Launch, *, overlaps: bool) -> None:
+    """Starts a kernel; with ``overlaps`` it may begin before the one that was started before it has
+    ended.
+    """
+    options: dict[str, Any] = {} if INTERPRETED else {"num_warps": launch.num_warps}
+    if overlaps:
+        options["launch_pdl"] = True
+    launch.kernel[launch.grid](*launch.arguments, **launch.constants, PDL=overlaps, **options)
+
+
+# The operator ------------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """What is read, each in one piece."""
+
+    hidden: Tensor  # [T, hidden] float32, the embedded tokens
+    cos: Tensor  # [T, head_dim / 2] float32
+    sin: Tensor  # [T, head_dim / 2] float32
+    seen: Tensor  # [T, bucket] bool
+    seen_new: Tensor  # [T, T] bool
+    live: Tensor  # [T] float32
+
+
+_bound: list[Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = []
+"""What runs the reads of each memory, by its number. The operator is told the number: scratch is no
+argument of it, or the compiler would take it for a result."""
+
+
+def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -> Decode:
+    """Binds the operator to a memory, and allocates its scratch.
+
+    Args:
+        config: Of the model.
+        weights: Of the model, on the device that reads.
+        state: The memory.
+        tokens: The most that will be read at a time, at most MOST_TOKENS.
+    Returns:
+        As ``read_cpu.operator``, for these weights and this memory alone.
+    """
+    device = state.keys.device
+    scratch = allocate_scratch(config, state.capacity, tokens, weights.dtype, device)
+    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+    def run(inputs: Sequence[Tensor], per_query: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        given = Given(*map(Tensor.contiguous, inputs))
+        results = Decoded(*_allocated(config, weights.dtype, given, per_query))
+        every = launches(
+            config,
+            weights,
+            (state.keys, state.values),
+            scratch,
+            given,
+            results,
+            per_query=per_query,
+        )
+        for number, launch in enumerate(every):
+            # An ordinary start first: what was written before the read must be there.
+            start(launch, overlaps=overlaps and number > 0)
+        return results.logits, results.new_keys, results.new_values, results.mass
+
+    number = len(_bound)
+    _bound.append(run)
+    call = _registered()
+
+    def decode(
+        of_config: LlamaConfig,
+        of_weights: Weights,
+        of_state: State,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        visible: Visibility,
+        *,
+        per_query: bool,
+        targets: Tensor | None = None,
+    ) -> Decoded:
+        del of_config, of_weights, of_state  # those that it is bound to
+        shape = [config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size]
+        inputs = [hidden, cos, sin, *visible]
+        decoded = Decoded(*call(inputs, [weights.final_norm, state.keys], shape, number, per_query))
+        if targets is None:
+            return decoded
+        return decoded._replace(logits=surprises(decoded.logits, targets))
+
+    return decode
+
+
+def _allocated(
+    config: LlamaConfig, dtype: torch.dtype, given: Given, per_query: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size)
+    return _results(given.hidden, given.seen, shape, dtype, per_query)
+
+
+def _results(
+    hidden: Tensor,
+    seen: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    per_query: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the results: every number of it is going to be written."""
+    layers, kv_heads, head_dim, vocab = shape
+    tokens, bucket = seen.shape
+    rows = (layers, kv_heads, tokens, head_dim)
+    width = bucket + tokens
+    return (
+        hidden.new_empty((tokens, vocab)),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty((tokens, width) if per_query else (width,)),
+    )
+
+
+@functools.cache
+def _registered() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The operator as PyTorch knows it. Beside what is read it is given two tensors that say in
+    which number format, and which memory must not be moved.
+    """
+    name = f"{_NAMESPACE}::read_cuda"
+
+    def run(
+        inputs: Sequence[Tensor],
+        like: Sequence[Tensor],
+        shape: Sequence[int],
+        number: int,
+        per: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        del like, shape
+        return _bound[number](inputs, per)
+
+    def allocated(
+        inputs: Sequence[Tensor],
+        like: Sequence[Tensor],
+        shape: Sequence[int],
+        number: int,
+        per: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _results(inputs[0], inputs[3], shape, like[0].dtype, per)
+
+    torch.library.define(
+        name,
+        "(Tensor[] inputs, Tensor[] like, int[] shape, int number, bool per_query) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    torch.library.register_fake(name, allocated)
+    torch.library.impl(name, "cpu" if INTERPRETED else "cuda", run)
+    found: Callable[..., Any] = getattr(torch.ops, _NAMESPACE).read_cuda.default
+    return found

@@ -1,0 +1,444 @@
+"""The operator for the layers on a GPU, beside its twin in PyTorch.
+
+Without a GPU the kernels run on Triton's interpreter, in a process of its own: Triton must know of
+it before it is imported. What the interpreter lets pass the compiler may refuse, so every kernel is
+compiled as well, for three generations of GPUs, which needs none of them.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compiled.int8 import Int8, quantize
+from compiled.llama import LlamaConfig, Weights, weight_shapes
+from compiled.read import Reading, read, read_ahead
+from compiled.read_cpu import Decoded
+from compiled.state import State, allocate_state
+from fixture_types import OpenTiny
+from toys import digest, toy_config, toy_cursor, toy_weights
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from compiled import read_cuda
+from compiled.read_cuda import (
+    Cut,
+    Given,
+    allocate_scratch,
+    cut_of,
+    launches,
+    operator,
+    power_of_two,
+)
+
+DEVICE = torch.device("cpu" if read_cuda.INTERPRETED else "cuda")
+MATRICES = ("embedding", "qkv", "attention_out", "gate_up", "down", "head")
+HEADS = ((3, 1), (4, 4), (8, 2), (8, 1), (6, 2))  # groups of 3, 1, 4, 8, 3
+
+runs_kernels = [
+    pytest.mark.skipif(
+        not read_cuda.INTERPRETED and not torch.cuda.is_available(),
+        reason="neither a GPU nor Triton's interpreter",
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+def on_a_device(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that runs kernels: under the ``gpu`` marker unless they are interpreted."""
+    marks = runs_kernels if read_cuda.INTERPRETED else [*runs_kernels, pytest.mark.gpu]
+    for mark in marks:
+        test = mark(test)
+    return test
+
+
+def model(config: LlamaConfig, dtype: torch.dtype, *, int8: bool) -> Weights:
+    # Products of some sixty terms: a spread that keeps activations of order 1.
+    scaled = {
+        name: (1.0 + tensor.float() if name.endswith("norm") else 0.3 * tensor).to(DEVICE, dtype)
+        for name, tensor in toy_weights(config)._asdict().items()
+        if name != "inverse_frequencies"
+    }
+    scaled["inverse_frequencies"] = toy_weights(config).inverse_frequencies.to(DEVICE)
+    matrices = {name: quantize(scaled[name]) if int8 else scaled[name] for name in MATRICES}
+    return Weights(**{**scaled, **matrices})
+
+
+def memory(config: LlamaConfig, dtype: torch.dtype, valid: Tensor, seed: int) -> State:
+    """Rows at positions in no order; hidden slots hold NaN, which must not be seen."""
+    state = allocate_state(config, len(valid), dtype, DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    for cache in (state.keys, state.values):
+        numbers = torch.randn(cache.shape, generator=generator)
+        numbers[:, :, ~valid] = float("nan")
+        cache.copy_(numbers)
+    state.position.copy_(torch.randperm(len(valid), generator=generator))
+    state.valid.copy_(valid)
+    return state
+
+
+def exact(weights: Weights, state: State) -> tuple[Weights, State]:
+    """The same numbers in float32, and none that is hidden."""
+    wide = {
+        name: field.float()
+        for name, field in weights._asdict().items()
+        if isinstance(field, Tensor) and name != "inverse_frequencies"
+    }
+    cache = {name: getattr(state, name).float().nan_to_num() for name in ("keys", "values")}
+    return weights._replace(**wide), state._replace(**cache)
+
+
+def agrees(ours: Any, truth: Any, live: int, dtype: torch.dtype) -> None:
+    """In float32, sums of up to some hundred terms of order 1 in another order, through two layers.
+    In 16 bits queries, keys and values are rounded to 2^-9 or 2^-12 and attention's weights again;
+    the residual stream and all else stays in float32.
+    """
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}[dtype]
+    for name in truth._fields:
+        a, b = getattr(ours, name), getattr(truth, name)
+        assert a.shape == b.shape, name
+        if name in ("new_keys", "new_values"):
+            assert a.dtype == dtype
+            a, b = a[:, :, :live], b[:, :, :live]
+        elif a.dim() == 2:
+            a, b = a[:live], b[:live]
+        scale = max(1.0, float(b.abs().amax()))
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=tolerance * scale, msg=name)
+
+
+@st.composite
+def reads(draw: st.DrawFn) -> dict[str, Any]:
+    tokens = draw(st.integers(1, 8))
+    slots = draw(st.sampled_from([1, 17, 64, 65, 130]))
+    heads, kv_heads = draw(st.sampled_from(HEADS))
+    return {
+        "config": dataclasses.replace(
+            toy_config(heads, kv_heads),
+            head_dim=draw(st.sampled_from([8, 20, 64, 128])),
+            hidden_size=draw(st.sampled_from([24, 71])),
+            intermediate_size=draw(st.sampled_from([20, 37])),
+            vocab_size=draw(st.sampled_from([40, 101])),
+        ),
+        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        "int8": draw(st.booleans()),
+        "valid": torch.tensor(draw(st.lists(st.booleans(), min_size=slots, max_size=slots))),
+        # Behind all rows, or among them: re-read, and as of an old position.
+        "positions": [p + draw(st.sampled_from([0, slots + 3])) for p in range(tokens)],
+        "length": draw(st.integers(1, tokens)),
+        "ahead": draw(st.booleans()),
+        "seed": draw(st.integers(0, 9)),
+    }
+
+
+@on_a_device
+@settings(max_examples=24, deadline=None, suppress_health_check=list(HealthCheck))
+@given(reads())
+def test_a_read_is_that_of_the_twin(case: dict[str, Any]) -> None:
+    """Any heads and sizes, holes, NaN in hidden slots, padding, and nothing of the memory written
+    (I1).
+    """
+    config, dtype, length = case["config"], case["dtype"], case["length"]
+    weights = model(config, dtype, int8=case["int8"])
+    state = memory(config, dtype, case["valid"], case["seed"])
+    decode = operator(config, weights, state, len(case["positions"]))
+    wide_weights, wide_state = exact(weights, state)
+    generator = torch.Generator().manual_seed(case["seed"])
+    count = len(case["positions"])
+    ids = torch.randint(0, config.vocab_size, (count,), generator=generator).to(DEVICE)
+    before = digest(*state)
+    if case["ahead"] and count > 1:
+        cursor = toy_cursor(position=case["positions"][0])
+        cursor = type(cursor)(*(tensor.to(DEVICE) for tensor in cursor))
+        asked = (ids[1:], torch.tensor(length - 1, device=DEVICE))
+        ours: Any = read_ahead(
+            config, weights, state, cursor, *asked, bucket=len(case["valid"]), decode=decode
+        )
+        truth: Any = read_ahead(
+            config, wide_weights, wide_state, cursor, *asked, bucket=len(case["valid"])
+        )
+    else:
+        given_ = (
+            ids,
+            torch.tensor(case["positions"], device=DEVICE),
+            torch.tensor(length, device=DEVICE),
+        )
+        ours = read(config, weights, state, *given_, bucket=len(case["valid"]), decode=decode)
+        truth = read(config, wide_weights, wide_state, *given_, bucket=len(case["valid"]))
+    assert digest(*state) == before
+    agrees(ours, truth, length, dtype)
+
+
+def small(dtype: torch.dtype = torch.float32) -> tuple[LlamaConfig, Weights, State]:
+    config = toy_config(4, 2)
+    valid = torch.arange(70) % 3 != 0
+    return config, model(config, dtype, int8=False), memory(config, dtype, valid, 1)
+
+
+def one_read(
+    config: LlamaConfig, weights: Weights, state: State, decode: Any, token: int, bucket: int
+) -> Reading:
+    asked = (torch.tensor([token]), torch.tensor([90]), torch.tensor(1))
+    return read(
+        config, weights, state, *(t.to(DEVICE) for t in asked), bucket=bucket, decode=decode
+    )
+
+
+@on_a_device
+def test_results_are_fresh_and_scratch_is_kept() -> None:
+    """What a read returned stays what it was when others read with the same scratch, of this memory
+    or another; the same read gives the same bits.
+    """
+    config, weights, state = small()
+    decode, other = (operator(config, weights, state, 2) for _ in range(2))
+    first = one_read(config, weights, state, decode, 3, 70)
+    kept = digest(*first)
+    one_read(config, weights, state, decode, 7, 70)
+    one_read(config, weights, state, other, 8, 70)
+    assert digest(*first) == kept
+    again = one_read(config, weights, state, decode, 3, 70)
+    assert digest(*again) == kept
+
+
+@on_a_device
+def test_the_bucket_alone_decides_how_sums_are_cut() -> None:
+    """A larger bucket, whose other slots are empty, changes no result but by rounding."""
+    config, weights, state = small()
+    state.valid[20:] = False
+    decode = operator(config, weights, state, 1)
+    whole = one_read(config, weights, state, decode, 3, 70)
+    part = one_read(config, weights, state, decode, 3, 20)
+    for a, b in zip(whole, part, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@on_a_device
+def test_many_blocks_make_few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_cuda, "_MOST_SPLITS", 2)
+    config = toy_config(4, 2)
+    valid = torch.arange(400) % 5 != 0
+    weights, state = (
+        model(config, torch.float32, int8=False),
+        memory(config, torch.float32, valid, 2),
+    )
+    assert (Cut(400, 64).splits, Cut(400, 64).blocks) == (2, 4)
+    decode = operator(config, weights, state, 1)
+    ours = one_read(config, weights, state, decode, 5, 400)
+    truth = one_read(config, *exact(weights, state), None, 5, 400)
+    agrees(ours, truth, 1, torch.float32)
+
+
+@on_a_device
+def test_a_brain_says_what_it_says_without_kernels(open_tiny: OpenTiny) -> None:
+    """A dozen ticks with forgetting: the same tokens, and the same memory within rounding."""
+    options = {"engine": "eager", "dtype": "float32", "device": DEVICE.type, "cull.target": 20}
+    plain = open_tiny(**options, capacity=32)
+    ours = open_tiny(**options, capacity=32, **{"engine.kernels": True})
+    said = []
+    for b in (plain, ours):
+        b.prime([int(t) for t in torch.arange(18) * 7 % 200])
+        said.append([tick.token for tick in b.stream(12)])
+    assert said[0] == said[1]
+    assert plain.mirror.position.tolist() == ours.mirror.position.tolist()
+    for column in ("brightness", "surprise", "novelty"):
+        a, b = getattr(plain.mirror, column), getattr(ours.mirror, column)
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-4)
+
+
+# On any machine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(read_cuda.INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
+def test_every_kernel_on_the_interpreter() -> None:
+    """This file again, where Triton interprets."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    ran = subprocess.run(
+        [*command, "-m", "not gpu", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", ran.stdout)
+    assert passed, ran.stdout[-2000:]
+    assert int(passed[1]) >= 5, ran.stdout[-2000:]  # and not skipped
+
+
+SIZES = {
+    "smollm2": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e4, 2048),
+    "tinyllama": LlamaConfig(32000, 2048, 5632, 22, 32, 4, 64, 1e-5, 1e4, 2048),
+    "llama-3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, 8192),
+}
+
+
+def described(
+    config: LlamaConfig, slots: int, tokens: int, dtype: torch.dtype, *, int8: bool
+) -> list[read_cuda.Launch]:
+    """The launches of a read of a model of one layer, without a byte of it."""
+    meta = torch.device("meta")
+    one = dataclasses.replace(config, num_layers=1)
+    made: dict[str, Any] = {}
+    for name, shape in weight_shapes(one).items():
+        tensor = torch.empty(shape, dtype=dtype, device=meta)
+        made[name] = tensor
+        if int8 and name in MATRICES:
+            values = torch.empty(shape, dtype=torch.int8, device=meta)
+            made[name] = Int8(values, torch.empty(shape[:-1], device=meta))
+    weights = Weights(**made)
+    state = allocate_state(one, slots, dtype, meta)
+    given_ = Given(
+        hidden=torch.empty(tokens, one.hidden_size, device=meta),
+        cos=torch.empty(tokens, one.head_dim // 2, device=meta),
+        sin=torch.empty(tokens, one.head_dim // 2, device=meta),
+        seen=torch.empty(tokens, slots, dtype=torch.bool, device=meta),
+        seen_new=torch.empty(tokens, tokens, dtype=torch.bool, device=meta),
+        live=torch.empty(tokens, device=meta),
+    )
+    scratch = allocate_scratch(one, slots, tokens, dtype, meta)
+    results = Decoded(*read_cuda._allocated(one, dtype, given_, tokens > 1))
+    return launches(
+        one, weights, (state.keys, state.values), scratch, given_, results, per_query=tokens > 1
+    )
+
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.bool: "*i1",
+}
+
+
+def compiled_for(launch: read_cuda.Launch, capability: int) -> tuple[int, str]:
+    """Bytes of its stack, which are spilled registers, and its PTX."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = launch.kernel
+    names = kernel.arg_names
+    constants = {**launch.constants, "PDL": capability >= 90}
+    signature: dict[str, str] = dict.fromkeys(names, "constexpr")
+    hints = {}
+    for number, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
+        if isinstance(argument, Tensor):
+            signature[name] = TYPES[argument.dtype]
+            hints[(number,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if argument % 16 == 0:
+                hints[(number,)] = [["tt.divisibility", 16]]
+    assert {name for name, kind in signature.items() if kind == "constexpr"} == {*constants}
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, hints
+    )
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps, "launch_pdl": capability >= 90},
+    )
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        told = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = re.search(r"STACK:(\d+)", told)
+    assert used, told
+    return int(used[1]), str(made.asm["ptx"])
+
+
+FORMS = [
+    ("smollm2", 1024, 1, torch.bfloat16, False, 90),
+    ("smollm2", 1024, 8, torch.bfloat16, True, 90),
+    ("tinyllama", 1024, 1, torch.bfloat16, True, 90),
+    ("smollm2", 1024, 1, torch.float32, False, 80),
+    ("llama-3-8b", 65536, 1, torch.float16, False, 100),
+    ("llama-3-8b", 65536, 1, torch.float32, False, 90),
+    ("llama-3-8b", 8192, 8, torch.bfloat16, True, 90),
+]
+
+
+@pytest.mark.skipif(read_cuda.INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.parametrize(
+    ("size", "slots", "tokens", "dtype", "int8", "capability"),
+    FORMS,
+    ids=[f"{form[0]} {form[2]} {form[3]} sm_{form[5]}" for form in FORMS],
+)
+def test_every_kernel_compiles(
+    size: str, slots: int, tokens: int, dtype: torch.dtype, int8: bool, capability: int
+) -> None:
+    """For GPUs that need not be there: without a spilled register, and weights and cache are loaded
+    128 bits at a time.
+    """
+    made = described(SIZES[size], slots, tokens, dtype, int8=int8)
+    assert len(made) == 6 + 1
+    for launch in made:
+        stack, ptx = compiled_for(launch, capability)
+        name = launch.kernel.__name__
+        assert stack == 0, name
+        if name != "_combine":  # whose inputs are small
+            assert re.search(r"ld\.global[^ ]*\.v4", ptx), name
+        if capability >= 90:
+            assert "griddepcontrol.wait" in ptx, name
+
+
+@pytest.mark.skipif(read_cuda.INTERPRETED, reason="said once")
+def test_a_tick_is_few_kernels_and_few_bytes() -> None:
+    """On paper: at most 200 kernels for SmolLM2, and no more bytes than weights and rows have, by a
+    tenth. Scratch stays in the cache of the GPU.
+    """
+    config = SIZES["smollm2"]
+    of_layer = described(config, 1024, 1, torch.bfloat16, int8=False)[:-1]
+    assert len(of_layer) * config.num_layers + 1 <= 200
+    read_bytes = 0
+    for launch in of_layer:
+        for tensor in launch.arguments:
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16:
+                read_bytes += tensor.numel() * 2
+    small_ones = config.num_heads * config.head_dim * 3 + config.num_heads * 1024 * 2  # scratch
+    per_layer = read_bytes - 2 * 2 * small_ones
+    weights = 2 * (
+        (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.hidden_size
+        + config.hidden_size * config.num_heads * config.head_dim
+        + 3 * config.hidden_size * config.intermediate_size
+    )
+    rows = 2 * 2 * 1024 * config.num_kv_heads * config.head_dim
+    assert per_layer <= 1.1 * (weights + rows)
+
+
+@pytest.mark.parametrize("bucket", [1, 64, 65, 1024, 8192, 8193, 1_400_000])
+def test_splits_hold_every_slot_once(bucket: int) -> None:
+    config = toy_config()
+    cut = cut_of(config, torch.bfloat16, bucket)
+    held = cut.splits * cut.blocks * cut.slots
+    assert bucket <= held < bucket + cut.blocks * cut.slots
+    assert cut.splits <= read_cuda._MOST_SPLITS
+    room = allocate_scratch(config, bucket, 2, torch.bfloat16, torch.device("meta"))
+    rows = 2 * config.num_heads
+    for smaller in {bucket, max(1, bucket // 2), max(1, bucket - 1)}:
+        part = Cut(smaller, cut.slots)
+        assert rows * part.splits * part.blocks <= room.crests.numel()
+        assert rows * part.splits <= room.tops.numel()
+        assert rows * smaller <= room.weights.numel()
+
+
+def test_powers_of_two() -> None:
+    assert [power_of_two(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
