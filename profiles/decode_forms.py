@@ -11,7 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -25,16 +27,29 @@ from brain.checkpoints import Checkpoint
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.measure.golden.seeded import SeededModel
+from compiled.read import read
 
-Options = dict[str, Any]
-FORMS: dict[str, tuple[bool, bool, Options]] = {  # streaming products, streaming attention, options
-    "as it is": (False, False, {}),
-    "streaming products": (True, False, {}),
-    "streaming attention": (False, True, {}),
-    "both streaming": (True, True, {}),
-    "small kernels joined": (False, False, {"combo_kernels": True}),
-    "both streaming, joined": (True, True, {"combo_kernels": True}),
-    "both streaming, tuned": (True, True, {"coordinate_descent_tuning": True}),
+Options = Mapping[str, Any]
+
+
+class Form(NamedTuple):
+    """How a tick is compiled."""
+
+    products: bool = False  # as streaming loops
+    attention: bool = False  # as one
+    options: Options = MappingProxyType({})  # of Inductor
+    kernels: bool = False  # our own in place of its own
+
+
+FORMS = {
+    "as it is": Form(),
+    "kernels of our own": Form(kernels=True),
+    "streaming products": Form(products=True),
+    "streaming attention": Form(attention=True),
+    "both streaming": Form(products=True, attention=True),
+    "small kernels joined": Form(options={"combo_kernels": True}),
+    "both streaming, joined": Form(True, True, {"combo_kernels": True}),
+    "both streaming, tuned": Form(True, True, {"coordinate_descent_tuning": True}),
 }
 """Tuned kernels may sum in another order after every tuning: to be known, not to be used."""
 UNTIMED, TICKS = 10, 200
@@ -60,11 +75,12 @@ def checkpoint_of(shape: str, dtype: torch.dtype, device: torch.device, int8: bo
 
 def ticks_per_second(form: str, asked: argparse.Namespace) -> dict[str, Any]:
     """Of a brain captured in this form."""
-    products, attention, options = FORMS[form]
+    products, attention, options, kernels = FORMS[form]
     device = torch.device(asked.device)
     capacity = max(asked.rows + UNTIMED + TICKS, 1024)
     overrides = [f"capacity={capacity}", f"engine.smallest_bucket={capacity}", "engine=compiled"]
     overrides.append("engine.native=false")  # forms are of what the compiler is given
+    overrides.append(f"engine.kernels={str(kernels).lower()}")
     precision = "bfloat16" if asked.precision == "int8" else asked.precision
     conf = compose_conf([*overrides, f"device={asked.device}", f"dtype={precision}"])
     settings = settings_of(conf)
@@ -81,7 +97,7 @@ def ticks_per_second(form: str, asked: argparse.Namespace) -> dict[str, Any]:
     with (
         mock.patch.object(compiled.linear, "streams_rows", streams if products else never),
         mock.patch.object(compiled.attention, "streams_rows", streams if attention else never),
-        torch._inductor.config.patch(options),
+        torch._inductor.config.patch(dict(options)),
     ):
         for _ in brain.warm_up(edits=False):
             pass
@@ -94,7 +110,21 @@ def ticks_per_second(form: str, asked: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             _ = brain.tick().token
             seconds.append(time.perf_counter() - start)
-    return {"ticks_per_second": 1 / statistics.median(seconds), "capture_seconds": captured}
+    return {
+        "ticks_per_second": 1 / statistics.median(seconds),
+        "capture_seconds": captured,
+        "off": _off(brain),
+    }
+
+
+def _off(brain: Brain) -> float:
+    """How far its logits are from those of the functions called directly, at most."""
+    ours = brain.read().logits
+    memory, cursor = brain.memory, brain.cursor
+    weights, rows = brain.checkpoint.weights, memory.account.high_water
+    asked = (cursor.token, cursor.position, memory.one)
+    plain = read(brain.checkpoint.config, weights, brain.state, *asked, bucket=rows)
+    return float((ours - plain.logits).abs().max())
 
 
 def main() -> None:
@@ -121,7 +151,11 @@ def main() -> None:
             told = json.loads(done.stdout.strip().splitlines()[-1])
             report["forms"][form] = told
             rate, captured = told["ticks_per_second"], told["capture_seconds"]
-            print(f"{form:<24} {rate:>8.1f} ticks/s, captured in {captured:.0f} s", flush=True)
+            print(
+                f"{form:<24} {rate:>8.1f} ticks/s, captured in {captured:.0f} s, "
+                f"logits off by {told['off']:.3g}",
+                flush=True,
+            )
         except subprocess.SubprocessError as error:
             said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
             print(f"{form:<24} failed: {' '.join(said)[:200]}", flush=True)

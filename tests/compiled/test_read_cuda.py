@@ -241,6 +241,26 @@ def test_many_blocks_make_few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_a_device
+def test_a_compiler_takes_it_for_one_call() -> None:
+    """Captured, with the results of a direct call, and beside them nothing that is written."""
+    config, weights, state = small()
+    decode = operator(config, weights, state, 1)
+    asked = [torch.tensor([3]), torch.tensor([90]), torch.tensor(1)]
+    asked = [tensor.to(DEVICE) for tensor in asked]
+
+    def reads(token: Tensor, position: Tensor, length: Tensor) -> Reading:
+        return read(config, weights, state, token, position, length, bucket=70, decode=decode)
+
+    captured = torch.compile(reads, fullgraph=True, dynamic=False)
+    direct, before = reads(*asked), digest(*state)
+    for a, b in zip(captured(*asked), direct, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert digest(*state) == before
+    schema = torch.ops.positronic_brain.read_cuda.default._schema
+    assert not any(argument.alias_info for argument in (*schema.arguments, *schema.returns))
+
+
+@on_a_device
 def test_a_brain_says_what_it_says_without_kernels(open_tiny: OpenTiny) -> None:
     """A dozen ticks with forgetting: the same tokens, and the same memory within rounding."""
     options = {"engine": "eager", "dtype": "float32", "device": DEVICE.type, "cull.target": 20}
