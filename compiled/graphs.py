@@ -147,8 +147,11 @@ class Graphs:
         self.edit_widths = fitting or (state.capacity,)
         self.widths = tuple(sorted({1, *self.edit_widths}))
         self.decode, self._widest = self._operator(libraries, kernels=kernels)
+        self._kernels = kernels
         draw = None if libraries is None else draw_cpu.operator(libraries.draw)
-        self.uncaptured = Uncaptured(config, weights, state, cursor, self._decode_for)
+        # A kernel is compiled for every width and bucket: of those there are few, of texts many.
+        for_any_width = (lambda _: None) if kernels else self._decode_for
+        self.uncaptured = Uncaptured(config, weights, state, cursor, for_any_width)
         self.ranges: Ranges = contextlib.nullcontext
         steps = tick_cpu.Steps(IN_TENSORS, patch)
         if libraries is not None and not spec.compiled:
@@ -198,6 +201,11 @@ class Graphs:
     def _decode_for(self, num_tokens: int) -> Decode | None:
         """The operator for a read of so many tokens, if any."""
         return self.decode if num_tokens <= self._widest else None
+
+    def _uncaptured_bucket(self, high_water: int, decode: Decode | None) -> int:
+        if decode is not None and self._kernels:
+            return self.buckets[bisect_left(self.buckets, high_water)]
+        return high_water if decode is None else max(1, high_water)
 
     def _tick_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         lookup = self.spec.lookup
@@ -273,7 +281,7 @@ class Graphs:
         width, bound = len(tokens), (self.weights, self.state)
         if not self.compiled or width > self.widths[-1]:
             decode = self._decode_for(width)
-            bucket = high_water if decode is None else max(1, high_water)
+            bucket = self._uncaptured_bucket(high_water, decode)
             given = (tokens, positions, length)
             return read(self.config, *bound, *given, bucket=bucket, decode=decode)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
@@ -327,7 +335,8 @@ class Graphs:
         width, bound = 1 + len(proposal.tokens), (self.weights, self.state, self.cursor, *proposal)
         if not self.compiled:
             decode = self._decode_for(width)
-            return read_ahead(self.config, *bound, bucket=high_water, decode=decode)
+            bucket = self._uncaptured_bucket(high_water, decode)
+            return read_ahead(self.config, *bound, bucket=bucket, decode=decode)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
         graph = self.table["read ahead", width, bucket]
         with self.ranges(graph.name):

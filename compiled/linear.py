@@ -12,8 +12,7 @@ float32 it calls MKL, which is half as fast on processors of other makers (measu
 a second copy. On a CPU without instructions for 16-bit floats such products, and all of attention,
 go by way of float32 (measured with AVX2 only: a text of 862 tokens in a sixth of the time in
 bfloat16, a quarter in float16; with AVX-512 but without bf16, a third in bfloat16); one row is
-faster as it is. There as many rows as evaluation has, one of each text, pay for float32 weights,
-once, but not for making them float32 each time. Everywhere else the plain call is the fast one.
+faster as it is. Everywhere else the plain call is the fast one.
 """
 
 import torch

@@ -14,8 +14,8 @@ both, for a text that is told with forgetting.
 Decode, prefill, re-reading a token that is already remembered and reading "as of" an old position
 are all one function: the visibility rule of ``attention.py`` makes them so. Positions and length
 are plain input tensors. T and the bucket are the only static numbers, and there is one captured
-graph for each pair of them. In a captured graph on a CPU the layers are one operator
-(``read_cpu.py``), elsewhere the functions of ``llama.py``.
+graph for each pair of them. Of not too many tokens the layers are one operator on a CPU
+(``read_cpu.py``), and on request on a GPU (``read_cuda.py``); else the functions of ``llama.py``.
 """
 
 from collections.abc import Callable

@@ -24,8 +24,12 @@ for tests. Nothing else of this package imports this module before it is asked f
 """
 
 import functools
+import itertools
 import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +52,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _NAMESPACE = "positronic_brain"
 
+STAGES = 2
+"""Blocks of keys and values that are on their way at a time: more would not fit into the shared
+memory of smaller GPUs, in float32."""
 _TILE = 8192
 """Numbers of a weight that a program multiplies at a time, times tokens: what registers hold."""
 _MOST_SPLITS = 128
@@ -86,9 +93,9 @@ class Cut:
         return max(1, -(-self.bucket // (self.slots * self.blocks)))
 
 
-def cut_of(config: LlamaConfig, dtype: torch.dtype, bucket: int) -> Cut:
+def cut_of(dtype: torch.dtype, bucket: int) -> Cut:
     """The cut of a model's reads. A block of keys and one of values fit into registers."""
-    return Cut(bucket, 64 if _padded(config) * dtype.itemsize <= 256 else 32)
+    return Cut(bucket, 128 // dtype.itemsize)
 
 
 def _padded(config: LlamaConfig) -> int:
@@ -118,7 +125,7 @@ def allocate_scratch(
 ) -> Scratch:
     """Scratch for reads of at most ``tokens`` tokens in a memory of ``capacity`` slots."""
     rows = tokens * config.num_heads
-    cut = cut_of(config, dtype, capacity)
+    cut = cut_of(dtype, capacity)
     splits = cut.splits if cut.blocks == 1 else _MOST_SPLITS  # of some smaller bucket
     # The last split of some bucket may be cut short: one block more for each.
     crests = -(-capacity // cut.slots) + _MOST_SPLITS
@@ -173,7 +180,7 @@ def launches(
         per_query: Whether ``mass`` has a row for every token.
     """
     c, tokens, bucket = config, given.hidden.shape[0], given.seen.shape[1]
-    cut, heads, kv = cut_of(c, weights.dtype, bucket), c.num_heads, c.num_kv_heads
+    cut, heads, kv = cut_of(weights.dtype, bucket), c.num_heads, c.num_kv_heads
     int8 = isinstance(weights.qkv, Int8)
     common = {"T": tokens, "TP": power_of_two(tokens)}
     attention = {"T": tokens, "HEADS": heads, "KV": kv, "D": c.head_dim}
@@ -320,7 +327,9 @@ def start(launch: Launch, *, overlaps: bool) -> None:
     """Starts a kernel; with ``overlaps`` it may begin before the one that was started before it has
     ended.
     """
-    options: dict[str, Any] = {} if INTERPRETED else {"num_warps": launch.num_warps}
+    options: dict[str, Any] = {}
+    if not INTERPRETED:
+        options = {"num_warps": launch.num_warps, "num_stages": STAGES}
     if overlaps:
         options["launch_pdl"] = True
     launch.kernel[launch.grid](*launch.arguments, **launch.constants, PDL=overlaps, **options)
@@ -340,9 +349,10 @@ class Given(NamedTuple):
     live: Tensor  # [T] float32
 
 
-_bound: list[Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = []
+_bound: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 """What runs the reads of each memory, by its number. The operator is told the number: scratch is no
 argument of it, or the compiler would take it for a result."""
+_BINDING = threading.Lock()  # two threads may open models at once
 
 
 def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -> Decode:
@@ -372,14 +382,17 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
             results,
             per_query=per_query,
         )
-        for number, launch in enumerate(every):
-            # An ordinary start first: what was written before the read must be there.
-            start(launch, overlaps=overlaps and number > 0)
+        # Triton starts kernels on the current device, whatever they are given.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for count, launch in enumerate(every):
+                # An ordinary start first: what was written before the read must be there.
+                start(launch, overlaps=overlaps and count > 0)
         return results.logits, results.new_keys, results.new_values, results.mass
 
-    number = len(_bound)
-    _bound.append(run)
-    call = _registered()
+    with _BINDING:
+        number = next(n for n in itertools.count() if n not in _bound)
+        _bound[number] = run
+        call = _registered()
 
     def decode(
         of_config: LlamaConfig,
@@ -401,6 +414,8 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
             return decoded
         return decoded._replace(logits=surprises(decoded.logits, targets))
 
+    # Weights, memory and scratch go when nobody can read them any more.
+    weakref.finalize(decode, _bound.pop, number, None)
     return decode
 
 

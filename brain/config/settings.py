@@ -184,8 +184,9 @@ def device_of(name: str) -> torch.device:
 def _require_kernels(device: torch.device) -> None:
     """Refuses kernels where they cannot run."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests
-    if device.type != "cuda" and not interpreted:
-        raise Refused(f"engine.kernels=true needs a GPU, not {device}: leave it out")
+    if (device.type == "cuda") == interpreted:
+        wanted = "device=cpu where TRITON_INTERPRET=1 is set" if interpreted else "a GPU"
+        raise Refused(f"engine.kernels=true needs {wanted}, not {device}: leave it out")
     if importlib.util.find_spec("triton") is None:
         raise Refused(
             "engine.kernels=true needs Triton, which PyTorch for CUDA brings along: install it "

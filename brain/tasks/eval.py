@@ -6,6 +6,7 @@ measured is kept there part by part, so that the same command goes on with the r
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from brain.config.compose import compose_conf
 from brain.config.settings import engine_name, settings_of
 from brain.errors import Refused
 from brain.machine.environment import environment
-from brain.measure.evaluation.contestants import contestants
+from brain.measure.evaluation.contestants import Contestant, contestants
 from brain.measure.evaluation.measures import (
     Subject,
     measure_endurance,
@@ -52,7 +53,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     text = None if request.text is None else read_text(Path(request.text))
     if text is None and set(request.measures) != {ENDURANCE}:
         raise Refused("task.text is missing: give a UTF-8 file or a folder of them to measure on")
-    _say_what_is_not_used(conf, request)
+    _say_what_is_not_used(conf, request, policies)
     note(f"loading {conf.model.name} …")
     conf = resolved(conf).conf
     settings = settings_of(conf)
@@ -88,14 +89,14 @@ def run(conf: Conf, run_dir: Path) -> None:
     note(f"results and pictures in {run_dir}")
 
 
-def _say_what_is_not_used(conf: Conf, request: Request) -> None:
+def _say_what_is_not_used(conf: Conf, request: Request, policies: Sequence[Contestant]) -> None:
     usual = compose_conf([]).capacity
     if ENDURANCE not in request.measures and conf.capacity != usual:
         note(
             f"capacity={conf.capacity} is not used: task.budgets={list(request.budgets)} says how "
             "many rows a memory has"
         )
-    if request.against not in request.sizes.policies:
+    if request.against not in [policy.label for policy in policies]:
         note(f"{request.against} is not among task.policies: nothing is compared with it")
 
 
@@ -127,16 +128,15 @@ def _plain(request: Request) -> dict[str, Any]:
 
 
 def _about(conf: Conf, request: Request, checkpoint: Checkpoint, text: str) -> dict[str, Any]:
-    """What every part depends on. Policies and measures may be added later."""
+    """What every part depends on, beside its policy. Policies and measures may be added later."""
     report = _report(conf, request, checkpoint)
     free = ("measures", "policies", "full", "against", "bucket", "text", "name", "quick")
-    task = {f"task.{name}": value for name, value in report.pop("task").items() if name not in free}
-    depends = ("model_sha256", "engine", "dtype", "weights", "seed", "positions")
-    repairs = {"cull": report["cull"], "repair": report["repair"]}
+    task = {f"task.{name}": value for name, value in report["task"].items() if name not in free}
+    depends = ("model_sha256", "device", "engine", "dtype", "weights", "seed", "positions")
     return {
         **{name: report[name] for name in depends},
+        "vocabulary_sha256": checkpoint.vocabulary_sha256,
         "cull.chunk": conf.cull.chunk,
         "text": hashlib.sha256(text.encode()).hexdigest(),
         **task,
-        **(repairs if REPAIR in request.measures else {}),
     }

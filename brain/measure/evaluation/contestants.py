@@ -75,10 +75,16 @@ def contestants(
     """
     if len(set(labels)) != len(labels):
         raise Refused("task.policies names a policy twice")
+    for label in labels:
+        changed = [setting.partition("=")[0] for setting in label.partition(":")[2].split(",")]
+        if "target" in changed:
+            raise Refused(f"{label}: task.budgets says how many rows a policy keeps")
     found = [Contestant(label) for label in labels]
     if full and FULL not in labels:
         found.insert(0, Contestant(FULL))
     for contestant in found:
         for budget in budgets:
-            settings_of(plainest(contestant.conf(conf, budget, budget)))
+            asked = settings_of(plainest(contestant.conf(conf, budget, budget)))
+            if contestant.label != FULL and not asked.culling.target:
+                raise Refused(f"{contestant.label} forgets nothing: here that is called {FULL}")
     return found

@@ -1,6 +1,7 @@
 """The four measures: each prints a table, draws a picture and writes down what it has so far."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,6 @@ class Subject:
         """Every policy at every budget."""
         return [(policy, budget) for budget in self.request.budgets for policy in self.policies]
 
-    def key(self, measure: str, policy: Contestant, budget: int, stream: int) -> Key:
-        """Of the part that a policy makes of a text."""
-        source = settings_of(policy.conf(self.conf, budget, budget)).policy_sha256
-        return (measure, policy.label, *([source] if source else []), budget, stream)
-
     def streams(
         self,
         measure: str,
@@ -113,20 +109,28 @@ class Subject:
             parse: From JSON to what is wanted.
         """
         count = self.request.sizes.streams
-        total = sum(count * lengths[budget] for _, budget in self.entries())
+        total = sum(count * (lengths[budget] - 1) for _, budget in self.entries())
         with progress_bar(measure, total, "token") as bar:
             for policy, budget in self.entries():
                 bar.set_postfix_str(f"{policy.label} {budget}")
                 brain: Brain | None = None
-                keys = [self.key(measure, policy, budget, stream) for stream in range(count)]
+                meant = digest_of(policy.conf(self.conf, budget, budget))
+                keys = [(measure, policy.label, meant, budget, stream) for stream in range(count)]
                 for stream, key in enumerate(keys):
                     if key in self.parts:
-                        bar.total -= lengths[budget]  # or the time that is left would be wrong
+                        bar.total -= lengths[budget] - 1  # or the time left would be wrong
                         continue
                     if brain is None:
                         brain = policy.open(self.checkpoint, self.conf, budget, lengths[budget])
                     self.parts.keep(key, one(brain, budget, stream, bar.update))
                 yield policy, budget, [self.parts.read(key, parse) for key in keys]
+
+
+def digest_of(conf: Conf) -> str:
+    """Of all that says how it forgets and repairs, the source of a policy included."""
+    plain = {"cull": dataclasses.asdict(conf.cull), "repair": dataclasses.asdict(conf.repair)}
+    source = settings_of(conf).policy_sha256
+    return hashlib.sha256(json.dumps([plain, source]).encode()).hexdigest()[:16]
 
 
 def plant(checkpoint: Checkpoint, request: Request, seed: int) -> Planting:
@@ -225,6 +229,7 @@ def measure_repair(subject: Subject) -> list[dict[str, Any]]:
     """Nats per token after repairing a pair, against dropping. Returns the rows of the table."""
     rows = []
     request, count = subject.request, subject.request.sizes.pairs
+    meant = digest_of(subject.conf)
     print(f"\nrepair: nats per token over the next {request.horizon}, repairing against dropping")
     print(f"{'rows':>5} {'pairs':>6} {'repaired':>9} {'difference':>20} {'better in':>10}")
     with progress_bar("repair", count * len(request.budgets), "pair") as bar:
@@ -233,7 +238,7 @@ def measure_repair(subject: Subject) -> list[dict[str, Any]]:
             length = budget + request.horizon
             texts = excerpts(subject.ids, count, length, subject.text).tolist()
             brains: list[Brain] = []
-            keys: list[Key] = [(REPAIR, budget, number) for number in range(count)]
+            keys: list[Key] = [(REPAIR, meant, budget, number) for number in range(count)]
             for key, text in zip(keys, texts, strict=True):
                 if key not in subject.parts:
                     brains = brains or _two_brains(subject, budget)
@@ -255,7 +260,7 @@ def measure_repair(subject: Subject) -> list[dict[str, Any]]:
 def _two_brains(subject: Subject, budget: int) -> list[Brain]:
     """Two brains that forget and repair as ``cull`` and ``repair`` say."""
     conf = subject.conf
-    cull = dataclasses.replace(conf.cull, target=budget)
+    cull = dataclasses.replace(conf.cull, target=budget, chunk=1)  # lived through tick by tick
     settings = settings_of(dataclasses.replace(conf, cull=cull, capacity=budget + MOST_CULLED))
     return [Brain(subject.checkpoint, settings) for _ in range(2)]
 

@@ -23,7 +23,7 @@ class Parts:
 
     Args:
         folder: of the run.
-        about: what every part depends on; JSON can hold it.
+        about: what every part depends on; JSON can hold it. It is written with the first part.
     Raises:
         Refused: the folder holds parts of another evaluation, or a damaged file.
     """
@@ -31,19 +31,21 @@ class Parts:
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self._path = path = folder / FILE
         require_own([path])
-        about = json.loads(json.dumps(about))  # as it will be found again
-        records, size = read_journal(path) if path.exists() else ([], 0)
+        self._about = json.loads(json.dumps(about))  # as it will be found again
+        self._journal: Journal | None = None
         self._known: dict[Key, Any] = {}
+        self._begun = False
+        if not path.exists():
+            return
+        records, size = read_journal(path)
         if records:
-            _require_same(records[0], about, folder)
-            os.truncate(path, size)  # what a crash tore
+            _require_same(records[0], self._about, folder)
+            self._begun = True
             try:
                 self._known = {tuple(key): found for key, found in records[1:]}
             except (TypeError, ValueError):
                 raise Refused(f"{path} is damaged: it holds something that is no part") from None
-        self._journal = Journal(path)
-        if not records:
-            self._journal.add(about)
+        os.truncate(path, size)  # what a crash tore
 
     def __len__(self) -> int:
         return len(self._known)
@@ -62,12 +64,18 @@ class Parts:
 
     def keep(self, key: Key, found: Any) -> None:
         """Adds a part, as JSON has it. Raises Unwritten, with nothing added, if that fails."""
+        if self._journal is None:
+            self._journal = Journal(self._path)
+        if not self._begun:
+            self._journal.add(self._about)
+            self._begun = True
         self._journal.add([list(key), found])
         self._known[key] = found
 
     def close(self) -> None:
         """Closes the file."""
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
 
 
 def _require_same(found: Any, about: dict[str, Any], folder: Path) -> None:

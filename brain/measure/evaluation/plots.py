@@ -61,6 +61,7 @@ def plot_fluency(rows: Sequence[dict[str, Any]], against: str, path: Path) -> No
             [p["difference" if compared else "nll"] for p in points],
             width,
             yerr=_errors(points) if compared else None,
+            ecolor="0.55",  # seen on a black bar, too
             capsize=2,
             label=_label(policy),
             color=_style(policy).get("color"),

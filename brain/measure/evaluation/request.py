@@ -1,6 +1,5 @@
 """What an evaluation is asked to measure, with every size chosen, and whether it makes sense."""
 
-import math
 from dataclasses import dataclass
 
 from brain.config.settings import FEWEST_ROWS_TO_CULL
@@ -133,14 +132,14 @@ def _check(request: Request) -> None:
         raise Refused(f"task.streams times task.budgets must be at most {MOST} rows")
     if budgets[0] < FEWEST_ROWS_TO_CULL:
         raise Refused(f"task.budgets must be {FEWEST_ROWS_TO_CULL} rows or more")
-    if not sizes.distances or not all(0 < d < math.inf for d in sizes.distances):
-        raise Refused("task.distances must be above 0, in budgets, like [0.5,1,2]")
+    if not sizes.distances or not all(0 < d <= MOST for d in sizes.distances):
+        raise Refused(f"task.distances must be above 0 to {MOST}, in budgets, like [0.5,1,2]")
     if round(min(sizes.distances) * budgets[0]) < 1:
         raise Refused(
             f"task.distances: {min(sizes.distances):g} of {budgets[0]} rows is not one token"
         )
-    if not 0 < sizes.spacing < math.inf:
-        raise Refused(f"task.spacing must be above 0, not {sizes.spacing}")
+    if not 0 < sizes.spacing <= MOST:
+        raise Refused(f"task.spacing must be above 0 to {MOST}, not {sizes.spacing}")
 
 
 def _check_beside(request: Request, conf: Conf) -> None:

@@ -388,6 +388,8 @@ def test_a_text_shorter_than_the_budget_is_refused() -> None:
         ("novelty:novelty.lifetime=0", "novelty.lifetime"),
         ("novelty:novelty.lifetime=nan", "novelty.lifetime"),
         ("novelty:shine=2", "shine"),
+        ("novelty:target=9", "task.budgets says"),
+        ("none", "forgets nothing: here that is called full"),
         ("sink_recent:recent=0", "recent"),
     ],
 )
@@ -419,6 +421,8 @@ def test_settings_of_a_policy_may_be_changed() -> None:
         (["task.budgets=[4]"], "task.budgets"),
         (["task.distances=[inf]"], "task.distances"),
         (["task.spacing=nan"], "task.spacing"),
+        (["task.spacing=1e307"], "task.spacing"),
+        (["task.distances=[1e307]"], "task.distances"),
         (["task.distances=[0]"], "task.distances"),
         (["task.kinds=[rumour]"], "rumour"),
         (["task.distances=[0.001]", "task.budgets=[64]"], "task.distances: 0.001 of 64 rows"),
@@ -484,6 +488,13 @@ def test_parts_are_kept_and_found_again(tmp_path: Path) -> None:
     again.keep(("repair", 64, 1), {"gain": 1.0})
     again.close()
     assert len(Parts(tmp_path, about)) == 3
+    with (tmp_path / "parts.jsonl").open("r+b") as file:
+        file.truncate(5)  # so soon that not even the first line was there
+    torn = Parts(tmp_path, about)
+    assert len(torn) == 0
+    torn.keep(("a",), 1)
+    torn.close()
+    assert len(Parts(tmp_path, about)) == 1
     for other in ({**about, "seed": 4}, {"seed": 3}, {**about, "new": 1}):
         with pytest.raises(Refused, match="holds an evaluation with another") as refused:
             Parts(tmp_path, other)
@@ -566,6 +577,16 @@ def test_policies_may_be_added_but_nothing_else_changed(
     second = json.loads((tmp_path / "out" / "eval.json").read_text())["fluency"]
     assert second[: len(first)] == first
     assert [row["policy"] for row in second] == ["full", "sink_recent", "novelty", "random"]
+    command[2] = "task.policies=[novelty]"
+    more = ["task.measures=[fluency,repair]", "task.pairs=48", "task.horizon=32"]
+    status, _, told = tiny_command_line(*command, *more)
+    assert status == 0, told
+    status, _, told = tiny_command_line(*command, "task.tokens=100000")
+    assert status == 2
+    status, _, told = tiny_command_line(*command, "task.tokens=100000", "hydra.run.dir=new")
+    assert status == 2
+    assert "give a longer text" in told
+    assert not (tmp_path / "new").exists()  # so that a smaller number may follow there
     status, _, told = tiny_command_line(*command, "task.tokens=32")
     assert status == 2
     assert "holds an evaluation with another task.tokens (64, not 32)" in told
@@ -582,6 +603,9 @@ def test_what_is_not_used_is_said(tiny_command_line: CommandLine, tmp_path: Path
     assert "capacity=77 is not used: task.budgets=[32]" in told
     assert "sink_recent is not among task.policies" in told
     assert "full: a memory that holds the whole text" in shown
+    status, _, told = tiny_command_line(*command, "task.against=full", "hydra.run.dir=out3")
+    assert status == 0, told
+    assert "is not among" not in told
     status, shown, told = tiny_command_line(
         *command, "task.against=novelty", "task.streams=1", "hydra.run.dir=out2"
     )
