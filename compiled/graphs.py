@@ -150,8 +150,8 @@ class Graphs:
         self._kernels = kernels
         draw = None if libraries is None else draw_cpu.operator(libraries.draw)
         # A kernel is compiled for every width and bucket: of those there are few, of texts many.
-        for_any_width = (lambda _: None) if kernels else self._decode_for
-        self.uncaptured = Uncaptured(config, weights, state, cursor, for_any_width)
+        of_texts = None if kernels else self.decode
+        self.uncaptured = Uncaptured(config, weights, state, cursor, of_texts, self._widest)
         self.ranges: Ranges = contextlib.nullcontext
         steps = tick_cpu.Steps(IN_TENSORS, patch)
         if libraries is not None and not spec.compiled:
@@ -201,11 +201,6 @@ class Graphs:
     def _decode_for(self, num_tokens: int) -> Decode | None:
         """The operator for a read of so many tokens, if any."""
         return self.decode if num_tokens <= self._widest else None
-
-    def _uncaptured_bucket(self, high_water: int, decode: Decode | None) -> int:
-        if decode is not None and self._kernels:
-            return self.buckets[bisect_left(self.buckets, high_water)]
-        return high_water if decode is None else max(1, high_water)
 
     def _tick_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         lookup = self.spec.lookup
@@ -280,8 +275,10 @@ class Graphs:
         """
         width, bound = len(tokens), (self.weights, self.state)
         if not self.compiled or width > self.widths[-1]:
-            decode = self._decode_for(width)
-            bucket = self._uncaptured_bucket(high_water, decode)
+            decode = self.decode if width <= self._widest else None
+            bucket = high_water if decode is None else max(1, high_water)
+            if self._kernels:  # each bucket is a program more
+                bucket = self.buckets[bisect_left(self.buckets, high_water)]
             given = (tokens, positions, length)
             return read(self.config, *bound, *given, bucket=bucket, decode=decode)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
@@ -335,7 +332,9 @@ class Graphs:
         width, bound = 1 + len(proposal.tokens), (self.weights, self.state, self.cursor, *proposal)
         if not self.compiled:
             decode = self._decode_for(width)
-            bucket = self._uncaptured_bucket(high_water, decode)
+            bucket = high_water
+            if self._kernels:
+                bucket = self.buckets[bisect_left(self.buckets, high_water)]
             return read_ahead(self.config, *bound, bucket=bucket, decode=decode)
         bucket = self.buckets[bisect_left(self.buckets, high_water)]
         graph = self.table["read ahead", width, bucket]
@@ -505,11 +504,15 @@ class Uncaptured:
         weights: Weights,
         state: State,
         cursor: Cursor,
-        decode_for: Callable[[int], Decode | None],
+        decode: Decode | None,
+        widest: int,
     ) -> None:
-        """``decode_for`` tells the operator for a read of so many tokens, if there is one."""
+        """``decode``: the operator, if any, for reads of at most ``widest`` tokens."""
         self._bound = (config, weights, state)
-        self._cursor, self._decode_for = cursor, decode_for
+        self._cursor, self._decode, self._widest = cursor, decode, widest
+
+    def _decode_for(self, num_tokens: int) -> Decode | None:
+        return self._decode if num_tokens <= self._widest else None
 
     def is_captured(self, num_tokens: int) -> bool:
         """Never."""
