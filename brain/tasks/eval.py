@@ -68,7 +68,7 @@ def run(conf: Conf, run_dir: Path) -> None:
         ids = checkpoint.tokenizer.encode(text, special=False)
         planting = plant(checkpoint, request, conf.seed)
         with sole_writer(run_dir):
-            parts = Parts(run_dir, _about(conf, request, checkpoint, text))
+            parts = Parts(run_dir, _about(report, checkpoint, text))
             subject = Subject(checkpoint, conf, request, policies, ids, planting, parts, run_dir)
             subject.check()
             try:
@@ -127,16 +127,15 @@ def _plain(request: Request) -> dict[str, Any]:
     return {**plain, **sizes, "kinds": [kind.name for kind in request.kinds]}
 
 
-def _about(conf: Conf, request: Request, checkpoint: Checkpoint, text: str) -> dict[str, Any]:
+def _about(report: dict[str, Any], checkpoint: Checkpoint, text: str) -> dict[str, Any]:
     """What every part depends on, beside its policy. Policies and measures may be added later."""
-    report = _report(conf, request, checkpoint)
     free = ("measures", "policies", "full", "against", "bucket", "text", "name", "quick")
     task = {f"task.{name}": value for name, value in report["task"].items() if name not in free}
     depends = ("model_sha256", "device", "engine", "dtype", "weights", "seed", "positions")
     return {
         **{name: report[name] for name in depends},
         "vocabulary_sha256": checkpoint.vocabulary_sha256,
-        "cull.chunk": conf.cull.chunk,
+        "cull.chunk": report["chunk"],
         "text": hashlib.sha256(text.encode()).hexdigest(),
         **task,
     }

@@ -34,13 +34,11 @@ class Parts:
         self._about = json.loads(json.dumps(about))  # as it will be found again
         self._journal: Journal | None = None
         self._known: dict[Key, Any] = {}
-        self._begun = False
         if not path.exists():
             return
         records, size = read_journal(path)
         if records:
             _require_same(records[0], self._about, folder)
-            self._begun = True
             try:
                 self._known = {tuple(key): found for key, found in records[1:]}
             except (TypeError, ValueError):
@@ -66,9 +64,8 @@ class Parts:
         """Adds a part, as JSON has it. Raises Unwritten, with nothing added, if that fails."""
         if self._journal is None:
             self._journal = Journal(self._path)
-        if not self._begun:
-            self._journal.add(self._about)
-            self._begun = True
+            if not self._path.stat().st_size:
+                self._journal.add(self._about)
         self._journal.add([list(key), found])
         self._known[key] = found
 

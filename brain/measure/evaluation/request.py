@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from brain.config.settings import FEWEST_ROWS_TO_CULL
 from brain.errors import Refused, unknown
 from brain.measure.evaluation.facts import KINDS, Kind
+from brain.measure.evaluation.retrieval import tokens_of
 from conf.schema import Conf, EvalTask
 
 FLUENCY, RETRIEVAL, REPAIR, ENDURANCE = "fluency", "retrieval", "repair", "endurance"
@@ -134,7 +135,7 @@ def _check(request: Request) -> None:
         raise Refused(f"task.budgets must be {FEWEST_ROWS_TO_CULL} rows or more")
     if not sizes.distances or not all(0 < d <= MOST for d in sizes.distances):
         raise Refused(f"task.distances must be above 0 to {MOST}, in budgets, like [0.5,1,2]")
-    if round(min(sizes.distances) * budgets[0]) < 1:
+    if tokens_of(min(sizes.distances), budgets[0]) < 1:
         raise Refused(
             f"task.distances: {min(sizes.distances):g} of {budgets[0]} rows is not one token"
         )
