@@ -349,9 +349,9 @@ class Given(NamedTuple):
     live: Tensor  # [T] float32
 
 
-_bound: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
-"""What runs the reads of each memory, by its number. The operator is told the number: scratch is no
-argument of it, or the compiler would take it for a result."""
+_bound: dict[int, Callable[[Sequence[Tensor], Decoded, bool], None]] = {}
+"""What runs the reads of each memory, by its number, and writes their results. The operator is told
+the number: scratch is no argument of it, or the compiler would take it for a result."""
 _BINDING = threading.Lock()  # two threads may open models at once
 
 
@@ -370,9 +370,8 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
     scratch = allocate_scratch(config, state.capacity, tokens, weights.dtype, device)
     overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
-    def run(inputs: Sequence[Tensor], per_query: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(inputs: Sequence[Tensor], results: Decoded, per_query: bool) -> None:
         given = Given(*map(Tensor.contiguous, inputs))
-        results = Decoded(*_allocated(config, weights.dtype, given, per_query))
         every = launches(
             config,
             weights,
@@ -387,7 +386,6 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
             for count, launch in enumerate(every):
                 # An ordinary start first: what was written before the read must be there.
                 start(launch, overlaps=overlaps and count > 0)
-        return results.logits, results.new_keys, results.new_values, results.mass
 
     with _BINDING:
         number = next(n for n in itertools.count() if n not in _bound)
@@ -407,9 +405,8 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
         targets: Tensor | None = None,
     ) -> Decoded:
         del of_config, of_weights, of_state  # those that it is bound to
-        shape = [config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size]
-        inputs = [hidden, cos, sin, *visible]
-        decoded = Decoded(*call(inputs, [weights.final_norm, state.keys], shape, number, per_query))
+        inputs, like = [hidden, cos, sin, *visible], [weights.final_norm, state.keys]
+        decoded = Decoded(*call(inputs, like, _shape(config), number, per_query))
         if targets is None:
             return decoded
         return decoded._replace(logits=surprises(decoded.logits, targets))
@@ -419,21 +416,22 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
     return decode
 
 
+def _shape(config: LlamaConfig) -> list[int]:
+    """What the size of results follows from, beside what is read."""
+    return [config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size]
+
+
 def _allocated(
-    config: LlamaConfig, dtype: torch.dtype, given: Given, per_query: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size)
-    return _results(given.hidden, given.seen, shape, dtype, per_query)
-
-
-def _results(
-    hidden: Tensor,
-    seen: Tensor,
+    inputs: Sequence[Tensor],
+    like: Sequence[Tensor],
     shape: Sequence[int],
-    dtype: torch.dtype,
+    number: int,
     per_query: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for the results: every number of it is going to be written."""
+    """Room for the results, of what the operator is given: every number of it is going to be
+    written.
+    """
+    hidden, seen, dtype = inputs[0], inputs[3], like[0].dtype
     layers, kv_heads, head_dim, vocab = shape
     tokens, bucket = seen.shape
     rows = (layers, kv_heads, tokens, head_dim)
@@ -446,38 +444,30 @@ def _results(
     )
 
 
+def _run(
+    inputs: Sequence[Tensor],
+    like: Sequence[Tensor],
+    shape: Sequence[int],
+    number: int,
+    per_query: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    results = _allocated(inputs, like, shape, number, per_query)
+    _bound[number](inputs, Decoded(*results), per_query)
+    return results
+
+
 @functools.cache
 def _registered() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The operator as PyTorch knows it. Beside what is read it is given two tensors that say in
     which number format, and which memory must not be moved.
     """
     name = f"{_NAMESPACE}::read_cuda"
-
-    def run(
-        inputs: Sequence[Tensor],
-        like: Sequence[Tensor],
-        shape: Sequence[int],
-        number: int,
-        per: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        del like, shape
-        return _bound[number](inputs, per)
-
-    def allocated(
-        inputs: Sequence[Tensor],
-        like: Sequence[Tensor],
-        shape: Sequence[int],
-        number: int,
-        per: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _results(inputs[0], inputs[3], shape, like[0].dtype, per)
-
     torch.library.define(
         name,
         "(Tensor[] inputs, Tensor[] like, int[] shape, int number, bool per_query) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
     )
-    torch.library.register_fake(name, allocated)
-    torch.library.impl(name, "cpu" if INTERPRETED else "cuda", run)
+    torch.library.register_fake(name, _allocated)
+    torch.library.impl(name, "cpu" if INTERPRETED else "cuda", _run)
     found: Callable[..., Any] = getattr(torch.ops, _NAMESPACE).read_cuda.default
     return found

@@ -1,8 +1,9 @@
 """Triton kernels that take a few tokens through a layer. ``read_cuda.py`` starts them, in order.
 
-They know pointers and sizes, all of which but the number of slots are constants. ``T`` is the
-number of tokens, ``TP`` the power of two that it is padded to. Activations and sums are float32;
-queries, keys, values and the weights of attention have the model's dtype.
+They know pointers and sizes. All of these but the number of slots are constants; so is how the
+slots are cut, which follows from it. ``T`` is the number of tokens, ``TP`` the power of two that it
+is padded to. Activations and sums are float32; queries, keys, values and the weights of attention
+have the model's dtype.
 
 ``PDL``: a kernel may start while the one before it still runs (programmatic dependent launch, from
 compute capability 9.0 on). What nobody writes during a read, weights and cache, may be loaded
@@ -291,7 +292,7 @@ def add_out(
     scale,
     before,  # [T, H] float32
     hidden,  # [T, H] float32
-    weights,  # of the slots; see ``_attend``
+    weights,  # of the slots; see ``attend``
     crests,
     summary,
     own,

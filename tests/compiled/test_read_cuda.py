@@ -392,7 +392,8 @@ def described(
         live=torch.empty(tokens, device=meta),
     )
     scratch = allocate_scratch(one, slots, tokens, dtype, meta)
-    results = Decoded(*read_cuda._allocated(one, dtype, given_, tokens > 1))
+    like, sizes = [weights.final_norm], read_cuda._shape(one)
+    results = Decoded(*read_cuda._allocated(given_, like, sizes, 0, tokens > 1))
     return launches(
         one, weights, (state.keys, state.values), scratch, given_, results, per_query=tokens > 1
     )
