@@ -1,6 +1,6 @@
 """The loop: one tick after another over one memory.
 
-    prepare → 1 read → 1 sample, 2 score, 3 decide → 4 patch
+    prepare → 1 read and sample, 2 score, 3 decide → 4 patch
 
 No number crosses between host and device on the way: what is read next lies in the cursor, and the
 host's account follows from what each patch does. This module knows the memory and what is
@@ -25,8 +25,8 @@ from compiled.lookup import Proposal
 from compiled.score import cull_count
 from compiled.state import NOWHERE
 
-TICK, READ, CHOOSE, PATCH = "tick", "1 read", "1 sample, 2 score, 3 decide", "4 patch"
-"""The ranges that a profiler shows: one for every tick, in it one for each step."""
+TICK, STEP, PATCH = "tick", "1 read and sample, 2 score, 3 decide", "4 patch"
+"""The ranges that a profiler shows: one for every tick, in it what only looks, and what writes."""
 
 
 class Loop:
@@ -73,11 +73,8 @@ class Loop:
             culled = cull_count(before.count, self._culling)
             after = before.after_ticks(1, before.count - culled + int(before.uncommitted))
             graphs.begin_step()
-            with graphs.ranges(READ):
-                token, position = memory.cursor.token, memory.cursor.position
-                reading = graphs.read(token, position, memory.one, high_water=before.high_water)
-            with graphs.ranges(CHOOSE):
-                choice = graphs.choose(reading, forced)
+            with graphs.ranges(STEP):
+                reading, choice = graphs.step(forced, high_water=before.high_water)
             plan = choice.plan(reading)
             tick = Tick(
                 before,
@@ -112,10 +109,9 @@ class Loop:
             self.stay_in_range(1)
             before = memory.account
             graphs.begin_step()
-            with graphs.ranges(READ):
-                reading = graphs.read_ahead(proposal, high_water=before.high_water)
-            with graphs.ranges(CHOOSE):
-                accepted = graphs.choose_ahead(proposal, reading, forced)
+            with graphs.ranges(STEP):
+                high_water = before.high_water
+                reading, accepted = graphs.step_ahead(proposal, forced, high_water=high_water)
             plan = accepted.plan(reading)
             copies = host_copies(
                 accepted.tokens, accepted.surprise, accepted.number, accepted.not_finite

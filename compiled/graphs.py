@@ -1,11 +1,12 @@
 """Which graphs exist, and proof that there are no others.
 
-A brain needs a fixed set of graphs, and ``Graphs.table`` lists it in the order of warm-up: the read
-for every bucket, the choice and the patch of a tick; where it looks up what may come next, the
-search, and the read, the choice and the patch of several tokens; for every width above 1 the read,
-the surprise and the patch of an edit; and, where it may renumber positions, re-basing. Compiled,
-each of them is captured once (``capture.py``): a graph break or a second compilation of any is an
-error, not a slow path. Eager, the same functions are called at exactly the width asked for.
+A tick is two graphs: its step, which reads and chooses, and its patch. A brain needs a fixed set of
+them, and ``Graphs.table`` lists it in the order of warm-up: the step for every bucket and the patch
+of a tick; where it looks up what may come next, the search, and the step and the patch of several
+tokens; the read alone for every width and bucket; for every width above 1 the surprise and the
+patch of an edit; and, where it may renumber positions, re-basing. Compiled, each of them is
+captured once (``capture.py``): a graph break or a second compilation of any is an error, not a slow
+path. Eager, the same functions are called at exactly the width asked for.
 
 Some work is never captured, because capturing would take a thousand times as long as the call or
 would not make it faster: reads wider than any width of the set, a prompt's chunks among them, and
@@ -52,12 +53,13 @@ from compiled.state import Cursor, State
 CUDA_GRAPH_WARMUP_RUNS = 3
 """A CUDA graph runs once to warm up, once to record, and only then is replayed."""
 
-WARM_UP = "warm-up"
+WARM_UP, READ, CHOOSE = "warm-up", "1 read", "1 sample, 2 score, 3 decide"
+"""The ranges that a profiler shows: around the capture of graphs, and within a step that is not
+captured."""
 
 Key = tuple[str, int, int]
 """A graph of the table: its kind, how many tokens it takes, and its bucket; 0 where it has none."""
 
-CHOOSE: Key = ("choose", 1, 0)
 PROPOSE: Key = ("propose", 0, 0)
 REBASE: Key = ("rebase", 0, 0)
 
@@ -153,6 +155,7 @@ class Graphs:
         of_texts = None if kernels else self.decode
         self.uncaptured = Uncaptured(config, weights, state, cursor, of_texts, self._widest)
         self.ranges: Ranges = contextlib.nullcontext
+        self._one = torch.ones((), dtype=torch.int64, device=self.device)
         steps = tick_cpu.Steps(IN_TENSORS, patch)
         if libraries is not None and not spec.compiled:
             steps = tick_cpu.steps(libraries.tick)
@@ -202,12 +205,24 @@ class Graphs:
         """The operator for a read of so many tokens, if any."""
         return self.decode if num_tokens <= self._widest else None
 
+    def _bucket(self, high_water: int) -> int:
+        """The smallest one that holds every row below ``high_water``."""
+        return self.buckets[bisect_left(self.buckets, high_water)]
+
+    def _direct(self, num_tokens: int, high_water: int) -> dict[str, Any]:
+        """Bucket and operator of a read that is not captured."""
+        decode, bucket = self._decode_for(num_tokens), high_water
+        if self._kernels:  # each bucket is a program more
+            bucket = self._bucket(high_water)
+        elif decode is not None:
+            bucket = max(1, high_water)
+        return {"bucket": bucket, "decode": decode}
+
     def _tick_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
         lookup = self.spec.lookup
         for bucket in self.buckets:
-            bound = partial(read, self.config, bucket=bucket, decode=self._decode_for(1))
-            yield ("read", 1, bucket), bound
-            yield CHOOSE, self._choose
+            reads = partial(read, self.config, bucket=bucket, decode=self._decode_for(1))
+            yield ("step", 1, bucket), partial(_step, reads, self._choose)
             yield ("patch tick", 1, 0), patch
             if lookup is not None:
                 yield PROPOSE, self._propose
@@ -217,17 +232,17 @@ class Graphs:
         for bucket in self.buckets:
             decode = self._decode_for(width)
             ahead = partial(read_ahead, self.config, bucket=bucket, decode=decode)
-            yield ("read ahead", width, bucket), ahead
-            yield ("choose", width, 0), self._choose_ahead
+            yield ("step", width, bucket), partial(_step_ahead, ahead, self._choose_ahead)
             yield ("patch tick", width, 0), patch
 
     def _edit_functions(self) -> Iterator[tuple[Key, Callable[..., Any]]]:
-        for width in self.edit_widths:
+        for width in self.widths:
             for bucket in self.buckets:
-                bound = partial(read, self.config, bucket=bucket, decode=self._decode_for(width))
-                yield ("read", width, bucket), bound
-                yield ("surprise", width, 0), surprises
-                yield ("patch edit", width, 0), patch
+                reads = partial(read, self.config, bucket=bucket, decode=self._decode_for(width))
+                yield ("read", width, bucket), reads
+                if width in self.edit_widths:
+                    yield ("surprise", width, 0), surprises
+                    yield ("patch edit", width, 0), patch
 
     @property
     def captured(self) -> dict[str, Graph]:
@@ -274,32 +289,39 @@ class Graphs:
             high_water: One more than the highest slot that may hold a row.
         """
         width, bound = len(tokens), (self.weights, self.state)
-        if not self.compiled or width > self.widths[-1]:
-            decode = self.decode if width <= self._widest else None
-            bucket = high_water if decode is None else max(1, high_water)
-            if self._kernels:  # each bucket is a program more
-                bucket = self.buckets[bisect_left(self.buckets, high_water)]
-            given = (tokens, positions, length)
-            return read(self.config, *bound, *given, bucket=bucket, decode=decode)
-        bucket = self.buckets[bisect_left(self.buckets, high_water)]
-        graph = self.table["read", width, bucket]
+        if not self.is_captured(width):
+            direct = self._direct(width, high_water)
+            return read(self.config, *bound, tokens, positions, length, **direct)
+        graph = self.table["read", width, self._bucket(high_water)]
         if not graph.compilations:
-            # In a graph whose first call is a tick's, the cursor would be where tokens always are:
-            # on CUDA, those of any other place would have it recorded again.
+            # Tokens that always were where the cursor is would be expected there: those of any
+            # other place would have the graph recorded again on CUDA.
             tokens, positions, length = tokens + 0, positions + 0, length + 0
         with self.ranges(graph.name):
             reading: Reading = graph(*bound, tokens, positions, length)
         return reading
 
-    def choose(self, reading: Reading, forced: Forced) -> Choice:
-        """Chooses what follows a read of the cursor's token; ``forced`` [1]."""
-        bound = (self.state, self.cursor, reading, self.sampling, forced)
+    def step(self, forced: Forced, *, high_water: int) -> tuple[Reading, Choice]:
+        """Reads the cursor's token, and chooses what follows.
+
+        Args:
+            forced: [1] each.
+            high_water: One more than the highest slot that may hold a row.
+        """
+        state, cursor, sampling = self.state, self.cursor, self.sampling
         if not self.compiled:
-            return self._choose(*bound)
-        graph = self.table[CHOOSE]
+            with self.ranges(READ):
+                asked = (cursor.token, cursor.position, self._one)
+                direct = self._direct(1, high_water)
+                reading = read(self.config, self.weights, state, *asked, **direct)
+            with self.ranges(CHOOSE):
+                return reading, self._choose(state, cursor, reading, sampling, forced)
+        graph = self.table["step", 1, self._bucket(high_water)]
         with self.ranges(graph.name):
-            choice: Choice = graph(*bound)
-        return choice
+            made: tuple[Reading, Choice] = graph(
+                self.weights, state, cursor, self._one, sampling, forced
+            )
+        return made
 
     def patch(self, plan: Plan | EditPlan) -> None:
         """Carries out a tick's plan, or an edit's, padded to a captured width."""
@@ -327,30 +349,28 @@ class Graphs:
             return proposal  # what a graph returns there is new every time
         return Proposal(*(tensor.clone() for tensor in proposal))
 
-    def read_ahead(self, proposal: Proposal, *, high_water: int) -> AheadReading:
-        """Reads the cursor's token and those proposed behind it, over a bucket as ``read`` does."""
-        width, bound = 1 + len(proposal.tokens), (self.weights, self.state, self.cursor, *proposal)
+    def step_ahead(
+        self, proposal: Proposal, forced: Forced, *, high_water: int
+    ) -> tuple[AheadReading, Accepted]:
+        """Reads the cursor's token and those proposed behind it, and chooses after each: as many
+        ticks as come true. ``forced`` [T] each.
+        """
+        state, cursor, sampling = self.state, self.cursor, self.sampling
+        width = 1 + len(proposal.tokens)
         if not self.compiled:
-            decode = self._decode_for(width)
-            bucket = high_water
-            if self._kernels:
-                bucket = self.buckets[bisect_left(self.buckets, high_water)]
-            return read_ahead(self.config, *bound, bucket=bucket, decode=decode)
-        bucket = self.buckets[bisect_left(self.buckets, high_water)]
-        graph = self.table["read ahead", width, bucket]
+            with self.ranges(READ):
+                asked = (self.weights, state, cursor, *proposal)
+                direct = self._direct(width, high_water)
+                reading = read_ahead(self.config, *asked, **direct)
+            with self.ranges(CHOOSE):
+                given = (state, cursor, proposal, reading, sampling, forced)
+                return reading, self._choose_ahead(*given)
+        graph = self.table["step", width, self._bucket(high_water)]
         with self.ranges(graph.name):
-            reading: AheadReading = graph(*bound)
-        return reading
-
-    def choose_ahead(self, proposal: Proposal, reading: AheadReading, forced: Forced) -> Accepted:
-        """Chooses after it: as many ticks as come true."""
-        bound = (self.state, self.cursor, proposal, reading, self.sampling, forced)
-        if not self.compiled:
-            return self._choose_ahead(*bound)
-        graph = self.table["choose", 1 + len(proposal.tokens), 0]
-        with self.ranges(graph.name):
-            accepted: Accepted = graph(*bound)
-        return accepted
+            made: tuple[AheadReading, Accepted] = graph(
+                self.weights, state, cursor, proposal, sampling, forced
+            )
+        return made
 
     def scored_prefill(
         self,
@@ -436,12 +456,12 @@ class Graphs:
             for _ in runs:
                 self.begin_step()
                 self.propose()
-        for width in self.edit_widths if edits else ():
+        for width in self.widths if edits else ():
             for bucket in self.buckets:
                 for _ in runs:
                     yield from self._rehearse_edit(width, bucket)
-            for _ in runs:  # an edit that only forgets reads nothing first
-                self.begin_step()
+            for _ in runs if width in self.edit_widths else ():
+                self.begin_step()  # an edit that only forgets reads nothing first
                 self.patch(self.empty_edit(width))
         for _ in runs if REBASE in self.table else ():
             yield self.table[REBASE]
@@ -449,12 +469,10 @@ class Graphs:
             self.rebase(wanted=False)
 
     def _rehearse_tick(self, bucket: int) -> Iterator[Graph]:
-        yield self.table["read", 1, bucket]
+        yield self.table["step", 1, bucket]
         self.begin_step()
         zero = self._zeros(1)
-        reading = self.read(zero, zero.add(0), self._zeros(), high_water=bucket)
-        yield self.table[CHOOSE]
-        choice = self.choose(reading, Forced(zero, zero.to(torch.uint8)))
+        reading, choice = self.step(Forced(zero, zero.to(torch.uint8)), high_water=bucket)
         yield self.table["patch tick", 1, 0]
         self._rehearse_patch(choice.plan(reading))
         if self.spec.lookup is not None:
@@ -464,11 +482,10 @@ class Graphs:
     def _rehearse_ahead(self, width: int, bucket: int) -> Iterator[Graph]:
         proposal = Proposal(self._zeros(width - 1), self._zeros())
         zeros = self._zeros(width)
-        yield self.table["read ahead", width, bucket]
+        yield self.table["step", width, bucket]
         self.begin_step()
-        reading = self.read_ahead(proposal, high_water=bucket)
-        yield self.table["choose", width, 0]
-        accepted = self.choose_ahead(proposal, reading, Forced(zeros, zeros.to(torch.uint8)))
+        forced = Forced(zeros, zeros.to(torch.uint8))
+        reading, accepted = self.step_ahead(proposal, forced, high_water=bucket)
         yield self.table["patch tick", width, 0]
         self._rehearse_patch(accepted.plan(reading))
         self.propose()
@@ -482,6 +499,8 @@ class Graphs:
         self.begin_step()
         zeros = self._zeros(width)
         reading = self.read(zeros, zeros.add(0), self._zeros(), high_water=bucket)
+        if width not in self.edit_widths:
+            return
         yield self.table["surprise", width, 0]
         # Held until the patch is done, as an edit holds it: a CUDA graph remembers what was gone.
         nats = self.surprises(reading.logits, zeros)
@@ -550,10 +569,40 @@ class Uncaptured:
         patch(self._bound[2], self._cursor, plan)
 
 
+def _step(
+    read: Callable[..., Reading],
+    choose: Callable[..., Choice],
+    weights: Weights,
+    state: State,
+    cursor: Cursor,
+    one: Tensor,
+    sampling: Sampling,
+    forced: Forced,
+) -> tuple[Reading, Choice]:
+    """A read of the cursor's token and the choice after it, as one function to be captured."""
+    reading = read(weights, state, cursor.token, cursor.position, one)
+    return reading, choose(state, cursor, reading, sampling, forced)
+
+
+def _step_ahead(
+    read_ahead: Callable[..., AheadReading],
+    choose_ahead: Callable[..., Accepted],
+    weights: Weights,
+    state: State,
+    cursor: Cursor,
+    proposal: Proposal,
+    sampling: Sampling,
+    forced: Forced,
+) -> tuple[AheadReading, Accepted]:
+    """The same of several tokens."""
+    reading = read_ahead(weights, state, cursor, *proposal)
+    return reading, choose_ahead(state, cursor, proposal, reading, sampling, forced)
+
+
 def _name(key: Key) -> str:
     """A graph's name, as reports and profilers show it."""
     kind, width, bucket = key
-    if key in (CHOOSE, PROPOSE, REBASE):
+    if key in (PROPOSE, REBASE):
         return kind
     if kind.startswith("patch"):
         return f"{kind} W={width}"

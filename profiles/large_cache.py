@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.measure.bench.memory_reader import read_memory
 from compiled.attention import attend, visibility
-from compiled.choose import Forced
+from compiled.capture import Graph
+from compiled.choose import Choice, Forced, choose
 from compiled.graphs import Graphs
 from compiled.llama import LlamaConfig, Weights
 from compiled.philox import key_of
@@ -78,6 +80,9 @@ class Subject:
         weights = Weights(*(nothing for _ in Weights._fields))
         spec = dataclasses.replace(settings.graphs, compiled=True)
         self.graphs = Graphs(spec, config, weights, self.state, cursor, sampling)
+        chosen = partial(choose, method=spec.method, eviction=spec.eviction)
+        self.choose = Graph("choose", chosen, device)
+        self.sampling = sampling
         rows = (layers, config.num_kv_heads, 1, config.head_dim)
         mass = torch.rand(slots, device=device) / slots
         new = torch.randn(rows, dtype=torch.bfloat16, device=device)
@@ -91,7 +96,9 @@ class Subject:
     def decide(self) -> Plan:
         """Steps 2 and 3."""
         self.graphs.begin_step()
-        return self.graphs.choose(self.reading, self.forced).plan(self.reading)
+        bound = (self.state, self.graphs.cursor, self.reading, self.sampling, self.forced)
+        choice: Choice = self.choose(*bound)
+        return choice.plan(self.reading)
 
     def patch(self) -> None:
         """Step 4, of the same plan every time: one row of it goes, one comes."""

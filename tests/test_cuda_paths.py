@@ -335,7 +335,7 @@ def test_a_profile_has_the_device_time_of_every_step(
         return
     report = json.loads((tmp_path / "out" / "profile.json").read_text("utf-8"))
     steps = [row for row in report["tick"] if row["depth"] == 1 and row["name"][0].isdigit()]
-    assert len(steps) == 3
+    assert len(steps) == 2
     for row in steps:
         assert row["kernels"] > 0
         assert row["device_microseconds"] > 0

@@ -186,44 +186,38 @@ def ticking(request: pytest.FixtureRequest) -> Iterator[Brain]:
 # Kernels and parallel regions ---------------------------------------------------------------------
 
 
-def test_a_read_is_the_operator_and_three_kernels(guarded: Watched) -> None:
-    """Before it one for embedding, angles and mask; after it the mass, divided and filled up."""
-    told = guarded.of("read")
+def test_a_step_is_two_operators_and_four_kernels(guarded: Watched) -> None:
+    """Before the layers one for embedding, angles and mask. After the draw one selection, which the
+    policy needs, cuts the rest in two.
+    """
+    told = guarded.of("step")
     assert list(told) == ["call"]
-    assert told["call"].kernels <= 4
-    assert told["call"].regions <= 3  # the operator's own is one
+    assert told["call"].kernels <= 6
+    assert told["call"].regions <= 13  # the operators' own are two
 
 
 def test_a_layer_is_one_kernel_and_one_parallel_region(layered: Watched) -> None:
     """At a hundred microseconds a layer, every further wake-up of the threads is felt: thirty
     layers make thirty of it.
     """
-    told = layered.of("read")
+    told = layered.of("step")
     (layer,) = [s for name, s in told.items() if name != "call"]  # one function for all layers
     assert layer.kernels == 1
     assert layer.regions <= 1
 
 
-def test_a_read_is_its_layers_and_four_kernels(layered: Watched) -> None:
-    """Before the layers one for embedding, angles and mask; after them one for the head; between
-    two of them one, of one thread, that puts the new row beside those of the layers before.
+def test_a_step_is_its_layers_and_a_handful_of_kernels(layered: Watched) -> None:
+    """Before the layers one for embedding, angles and mask; between two of them one, of one thread,
+    that puts the new row beside those of the layers before. After them two selections and a running
+    sum cut the rest in pieces: those the sampler and the policy need, and what lies between.
     """
-    told, layers = layered.of("read"), layered.brain.checkpoint.config.num_layers
+    told, layers = layered.of("step"), layered.brain.checkpoint.config.num_layers
     (layer,) = [s for name, s in told.items() if name != "call"]
     around = Structure(
         told["call"].kernels - layers * layer.kernels, told["call"].regions - layers * layer.regions
     )
-    assert around.kernels <= layers - 1 + 4
-    assert around.regions <= 4
-
-
-def test_steps_1_to_3_after_the_read_are_a_handful_of_kernels(guarded: Watched) -> None:
-    """Two selections and a running sum cut them in pieces: those the sampler and the policy need
-    (three calls of a library), and what lies between.
-    """
-    (told,) = guarded.of("choose").values()
-    assert told.kernels <= 7
-    assert told.regions <= 13
+    assert around.kernels <= layers - 1 + 7
+    assert around.regions <= 17
 
 
 def test_a_patch_is_one_kernel(guarded: Watched) -> None:
@@ -328,7 +322,7 @@ def compilations() -> Counter[str]:
     )
 
 
-def test_a_tick_is_three_graphs_compiled_once(ticking: Brain) -> None:
+def test_a_tick_is_two_graphs_compiled_once(ticking: Brain) -> None:
     before = compilations()
     launched: list[str] = []
 
@@ -345,8 +339,8 @@ def test_a_tick_is_three_graphs_compiled_once(ticking: Brain) -> None:
         ticking.graphs.ranges = contextlib.nullcontext
     assert compilations() == before
     graphs = [name for name in launched if name in ticking.graphs.captured]
-    assert len(set(graphs)) == 3
-    assert graphs == graphs[:3] * 12
+    assert len(set(graphs)) == 2
+    assert graphs == graphs[:2] * 12
     assert {ticking.graphs.captured[name].compilations for name in graphs} == {1}
 
 

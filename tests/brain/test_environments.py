@@ -285,7 +285,7 @@ def test_a_compiler_that_fails_is_one_line_with_the_memory_as_it_was(
         for _ in range(2):
             with pytest.raises(Refused, match=told) as refused:
                 b.tick()
-            assert str(refused.value).startswith("the graph 'read T=1")
+            assert str(refused.value).startswith("the graph 'step T=1")
     assert digest(*b.state, *b.cursor) == before
     assert b.ticks == 0
 

@@ -42,11 +42,10 @@ def once(call: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]
 
 
 STEPS = {
-    "read": lambda b, patched: patched.setattr(b.graphs, "read", once(b.graphs.read)),
-    "after the read": lambda b, patched: patched.setattr(
-        b.graphs, "read", once(b.graphs.read, after=True)
+    "step": lambda b, patched: patched.setattr(b.graphs, "step", once(b.graphs.step)),
+    "after the step": lambda b, patched: patched.setattr(
+        b.graphs, "step", once(b.graphs.step, after=True)
     ),
-    "choose": lambda b, patched: patched.setattr(b.graphs, "choose", once(b.graphs.choose)),
     "patch": lambda b, patched: patched.setattr(b.graphs, "patch", once(b.graphs.patch)),
     "observer": lambda b, patched: patched.setattr(b, "observer", once(lambda step: None)),
     "text": lambda b, patched: patched.setattr(
@@ -97,7 +96,7 @@ def test_a_tick_that_failed_after_its_repair_does_not_repair_again(
     found = []
     for number in range(6):
         with monkeypatch.context() as patched:
-            patched.setattr(b.graphs, "choose", once(b.graphs.choose))
+            patched.setattr(b.graphs, "step", once(b.graphs.step))
             with pytest.raises(Mishap):
                 b.tick()
         assert b.ticks == number

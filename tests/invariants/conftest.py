@@ -17,6 +17,8 @@ def layered_brain(open_tiny: OpenTiny) -> Brain:
     for width, bucket in LAYERED:
         zeros = torch.zeros(width, dtype=torch.int64)
         b.graphs.read(zeros, zeros + 0, torch.tensor(0), high_water=bucket)
+        if width == 1:
+            b.graphs.step(b._unforced, high_water=bucket)
     return b
 
 

@@ -71,7 +71,7 @@ def test_I1_looking_up_and_reading_ahead_write_no_byte(warm_parrot: Brain) -> No
     proposal = b.graphs.propose()
     assert int(proposal.length) > 0
     told = digest(*proposal)
-    b.graphs.read_ahead(proposal, high_water=b.memory.account.high_water)
+    b.graphs.step_ahead(proposal, b._unforced_ahead, high_water=b.memory.account.high_water)
     b.graphs.propose()
     assert digest(*held) == before
     assert [tensor.data_ptr() for tensor in held] == where

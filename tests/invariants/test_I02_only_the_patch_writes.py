@@ -32,7 +32,7 @@ def test_I2_no_captured_read_can_write(reading_brain: Brain) -> None:
         assert_writes_nothing(capture)
 
 
-@pytest.mark.parametrize("prefix", ["choose", "surprise"])
+@pytest.mark.parametrize("prefix", ["step", "surprise"])
 def test_I2_no_captured_graph_but_the_patch_can_write(prefix: str, warm_brain: Brain) -> None:
     for capture in captured(warm_brain, prefix):
         assert_writes_nothing(capture)
@@ -128,7 +128,7 @@ def test_I2_brain_writes_no_state_tensor() -> None:
             assert "cursor." not in written, (path.name, write)
 
 
-NEW = ("propose", "read ahead T=4 bucket=96", "choose T=4", "patch tick W=4")
+NEW = ("propose", "step T=4 bucket=96", "patch tick W=4")
 
 
 @pytest.mark.parametrize("name", NEW)

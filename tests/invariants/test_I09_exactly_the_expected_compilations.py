@@ -30,11 +30,11 @@ def test_I9_exactly_the_expected_graphs_once_each_whatever_happens(warm_brain: B
     b = warm_brain
     expected = {
         *(f"read T={width} bucket={size}" for width in WIDTHS for size in BUCKETS),
-        "choose",
+        *(f"step T=1 bucket={size}" for size in BUCKETS),
         "patch tick W=1",
         *(f"{what}={width}" for width in WIDTHS[1:] for what in ("surprise T", "patch edit W")),
     }
-    assert len(expected) == len(b.graphs.expected()) == 12
+    assert len(expected) == len(b.graphs.expected()) == 13
     assert set(b.graphs.expected()) == expected
     before = compile_counts()
     anything(b)
@@ -59,7 +59,7 @@ def test_I9_warming_up_again_compiles_nothing_and_changes_nothing(warm_brain: Br
 
 def test_I9_layers_are_compiled_once(layered_brain: Brain) -> None:
     """Two layers, one nested graph: the second is stamped out from the first."""
-    for capture in captured(layered_brain, "read"):
+    for capture in (*captured(layered_brain, "read"), *captured(layered_brain, "step")):
         module = capture.modules[0]
         nested = [m for m in module.modules() if isinstance(m, GraphModule) and m is not module]
         calls = [
@@ -73,7 +73,7 @@ def test_I9_layers_are_compiled_once(layered_brain: Brain) -> None:
 
 
 def test_I9_a_captured_read_on_a_cpu_is_one_call_of_the_operator(warm_brain: Brain) -> None:
-    for capture in captured(warm_brain, "read"):
+    for capture in (*captured(warm_brain, "read"), *captured(warm_brain, "step")):
         targets = [str(node.target) for node in capture.modules[0].graph.nodes]
         assert sum(target.startswith("positronic_brain.read_cpu") for target in targets) == 1
 
@@ -125,13 +125,13 @@ def test_I9_a_second_compilation_is_an_error(open_tiny: OpenTiny) -> None:
     assert capture.compilations == 1
 
 
-NEW = ("propose", "read ahead T=4 bucket=96", "choose T=4", "patch tick W=4")
+NEW = ("propose", "step T=4 bucket=96", "patch tick W=4")
 
 
 def test_I9_exactly_the_expected_graphs_once_each(warm_parrot: Brain) -> None:
     b = warm_parrot
     expected = [
-        *("read T=1 bucket=96", "choose", "patch tick W=1", *NEW),
+        *("step T=1 bucket=96", "patch tick W=1", *NEW, "read T=1 bucket=96"),
         *("read T=16 bucket=96", "surprise T=16", "patch edit W=16"),
     ]
     assert list(b.graphs.expected()) == list(b.graphs.captured) == expected
@@ -162,9 +162,9 @@ def test_I9_layers_that_are_read_ahead_are_compiled_once(open_parrot: OpenTiny) 
     b = open_parrot(engine="compiled", **PARROT_OPTIONS, **{"engine.native": False})
     b.prime(PARROT_TEXT)
     proposal = Proposal(torch.tensor([13, 14, 10]), torch.tensor(2))
-    reading = b.graphs.read_ahead(proposal, high_water=96)
+    reading, _ = b.graphs.step_ahead(proposal, b._unforced_ahead, high_water=96)
     assert reading.logits.shape[0] == 4
-    capture = b.graphs.captured["read ahead T=4 bucket=96"]
+    capture = b.graphs.captured["step T=4 bucket=96"]
     module = capture.modules[0]
     nested = [m for m in module.modules() if isinstance(m, GraphModule) and m is not module]
     assert len(nested) == 1

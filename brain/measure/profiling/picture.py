@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from brain.loop import CHOOSE, PATCH, READ
+from brain.loop import PATCH, STEP
 from brain.measure.profiling.ranges import Range, ticks_of
+from compiled.graphs import CHOOSE
 
-COLOURS = {READ: "#4878a8", CHOOSE: "#d9973f", PATCH: "#6a9f58"}
+COLOURS = {STEP: "#4878a8", CHOOSE: "#d9973f", PATCH: "#6a9f58"}
+"""Of a step of the loop, and of what is another within it."""
 SHOWN = 3
 """Ticks in a picture, from the middle of a session."""
 
@@ -26,14 +28,14 @@ def draw_timeline(ranges: Sequence[Range], path: Path, title: str) -> None:
     for number, tick in enumerate(ticks):
         for names, r in tick:
             depth = len(names) - 1
-            step = names[1] if depth else None
+            colour = next((COLOURS[n] for n in reversed(names) if n in COLOURS), "0.85")
             left, width = (r.start - start) / 1e3, r.microseconds / 1e3
             panel.barh(
                 -depth,
                 width,
                 left=left,
                 height=0.9,
-                color=COLOURS.get(step or "", "0.85"),
+                color=colour,
                 alpha=0.65 if depth > 1 else 1.0,
                 edgecolor="white",
                 linewidth=0.6,
@@ -42,7 +44,7 @@ def draw_timeline(ranges: Sequence[Range], path: Path, title: str) -> None:
             if r.microseconds > span * 0.011 * len(label):  # it fits
                 panel.text(left + width / 2, -depth, label, ha="center", va="center", fontsize=8)
     deepest = max(len(names) for tick in ticks for names, _ in tick)
-    panel.set_yticks([-depth for depth in range(deepest)], ["tick", "step", "graph"][:deepest])
+    panel.set_yticks([-depth for depth in range(deepest)], ["tick", "step", "within"][:deepest])
     panel.set_xlabel("milliseconds")
     panel.set_title(title, fontsize=10)
     panel.legend(

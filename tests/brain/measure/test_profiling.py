@@ -16,7 +16,7 @@ import torch
 
 import brain
 from brain import app
-from brain.loop import CHOOSE, PATCH, READ, TICK
+from brain.loop import PATCH, STEP, TICK
 from brain.measure.profiling.ranges import (
     BETWEEN,
     Kernel,
@@ -28,10 +28,10 @@ from brain.measure.profiling.ranges import (
 )
 from brain.measure.profiling.trace import profiler_ranges, ranges_of_trace, record
 from brain.tasks import profile
-from compiled.graphs import WARM_UP
+from compiled.graphs import CHOOSE, READ, WARM_UP
 from fixture_types import OpenTiny
 
-GRAPHS = ["read T=1 bucket=32", "choose", "patch tick W=1"]
+GRAPHS = ["step T=1 bucket=32", "patch tick W=1"]
 
 
 # Names --------------------------------------------------------------------------------------------
@@ -85,14 +85,14 @@ def test_every_tick_step_graph_and_warm_up_has_its_name(warm_brain: brain.Brain)
         list(warm_brain.warm_up())
     finally:
         warm_brain.graphs.ranges = contextlib.nullcontext
-    steps = [(TICK, step) for step in (READ, CHOOSE, PATCH)]
+    steps = [(TICK, step) for step in (STEP, PATCH)]
     graphs = [(*path, graph) for path, graph in zip(steps, GRAPHS, strict=True)]
-    assert told[:7] == [
+    assert told[:5] == [
         (TICK,),
         *(path for pair in zip(steps, graphs, strict=True) for path in pair),
     ]
-    assert told[7] == (WARM_UP,)
-    assert {path[1:] for path in told[8:]} == {(name,) for name in warm_brain.graphs.expected()}
+    assert told[5] == (WARM_UP,)
+    assert {path[1:] for path in told[6:]} == {(name,) for name in warm_brain.graphs.expected()}
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -100,12 +100,12 @@ def test_every_tick_step_graph_and_warm_up_has_its_name(warm_brain: brain.Brain)
 
 def session() -> list[Range]:
     """Two ticks of 100 and 120 µs, in the second of which something new happens."""
-    told = [Range(WARM_UP, 0, 50), Range("choose", 5, 45)]
+    told = [Range(WARM_UP, 0, 50), Range("step T=1 bucket=32", 5, 45)]
     for start, new in ((100, 0), (300, 20)):
         told += [
             Range(TICK, start, start + 100 + new),
-            Range(READ, start + 10, start + 70),
-            Range("read T=1 bucket=32", start + 10, start + 60),
+            Range(STEP, start + 10, start + 70),
+            Range("step T=1 bucket=32", start + 10, start + 60),
             Range(PATCH, start + 70, start + 90 + new),
         ]
         if new:
@@ -115,17 +115,17 @@ def session() -> list[Range]:
 
 def test_the_table_has_medians_and_shares_in_order() -> None:
     rows = {row.name: row for row in table(reversed(session()))}
-    assert list(rows) == [TICK, READ, "read T=1 bucket=32", PATCH, "rebase", BETWEEN]
+    assert list(rows) == [TICK, STEP, "step T=1 bucket=32", PATCH, "rebase", BETWEEN]
     assert [row.depth for row in rows.values()] == [0, 1, 2, 1, 2, 1]
     assert [row.microseconds for row in rows.values()] == [110, 60, 50, 30, 20, 20]
     assert rows[TICK].share == 1
-    assert rows[READ].share == pytest.approx(120 / 220, abs=1e-4)
+    assert rows[STEP].share == pytest.approx(120 / 220, abs=1e-4)
     assert rows["rebase"].ticks == 1
-    steps = sum(rows[name].share for name in (READ, PATCH, BETWEEN))
+    steps = sum(rows[name].share for name in (STEP, PATCH, BETWEEN))
     assert steps == pytest.approx(1, abs=1e-3)
-    assert warm_up_of(session()) == [{"name": "choose", "seconds": 0.0}]
+    assert warm_up_of(session()) == [{"name": "step T=1 bucket=32", "seconds": 0.0}]
     assert len(legible(list(rows.values())).splitlines()) == 7
-    assert table([Range(READ, 0, 1)]) == []
+    assert table([Range(STEP, 0, 1)]) == []
 
 
 def test_a_kernel_belongs_to_the_range_in_which_it_was_started() -> None:
@@ -133,7 +133,7 @@ def test_a_kernel_belongs_to_the_range_in_which_it_was_started() -> None:
     rows = {row.name: row for row in table(with_kernels(session()[2:6], kernels))}
     counted = {name: (row.kernels, row.device_microseconds) for name, row in rows.items()}
     assert counted[TICK] == (3, 21)
-    assert counted[READ] == (2, 16)
+    assert counted[STEP] == (2, 16)
     assert counted[PATCH] == (1, 5)
     assert counted[BETWEEN] == (0, 0)
 
@@ -145,14 +145,14 @@ def event(cat: str, name: str, start: float, taken: float, **args: Any) -> dict[
 def test_a_trace_of_a_gpu_counts_the_kernels_of_a_launched_graph() -> None:
     trace = [
         event("user_annotation", TICK, 0, 100),
-        event("user_annotation", READ, 10, 50),
+        event("user_annotation", STEP, 10, 50),
         event("cuda_runtime", "cudaGraphLaunch", 20, 5, correlation=4),
         event("cpu_op", "aten::mm", 20, 5),
         *(event("kernel", "gemm", 200 + start, 30, correlation=4) for start in (0, 40)),
         event("kernel", "somebody else's", 200, 30, correlation=5),
     ]
     rows = {row.name: row for row in table(ranges_of_trace(trace))}
-    assert (rows[READ].kernels, rows[READ].device_microseconds) == (2, 60)
+    assert (rows[STEP].kernels, rows[STEP].device_microseconds) == (2, 60)
 
 
 def test_a_trace_of_a_cpu_counts_loops_and_operators_that_compute() -> None:
@@ -184,7 +184,7 @@ def test_torch_profiler_sees_the_steps_by_name(warm_brain: brain.Brain, tmp_path
         b.graphs.ranges = contextlib.nullcontext
     rows = table(ranges)
     shown = [row.name for row in rows]
-    assert shown == [TICK, READ, GRAPHS[0], CHOOSE, GRAPHS[1], PATCH, GRAPHS[2], BETWEEN]
+    assert shown == [TICK, STEP, GRAPHS[0], PATCH, GRAPHS[1], BETWEEN]
     assert all(row.ticks == 3 for row in rows)
 
 
@@ -211,7 +211,7 @@ def test_the_task_writes_a_table_a_trace_and_a_picture(
     run_main(monkeypatch, tmp_path, tiny_folder, "prompt=abc", "capacity=64", "task.ticks=3")
     report = json.loads((tmp_path / "out" / "profile.json").read_text("utf-8"))
     told = capsys.readouterr().out
-    for step in (TICK, READ, CHOOSE, PATCH):
+    for step in (TICK, STEP, READ, CHOOSE, PATCH):
         (row,) = [row for row in report["tick"] if row["name"] == step]
         assert row["ticks"] == 3
         assert row["microseconds"] > 0
@@ -319,7 +319,7 @@ def test_a_report_becomes_a_table_and_a_picture(
     assert "kernels" not in told["tick"][0]  # nobody counted
     assert str(tmp_path) not in json.dumps(told)
     assert (tmp_path / "out" / "nsight.png").read_bytes().startswith(b"\x89PNG")
-    assert READ in capsys.readouterr().out
+    assert STEP in capsys.readouterr().out
 
 
 def test_a_report_of_a_gpu_has_kernels(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_report_of_a_gpu_has_kernels(tmp_path: Path) -> None:
         nsys_report(tmp_path / "gpu.sqlite", session()[2:6], gpu=True)
     )
     rows = {row.name: row for row in table(ranges)}
-    assert (rows[READ].kernels, rows[READ].device_microseconds) == (2, 40)
+    assert (rows[STEP].kernels, rows[STEP].device_microseconds) == (2, 40)
 
 
 @pytest.mark.parametrize(
