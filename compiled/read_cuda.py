@@ -17,7 +17,8 @@ A layer is
     5. norm, gate and up, SwiGLU
     6. down projection and residual
 
-and after the last a norm and the head. Slots that no token sees are never loaded.
+and after the last a norm and the head. Slots that no token sees are never loaded, and those behind
+the last visible one not even looked at: how far a read goes is a number on the device.
 
 Triton comes with PyTorch for CUDA. Where ``TRITON_INTERPRET=1`` is set, the kernels run on a CPU,
 for tests. Nothing else of this package imports this module before it is asked for.
@@ -57,7 +58,7 @@ STAGES = 2
 memory of smaller GPUs, in float32."""
 _TILE = 8192
 """Numbers of a weight that a program multiplies at a time, times tokens: what registers hold."""
-_MOST_SPLITS = 128
+MOST_SPLITS = 128
 """Of the slots of one key head: with four of those, some four programs for each multiprocessor of
 the largest GPUs. One program a head puts them together."""
 _MASS_SLOTS = 256
@@ -72,30 +73,16 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How the slots of a read are cut: into splits, and those into blocks of ``slots``. Of a model
-    it follows from the bucket alone, so that sums are added up in the same order whenever the
-    bucket is the same.
+def block_of(dtype: torch.dtype) -> int:
+    """Slots of a block: its keys and its values fit into registers."""
+    return 128 // dtype.itemsize
+
+
+def splits_of(dtype: torch.dtype, bucket: int) -> int:
+    """Programs for the slots of a key head. Each takes as many blocks as the slots before the last
+    visible one need: where sums are cut follows from that slot, whatever the bucket.
     """
-
-    bucket: int
-    slots: int
-
-    @property
-    def blocks(self) -> int:
-        """Of one split."""
-        return max(1, -(-self.bucket // (self.slots * _MOST_SPLITS)))
-
-    @property
-    def splits(self) -> int:
-        """Of the slots of a key head."""
-        return max(1, -(-self.bucket // (self.slots * self.blocks)))
-
-
-def cut_of(dtype: torch.dtype, bucket: int) -> Cut:
-    """The cut of a model's reads. A block of keys and one of values fit into registers."""
-    return Cut(bucket, 128 // dtype.itemsize)
+    return max(1, min(MOST_SPLITS, -(-bucket // block_of(dtype))))
 
 
 def _padded(config: LlamaConfig) -> int:
@@ -125,10 +112,7 @@ def allocate_scratch(
 ) -> Scratch:
     """Scratch for reads of at most ``tokens`` tokens in a memory of ``capacity`` slots."""
     rows = tokens * config.num_heads
-    cut = cut_of(dtype, capacity)
-    splits = cut.splits if cut.blocks == 1 else _MOST_SPLITS  # of some smaller bucket
-    # The last split of some bucket may be cut short: one block more for each.
-    crests = -(-capacity // cut.slots) + _MOST_SPLITS
+    splits, blocks = splits_of(dtype, capacity), -(-capacity // block_of(dtype))
 
     def room(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=of, device=device)
@@ -139,7 +123,7 @@ def allocate_scratch(
         attended=room(tokens, config.num_heads * config.head_dim),
         inner=room(tokens, config.intermediate_size),
         weights=room(rows * capacity, of=dtype),
-        crests=room(rows * crests),
+        crests=room(rows * blocks),
         parts=room(rows * splits * config.head_dim),
         tops=room(rows * splits),
         totals=room(rows * splits),
@@ -180,7 +164,9 @@ def launches(
         per_query: Whether ``mass`` has a row for every token.
     """
     c, tokens, bucket = config, given.hidden.shape[0], given.seen.shape[1]
-    cut, heads, kv = cut_of(weights.dtype, bucket), c.num_heads, c.num_kv_heads
+    heads, kv = c.num_heads, c.num_kv_heads
+    splits = splits_of(weights.dtype, bucket)
+    cut = {"BS": block_of(weights.dtype), "MOST": MOST_SPLITS, "SPLITS": splits}
     int8 = isinstance(weights.qkv, Int8)
     common = {"T": tokens, "TP": power_of_two(tokens)}
     attention = {"T": tokens, "HEADS": heads, "KV": kv, "D": c.head_dim}
@@ -221,17 +207,16 @@ def launches(
         out.append(
             Launch(
                 read_kernels.attend,
-                (kv, cut.splits),
+                (kv, splits),
                 (
                     *(scratch.queries, cache[0][layer], cache[1][layer], given.seen),
                     *(scratch.weights, scratch.crests, scratch.parts),
-                    *(scratch.tops, scratch.totals, cache[0].shape[2], bucket),
+                    *(scratch.tops, scratch.totals, given.end, cache[0].shape[2], bucket),
                 ),
                 {
-                    **attention,
+                    **(attention | cut),
                     "DP": padded,
                     "RP": max(16, power_of_two(tokens * heads // kv)),
-                    **{"BS": cut.slots, "BLOCKS": cut.blocks, "SPLITS": cut.splits},
                     **{"SCALE": scale, "WIDE": INTERPRETED},
                 },
                 8 if weights.dtype == torch.float32 else 4,
@@ -244,13 +229,9 @@ def launches(
                 (
                     *(scratch.queries, new_keys, new_values, given.seen_new),
                     *(scratch.parts, scratch.tops, scratch.totals),
-                    *(scratch.attended, scratch.summary, scratch.own),
+                    *(scratch.attended, scratch.summary, scratch.own, given.end),
                 ),
-                {
-                    **(common | attention),
-                    **{"DP": padded, "SPLITS": cut.splits, "SP": power_of_two(cut.splits)},
-                    "SCALE": scale,
-                },
+                {**(common | attention | cut), "DP": padded, "SCALE": scale},
                 4,
             )
         )
@@ -263,13 +244,14 @@ def launches(
                 (
                     *(scratch.attended, *of(weights.attention_out, layer)),
                     *(before, scratch.hidden, scratch.weights, scratch.crests, scratch.summary),
-                    *(scratch.own, given.live, results.mass, bucket, products, shares),
+                    *(scratch.own, given.live, results.mass, given.end),
+                    *(bucket, products, shares),
                 ),
                 {
                     **common,
                     **{"H": c.hidden_size, "K": inputs, "HEADS": heads, "HP": power_of_two(heads)},
-                    **{"BN": rows, "BK": columns(inputs, rows), "BM": _MASS_SLOTS, "BS": cut.slots},
-                    "CRESTS": cut.splits * cut.blocks,
+                    **{"BN": rows, "BK": columns(inputs, rows)},
+                    **{"BM": _MASS_SLOTS, "BS": cut["BS"]},
                     **{"PER_QUERY": per_query, "FIRST": layer == 0, "INT8": int8},
                 },
                 4,
@@ -347,6 +329,7 @@ class Given(NamedTuple):
     seen: Tensor  # [T, bucket] bool
     seen_new: Tensor  # [T, T] bool
     live: Tensor  # [T] float32
+    end: Tensor  # [1] int64, one past the last slot that any token sees
 
 
 _bound: dict[int, Callable[[Sequence[Tensor], Decoded, bool], None]] = {}
@@ -405,7 +388,8 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
         targets: Tensor | None = None,
     ) -> Decoded:
         del of_config, of_weights, of_state  # those that it is bound to
-        inputs, like = [hidden, cos, sin, *visible], [weights.final_norm, state.keys]
+        inputs = [hidden, cos, sin, *visible, _end(visible.cached)]
+        like = [weights.final_norm, state.keys]
         decoded = Decoded(*call(inputs, like, _shape(config), number, per_query))
         if targets is None:
             return decoded
@@ -414,6 +398,12 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
     # Weights, memory and scratch go when nobody can read them any more.
     weakref.finalize(decode, _bound.pop, number, None)
     return decode
+
+
+def _end(seen: Tensor) -> Tensor:
+    """One past the last slot that any token sees: [T, bucket] bool → [1] int64."""
+    slot = torch.arange(1, seen.shape[1] + 1, device=seen.device)
+    return torch.where(seen.any(0), slot, 0).amax(0, keepdim=True)
 
 
 def _shape(config: LlamaConfig) -> list[int]:

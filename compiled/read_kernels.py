@@ -1,7 +1,7 @@
 """Triton kernels that take a few tokens through a layer. ``read_cuda.py`` starts them, in order.
 
-They know pointers and sizes. All of these but the number of slots are constants; so is how the
-slots are cut, which follows from it. ``T`` is the number of tokens, ``TP`` the power of two that it
+They know pointers and sizes. All of these but the number of slots are constants. How the slots are
+cut into splits follows, on the device, from the last one that any token sees. ``T`` is the number of tokens, ``TP`` the power of two that it
 is padded to. Activations and sums are float32; queries, keys, values and the weights of attention
 have the model's dtype.
 
@@ -146,10 +146,11 @@ def attend(
     values,
     seen,  # [T, bucket] uint8: who sees which slot
     weights,  # [T * HEADS, bucket] model dtype: exp(score - maximum so far)
-    crests,  # [T * HEADS, SPLITS * BLOCKS] float32: that maximum, block by block
+    crests,  # [T * HEADS, blocks of the bucket] float32: that maximum, block by block
     parts,  # [T * HEADS, SPLITS, D] float32
     tops,  # [T * HEADS, SPLITS] float32
     totals,
+    end,  # [1] int64, one past the last slot that any token sees
     capacity,
     bucket,
     T: tl.constexpr,
@@ -159,13 +160,15 @@ def attend(
     DP: tl.constexpr,
     RP: tl.constexpr,
     BS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    MOST: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALE: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One split of the slots, for all tokens and all query heads of one key head: their rows."""
+    """One split of the slots, for all tokens and all query heads of one key head: their rows. A
+    split has as many blocks as the slots before the end need in MOST splits.
+    """
     _begin(PDL)
     GROUP: tl.constexpr = HEADS // KV
     kv = tl.program_id(0)
@@ -184,10 +187,14 @@ def attend(
     best = tl.full([RP], float("-inf"), tl.float32)
     total = tl.zeros([RP], tl.float32)
     out = tl.zeros([RP, DP], tl.float32)
-    for block in range(BLOCKS):
-        slot = (split * BLOCKS + block) * BS + tl.arange(0, BS)
+    last = tl.load(end).to(tl.int32)
+    per_split = tl.cdiv(last, BS * MOST)
+    first = split * per_split
+    crest = crests + row * tl.cdiv(bucket, BS)
+    for block in range(first, tl.minimum(first + per_split, tl.cdiv(last, BS))):
+        slot = block * BS + tl.arange(0, BS)
         wide_slot = slot.to(tl.int64)
-        there = real[:, None] & (slot < bucket)[None, :]
+        there = real[:, None] & (slot < last)[None, :]
         sees = (
             tl.load(
                 seen + token.to(tl.int64)[:, None] * bucket + wide_slot[None, :],
@@ -210,7 +217,7 @@ def attend(
             p.to(weights.dtype.element_ty),
             mask=there,
         )
-        tl.store(crests + row * (SPLITS * BLOCKS) + split * BLOCKS + block, higher, mask=real)
+        tl.store(crest + block, higher, mask=real)
         shrink = tl.exp(best - safe)
         total = total * shrink + tl.sum(p, 1)
         out = out * shrink[:, None] + _dot(p.to(v.dtype), v, WIDE)
@@ -233,14 +240,16 @@ def combine(
     attended,  # [T, HEADS * D] float32
     summary,  # [2, T * HEADS] float32: maximum, sum
     own,  # [T * HEADS, T] float32: shares of the new tokens
+    end,
     T: tl.constexpr,
     TP: tl.constexpr,
     HEADS: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    BS: tl.constexpr,
+    MOST: tl.constexpr,
     SPLITS: tl.constexpr,
-    SP: tl.constexpr,
     SCALE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -251,7 +260,7 @@ def combine(
     kv = (row % HEADS) // (HEADS // KV)
     d = tl.arange(0, DP)
     j = tl.arange(0, TP)
-    split = tl.arange(0, SP)
+    split = tl.arange(0, MOST)
     inside = d < D
     _await(PDL)
     top = tl.load(tops + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
@@ -268,7 +277,8 @@ def combine(
     share = tl.exp(top - best)
     whole = tl.sum(total * share, 0) + tl.sum(mine, 0)
     out = tl.sum(mine[:, None] * v, 0)
-    for first in range(0, SPLITS, 16):
+    blocks = tl.cdiv(tl.load(end).to(tl.int32), BS)
+    for first in range(0, tl.minimum(blocks, SPLITS), 16):  # splits without a block are left out
         i = first + tl.arange(0, 16)
         factor = tl.exp(
             tl.load(tops + row * SPLITS + i, mask=i < SPLITS, other=float("-inf")) - best
@@ -298,6 +308,7 @@ def add_out(
     own,
     live,  # [T] float32
     mass,  # [T or 1, bucket + T] float32
+    end,
     bucket,
     PRODUCTS,
     SHARES,
@@ -311,7 +322,6 @@ def add_out(
     BK: tl.constexpr,
     BM: tl.constexpr,
     BS: tl.constexpr,
-    CRESTS: tl.constexpr,
     PER_QUERY: tl.constexpr,
     FIRST: tl.constexpr,
     INT8: tl.constexpr,
@@ -337,19 +347,20 @@ def add_out(
         slot = (program - PRODUCTS) * BM + tl.arange(0, BM)
         wide_slot = slot.to(tl.int64)
         inside = slot < bucket
+        reached = slot < tl.load(end)
         share = tl.zeros([BM], tl.float32)
         for token in tl.static_range(T):
             row = token * HEADS + head
             best = tl.load(summary + row, mask=head < HEADS, other=0)
             whole = tl.load(summary + T * HEADS + row, mask=head < HEADS, other=1)
-            there = (head < HEADS)[:, None] & inside[None, :]
+            there = (head < HEADS)[:, None] & reached[None, :]
             p = tl.load(
                 weights + row.to(tl.int64)[:, None] * bucket + wide_slot[None, :],
                 mask=there,
                 other=0,
             ).to(tl.float32)
             crest = tl.load(
-                crests + row[:, None] * CRESTS + (slot // BS)[None, :],
+                crests + row[:, None] * tl.cdiv(bucket, BS) + (slot // BS)[None, :],
                 mask=there,
                 other=float("-inf"),
             )

@@ -37,13 +37,13 @@ if importlib.util.find_spec("triton") is None:
 
 from compiled import read_cuda
 from compiled.read_cuda import (
-    Cut,
     Given,
     allocate_scratch,
-    cut_of,
+    block_of,
     launches,
     operator,
     power_of_two,
+    splits_of,
 )
 
 DEVICE = torch.device("cpu" if read_cuda.INTERPRETED else "cuda")
@@ -222,15 +222,16 @@ def test_results_are_fresh_and_scratch_is_kept() -> None:
 
 
 @on_a_device
-def test_the_bucket_alone_decides_how_sums_are_cut() -> None:
-    """A larger bucket, whose other slots are empty, changes no result but by rounding."""
+@pytest.mark.parametrize("rows", [0, 1, 20, 32, 33, 64])
+def test_the_last_visible_slot_alone_decides_how_sums_are_cut(rows: int) -> None:
+    """A larger bucket, whose other slots are empty, changes no bit of any result (I11)."""
     config, weights, state = small()
-    state.valid[20:] = False
+    state.valid[rows:] = False
     decode = operator(config, weights, state, 1)
     whole = one_read(config, weights, state, decode, 3, 70)
-    part = one_read(config, weights, state, decode, 3, 20)
-    for a, b in zip(whole, part, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    part = one_read(config, weights, state, decode, 3, max(1, rows))
+    for name in whole._fields:
+        assert digest(getattr(whole, name)) == digest(getattr(part, name)), name
 
 
 @on_a_device
@@ -240,16 +241,15 @@ def test_a_long_memory_is_read_in_many_splits_of_several_blocks(
     """More splits than are put together at a time, for several tokens, over a bucket that does not
     reach the capacity.
     """
-    monkeypatch.setattr(read_cuda, "_MOST_SPLITS", 20)
-    config, bucket = toy_config(4, 2), 2400
-    valid = torch.arange(2500) % 5 != 0
+    monkeypatch.setattr(read_cuda, "MOST_SPLITS", 32)
+    config, bucket = toy_config(4, 2), 3500
+    valid = torch.arange(3600) % 5 != 0
     valid[bucket:] = False
     weights = model(config, torch.bfloat16, int8=False)
     state = memory(config, torch.bfloat16, valid, 2)
-    cut = cut_of(torch.bfloat16, bucket)
-    assert (cut.splits, cut.blocks) == (19, 2)
+    valid[3400:] = False  # 54 blocks, two to a split: the last splits have none
     decode = operator(config, weights, state, 3)
-    cursor = toy_cursor(position=3000)
+    cursor = toy_cursor(position=4000)
     cursor = type(cursor)(*(tensor.to(DEVICE) for tensor in cursor))
     asked = (torch.tensor([5, 6], device=DEVICE), torch.tensor(2, device=DEVICE))
     ours = read_ahead(config, weights, state, cursor, *asked, bucket=bucket, decode=decode)
@@ -259,14 +259,13 @@ def test_a_long_memory_is_read_in_many_splits_of_several_blocks(
 
 @on_a_device
 def test_many_blocks_make_few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_cuda, "_MOST_SPLITS", 2)
+    monkeypatch.setattr(read_cuda, "MOST_SPLITS", 2)
     config = toy_config(4, 2)
     valid = torch.arange(400) % 5 != 0
     weights, state = (
         model(config, torch.float32, int8=False),
         memory(config, torch.float32, valid, 2),
     )
-    assert (cut_of(torch.float32, 400).splits, cut_of(torch.float32, 400).blocks) == (2, 7)
     decode = operator(config, weights, state, 1)
     ours = one_read(config, weights, state, decode, 5, 400)
     truth = one_read(config, *exact(weights, state), None, 5, 400)
@@ -390,6 +389,7 @@ def described(
         seen=torch.empty(tokens, slots, dtype=torch.bool, device=meta),
         seen_new=torch.empty(tokens, tokens, dtype=torch.bool, device=meta),
         live=torch.empty(tokens, device=meta),
+        end=torch.empty(1, dtype=torch.int64, device=meta),
     )
     scratch = allocate_scratch(one, slots, tokens, dtype, meta)
     like, sizes = [weights.final_norm], read_cuda._shape(one)
@@ -405,6 +405,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.int8: "*i8",
     torch.bool: "*i1",
+    torch.int64: "*i64",
 }
 
 
@@ -480,7 +481,7 @@ FORMS = [
 def test_every_kernel_compiles(
     size: str, slots: int, tokens: int, dtype: torch.dtype, int8: bool, capability: int
 ) -> None:
-    """For GPUs that need not be there: without a spilled register (one at most in float32), and
+    """For GPUs that need not be there: without a spilled register (four at most in float32), and
     weights and cache are loaded 128 bits at a time.
     """
     made = described(SIZES[size], slots, tokens, dtype, int8=int8)
@@ -488,7 +489,7 @@ def test_every_kernel_compiles(
     for launch in made:
         stack, shared, ptx = compiled_for(launch, capability)
         name = launch.kernel.__name__
-        assert stack <= (8 if dtype == torch.float32 else 0), name
+        assert stack <= (16 if dtype == torch.float32 else 0), name
         assert shared <= SHARED, name
         if name != "combine":  # whose inputs are small
             assert re.search(r"ld\.global[^ ]*\.v4", ptx), name
@@ -504,18 +505,18 @@ def test_a_read_is_few_kernels() -> None:
 
 
 @pytest.mark.parametrize("bucket", [1, 64, 65, 1024, 8192, 8193, 1_400_000])
-def test_splits_hold_every_slot_once(bucket: int) -> None:
-    config = toy_config()
-    cut = cut_of(torch.bfloat16, bucket)
-    held = cut.splits * cut.blocks * cut.slots
-    assert bucket <= held < bucket + cut.blocks * cut.slots
-    assert cut.splits <= read_cuda._MOST_SPLITS
-    room = allocate_scratch(config, bucket, 2, torch.bfloat16, torch.device("meta"))
-    rows = 2 * config.num_heads
+def test_splits_hold_every_slot_and_scratch_has_room_for_them(bucket: int) -> None:
+    """As the kernels cut them: for every last slot in the bucket."""
+    config, dtype = toy_config(), torch.bfloat16
+    room = allocate_scratch(config, bucket, 2, dtype, torch.device("meta"))
+    rows, slots = 2 * config.num_heads, block_of(dtype)
     for smaller in {bucket, max(1, bucket // 2), max(1, bucket - 1)}:
-        part = Cut(smaller, cut.slots)
-        assert rows * part.splits * part.blocks <= room.crests.numel()
-        assert rows * part.splits <= room.tops.numel()
+        splits, blocks = splits_of(dtype, smaller), -(-smaller // slots)
+        for end in {smaller, smaller // 2, smaller // 2 + 1, 1}:
+            per_split = -(-end // (slots * read_cuda.MOST_SPLITS))
+            assert splits * per_split * slots >= end
+        assert rows * blocks <= room.crests.numel()
+        assert rows * splits <= room.tops.numel()
         assert rows * smaller <= room.weights.numel()
 
 
