@@ -24,7 +24,7 @@ from brain.mirror import Mirror, mirror_of, source_number
 from brain.policies import CustomPolicy
 from brain.repair import Repair
 from brain.speculate import Lookahead
-from brain.tick import Detokenizer, Observer, Tick
+from brain.tick import Detokenizer, Observer, Tick, has_queue
 from compiled.choose import UNFORCED, Forced
 from compiled.graphs import Graphs
 from compiled.read import Reading, trimmed
@@ -300,6 +300,18 @@ class Brain:
             self.lookahead.look(ticks)
         self.lookahead.counts.add(ticks)
         return ticks
+
+    @property
+    def may_queue(self) -> bool:
+        """Whether the next tick may be launched before the token of the last one has arrived: the
+        device works by itself, and nobody waits to look at tokens, observers, lookup or a repair.
+        """
+        return (
+            has_queue(self.device)
+            and self.loop.observer is None
+            and self.settings.graphs.lookup is None
+            and not self.loop.repairs.due
+        )
 
     def replay(self, ids: Sequence[int]) -> tuple[Tick, ...]:
         """One pass of several given tokens, as ``speak`` made it once: to replay a record."""

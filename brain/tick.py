@@ -42,10 +42,15 @@ class HostCopy:
         return self._tensor
 
 
+def has_queue(device: torch.device) -> bool:
+    """Whether a device works through what it is sent while the host goes on."""
+    return device.type == "cuda"
+
+
 def host_copies(*tensors: Tensor) -> tuple[HostCopy, ...]:
     """Small tensors of one device, sent to the host together, without waiting."""
     device = tensors[0].device
-    if device.type != "cuda":
+    if not has_queue(device):
         return tuple(map(HostCopy, tensors))
     sent = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
     for copied, tensor in zip(sent, tensors, strict=True):

@@ -1,9 +1,9 @@
 """Triton kernels that take a few tokens through a layer. ``read_cuda.py`` starts them, in order.
 
 They know pointers and sizes. All of these but the number of slots are constants. How the slots are
-cut into splits follows, on the device, from the last one that any token sees. ``T`` is the number of tokens, ``TP`` the power of two that it
-is padded to. Activations and sums are float32; queries, keys, values and the weights of attention
-have the model's dtype.
+cut into splits follows, on the device, from the last one that any token sees. ``T`` is the number
+of tokens, ``TP`` the power of two that it is padded to. Activations and sums are float32; queries,
+keys, values and the weights of attention have the model's dtype.
 
 ``PDL``: a kernel may start while the one before it still runs (programmatic dependent launch, from
 compute capability 9.0 on). What nobody writes during a read, weights and cache, may be loaded

@@ -39,7 +39,6 @@ COVERED = (
     ("brain/record/test_run_record.py", "brain/record", "lock numbered_saves run_files"),
     ("brain/test_app.py", "brain", "errors terminal"),
     ("brain/test_app.py", "brain/config", "settings"),
-    ("brain/test_app.py", "brain/tasks", "run"),
     ("brain/test_tokens.py", "brain/tokenizers", "byte_level protobuf sentencepiece_model"),
     ("brain/test_tokens.py", "brain/tokenizers", "tokenizer_json vocabulary"),
     ("compiled/test_patch.py", "compiled", "plan"),

@@ -142,6 +142,14 @@ class Inbox:
         self.on_command: Callable[[bytes], None] | None = None
         self.on_redaction: Callable[[Sequence[RedactedRow]], None] | None = None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether anything has come since the last call of ``poll``."""
+        try:
+            return self._inbox.stat().st_size != self.read
+        except OSError:
+            return False  # there is no inbox yet
+
     def poll(self) -> int:
         """Executes the lines that have come since the last call; returns how many were applied."""
         try:

@@ -128,10 +128,15 @@ class RunRecord:
             self._write_token(tick)
         return "".join(tick.text for tick in ticks)
 
-    def save_if_due(self) -> None:
-        """Saves, if ``save_every`` ticks have passed since the last save."""
+    @property
+    def is_save_due(self) -> bool:
+        """Whether ``save_every`` ticks have passed since the last save."""
         every = self._conf.save_every
-        if every and self._brain.ticks - self._saved_at >= every:
+        return bool(every) and self._brain.ticks - self._saved_at >= every
+
+    def save_if_due(self) -> None:
+        """Saves, if it is time for it. What the brain has said must have been written down."""
+        if self.is_save_due:
             self.save()
 
     def save(self) -> None:

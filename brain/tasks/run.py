@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from brain.record.lock import sole_writer
 from brain.record.run_folder import CAPTURES, keep_composed
 from brain.record.run_record import FAILED, RunRecord, as_recorded
 from brain.terminal import capture_graphs, note
+from brain.tick import Tick
 from conf.schema import Conf
 
 MOST_SHOWN = 1000
@@ -157,26 +159,44 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
     """Prints and records every token until there are enough. Returns what ended it before that (a
     request to stop, a full memory, or output that is lost), to be raised when everything is
     written.
+
+    A device that works by itself is never left without work: it is sent the next tick before the
+    token of the last one has arrived. Only where something depends on that token, or on the memory
+    as it is then, everything is waited for, printed and recorded first: a text that may end, a
+    command, a save, a request to stop, and what :attr:`Brain.may_queue` says.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
     before, on_terminal = record.spoken, sys.stdout.isatty()
     ended: BaseException | None = None
+    queue: deque[tuple[Tick, ...]] = deque()  # launched, and not recorded yet
+
+    def may_queue() -> bool:
+        depends = ending or asked() or record.inbox.has_news or record.is_save_due
+        return brain.may_queue and not depends
+
     with asked_to_stop() as asked:
         record.inbox.poll()  # what came after the last token, if the run was killed
         try:
-            while record.spoken < conf.ticks and record.last not in ending and not ended:
-                _print(record.record_ticks(*brain.speak(conf.ticks - record.spoken)))
-                record.inbox.poll()
-                record.save_if_due()
-                ended = KeyboardInterrupt() if asked() else None
+            while (due := conf.ticks - record.spoken - sum(map(len, queue))) > 0:
+                if record.last in ending or ended:
+                    break
+                queue.append(brain.speak(due))
+                is_last = due == len(queue[-1])
+                while queue and (len(queue) > 1 or is_last or not may_queue()):
+                    _print(record.record_ticks(*queue.popleft()))
+                if not queue:
+                    record.inbox.poll()
+                    record.save_if_due()
+                    ended = KeyboardInterrupt() if asked() else None
         except (MemoryFull, OutputLost) as error:  # the end of a run with cull=none, or of a disk
             ended = error
+        left = "".join(record.record_ticks(*ticks) for ticks in queue)
         record.save()
         remainder = brain.finish_text()
         record.finish(remainder)
         if record.spoken > before and not isinstance(ended, OutputLost):
             try:
-                _print(remainder + "\n" if on_terminal else remainder)
+                _print(left + remainder + ("\n" if on_terminal else ""))
             except OutputLost as error:
                 ended = ended or error
         if isinstance(ended, OutputLost) and on_terminal:  # it has gone, as a signal says, too
