@@ -52,6 +52,7 @@ class Reads:
 
     def __init__(self, b: Brain) -> None:
         self.seconds = 0.0
+        self._on_gpu = b.device.type == "cuda"
         owners: tuple[Graphs | Uncaptured, ...] = (b.graphs, b.graphs.uncaptured)
         for owner in owners:
             owner.scored_prefill = self.timed(owner.scored_prefill)  # type: ignore[method-assign]
@@ -61,13 +62,19 @@ class Reads:
         """The same call, its time added up."""
 
         def run(*arguments: Any, **named: Any) -> Any:
+            self._wait()
             start = time.perf_counter()
             try:
                 return call(*arguments, **named)
             finally:
+                self._wait()
                 self.seconds += time.perf_counter() - start
 
         return run
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
 
 
 def actions(number: int) -> dict[str, list[Action]]:

@@ -43,6 +43,14 @@ def read_memory(size: int, device: torch.device) -> tuple[list[float], str]:
     return _seconds(readers[fastest], REPEATS, device), fastest
 
 
+def copy_memory(size: int, device: torch.device) -> list[float]:
+    """Seconds of each copying of ``size`` bytes, which reads as many and writes as many."""
+    source = large_pages.zeros((max(1, size // WORD),), torch.int64, device).fill_(ORDINARY)
+    copied = torch.empty_like(source)
+    _seconds(lambda: copied.copy_(source), 3, device)
+    return _seconds(lambda: copied.copy_(source), REPEATS, device)
+
+
 def _sweep(words: torch.Tensor) -> Callable[[], int]:
     """A loop of our own: those of PyTorch wait for memory where they could ask for it before."""
     library = ctypes.CDLL(str(built_library(SOURCE, cpp_compiler())))
