@@ -49,6 +49,7 @@ from brain.measure.bench.memory_reader import copy_memory, read_memory
 from brain.measure.golden.seeded import SeededModel
 from brain.memory import Account
 from compiled import torch_private
+from compiled.choose import UNFORCED, Forced
 from compiled.int8 import quantize
 from compiled.llama import LlamaConfig
 from compiled.read import Reading, read
@@ -214,12 +215,21 @@ def truth(b: Brain, *, wide: bool) -> Reading:
     return read(b.checkpoint.config, weights, state, *asked, bucket=b.memory.account.high_water)
 
 
+def own_reading(b: Brain) -> Reading:
+    """What the step reads that is timed: the very graph, and nothing of it is carried out."""
+    b.graphs.begin_step()
+    unforced = torch.full((1,), UNFORCED, dtype=torch.int64, device=b.device)
+    forced = Forced(unforced, unforced.to(torch.uint8))
+    reading, _ = b.graphs.step(forced, high_water=b.memory.account.high_water)
+    return Reading(*(tensor.clone() for tensor in reading))  # or the next step would write there
+
+
 def correctness(b: Brain, case: Case) -> dict[str, Any]:
     """Of the read of the very brain that is timed: logits and mass against the truth, and how many
     of a few dozen reads have the bits of the first.
     """
     wide = not case.cache_gb  # or there would be no room for it
-    first, true = b.read(), truth(b, wide=wide)
+    first, true = own_reading(b), truth(b, wide=wide)
     told: dict[str, Any] = {
         "against": f"the functions called directly in {'float32' if wide else 'bfloat16'}"
     }
@@ -234,7 +244,7 @@ def correctness(b: Brain, case: Case) -> dict[str, Any]:
         and abs(told["mass_sum"] - 1) <= 0.01
     )
     told["repeated"] = case.repeated
-    told["repeated_alike"] = sum(_same(first, b.read()) for _ in range(case.repeated))
+    told["repeated_alike"] = sum(_same(first, own_reading(b)) for _ in range(case.repeated))
     del true
     if b.device.type == "cuda":
         torch.cuda.empty_cache()  # of the wider weights
@@ -259,7 +269,7 @@ def agreement(one: Brain, other: Brain, case: Case) -> dict[str, Any]:
         begin(b, case)
     same, gap = 0, 0.0
     for _ in range(case.agree):
-        logits, theirs = one.read().logits[0], other.read().logits[0]
+        logits, theirs = (own_reading(b).logits[0] for b in (one, other))
         best, second = int(logits.argmax()), int(theirs.argmax())
         same += best == second
         gap = max(gap, float(theirs[second] - theirs[best]))
@@ -282,8 +292,8 @@ def agreement(one: Brain, other: Brain, case: Case) -> dict[str, Any]:
 
 def of_ticks(b: Brain, ticks: int) -> dict[str, float]:
     """One tick, in milliseconds: when every token is waited for, and the host's part of that; when
-    the next tick is sent before the token of the last has come; and its read alone, sent again and
-    again.
+    the next tick is sent before the token of the last has come; and its step without the patch,
+    sent again and again.
     """
     wait(b.device)
     inside, start = 0.0, time.perf_counter()
@@ -302,14 +312,12 @@ def of_ticks(b: Brain, ticks: int) -> dict[str, float]:
     _ = ahead.token
     queued = time.perf_counter() - start
     wait(b.device)
-    asked = (b.cursor.token, b.cursor.position, b.memory.one)
     start = time.perf_counter()
     for _ in range(ticks):
-        b.graphs.begin_step()
-        b.graphs.read(*asked, high_water=b.memory.account.high_water)
+        own_reading(b)
     wait(b.device)
-    reading = time.perf_counter() - start
-    taken = {"waited": waited, "host": inside, "queued": queued, "read": reading}
+    stepping = time.perf_counter() - start
+    taken = {"waited": waited, "host": inside, "queued": queued, "step": stepping}
     return {name: seconds / ticks * 1e3 for name, seconds in taken.items()}
 
 
@@ -549,7 +557,7 @@ def overlap(ours: Brain, case: Case) -> dict[str, Any]:
     warmed_up(plain)
     for b in (ours, plain):
         begin(b, case)
-    alike = _same(ours.read(), plain.read())
+    alike = _same(own_reading(ours), own_reading(plain))
     pair = {"with": ours, "without": plain}
     rounds, ticks = -(-case.rounds // 2), case.ticks
     of_ticks(plain, ticks)
@@ -577,7 +585,7 @@ def overlap(ours: Brain, case: Case) -> dict[str, Any]:
     told["says"] = (
         f"programmatic dependent launch {'survives' if survives else 'does NOT survive'} capture: "
         f"{early['with']:.0f} kernels of a tick begin early, {early['without']:.0f} without it; "
-        f"a captured read takes {faster['read']['median']:.3f} of its time"
+        f"a captured step takes {faster['step']['median']:.3f} of its time"
     )
     return told
 
@@ -623,7 +631,7 @@ def beside_transformers(ours: Brain | None, case: Case, found: Found, device: to
         peer.prime(known)
         likeliest = []
         for _ in range(case.agree + 1):
-            likeliest.append(int(ours.read().logits[0].argmax()))
+            likeliest.append(int(own_reading(ours).logits[0].argmax()))
             _ = ours.tick(likeliest[-1]).token
         same = [step() == token for token in likeliest[1:]]
         told["ticks"], told["same_as_ours"] = case.agree, [*same, False].index(False)

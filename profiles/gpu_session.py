@@ -49,6 +49,7 @@ FEWEST_SECONDS = 15.0
 GPU_TESTS = (
     "tests/invariants/test_invariants_on_cuda.py",
     "tests/test_cuda_paths.py",
+    "tests/brain/tasks/test_run.py",
     "tests/compiled/test_read_cuda.py",
 )
 """Where tests are marked ``gpu``. The kernels are last: each case compiles some, and the steps
@@ -336,7 +337,7 @@ def _line(name: str, value: dict[str, Any], values: dict[str, Any]) -> list[str]
         line = (
             f"{name}: {_ms(value['queued_ms'])} queued, {value['ticks_per_second_queued']:.0f}/s; "
             f"{_ms(value['waited_ms'])} waited for, host {value['host_ms']['median']:.3f}; "
-            f"read {value['read_ms']['median']:.3f}"
+            f"step {value['step_ms']['median']:.3f}"
         )
         if "share_of_copy" in value:
             line += f"; {value['share_of_copy']:.0%} of the copy's rate"

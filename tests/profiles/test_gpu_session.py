@@ -111,7 +111,7 @@ def says_how_right_it_is(found: dict[str, Any]) -> None:
     if TRITON:
         kinds.append("kernels")
         assert found["agreement"]["likeliest_alike"] == found["agreement"]["ticks"]
-        for name in ("waited", "queued", "read"):
+        for name in ("waited", "queued", "step"):
             assert all(number > 0 for number in found["twin_over_kernels"][name].values())
     else:
         assert found["kernels"] == {"left_out": "Triton is not installed"}
@@ -122,7 +122,7 @@ def says_how_right_it_is(found: dict[str, Any]) -> None:
         assert correct["mass_off"] <= 0.02 * correct["mass_size"]
         assert correct["mass_sum"] == pytest.approx(1, abs=0.005)
         assert correct["repeated_alike"] == correct["repeated"]
-        for name in ("waited_ms", "queued_ms", "host_ms", "read_ms"):
+        for name in ("waited_ms", "queued_ms", "host_ms", "step_ms"):
             spread = found[kind][name]
             assert 0 < spread["least"] <= spread["median"] <= spread["most"]
         assert found[kind]["ticks_per_second_queued"] > 0
