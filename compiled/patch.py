@@ -1,5 +1,5 @@
-"""The patch: step 0/4, the only code of this package, beside its twin in ``tick_cpu.cpp``, that
-writes tensors in place.
+"""The patch: step 0/4, the only code of this package that writes tensors in place, beside its twins
+for the plan of a tick, in ``tick_cpu.cpp`` and in ``carry_out`` of ``tick_kernels.py``.
 
     patch(state, cursor, plan) → None
     rebase(state, cursor, inverse_frequencies, wanted) → None
@@ -22,9 +22,9 @@ Keys and values of slots that held no row are not put back: nothing reads them. 
 straight into such slots; a second copy of it is never kept.)
 
 A captured patch is one call, in which nothing is raised, and so is that of a tick in
-``tick_cpu.cpp``: it can fail before it, or its caller after it. Only a signal could come between
-two of a graph's kernels, or between the patch and its caller's account of it:
-``brain/machine/signals.py`` holds signals off.
+``tick_cpu.cpp``, and the one kernel that writes in ``tick_kernels.py``: it can fail before it, or
+its caller after it. Only a signal could come between two of a graph's kernels, or between the patch
+and its caller's account of it: ``brain/machine/signals.py`` holds signals off.
 
 Re-basing renumbers positions densely in text order and turns every key by the difference. It does
 touch the whole cache, so it runs only when the positions would leave the range that the model was

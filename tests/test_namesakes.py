@@ -44,6 +44,7 @@ COVERED = (
     ("compiled/test_patch.py", "compiled", "plan"),
     ("compiled/test_read_cpu.py", "compiled", "cpu_library"),
     ("compiled/test_read_cuda.py", "compiled", "read_kernels"),
+    ("compiled/test_tick_cuda.py", "compiled", "tick_kernels"),
     ("fuzz/test_files.py", "brain", "files"),
     ("fuzz/test_lines_and_folders.py", "brain/config", "type_check"),
     ("invariants/test_I03_mirror_and_cache_agree.py", "brain", "mirror"),

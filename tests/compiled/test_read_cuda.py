@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +44,7 @@ from compiled.read_cuda import (
     power_of_two,
     splits_of,
 )
+from compiled_kernels import SHARED, compiled_for
 
 DEVICE = torch.device("cpu" if read_cuda.INTERPRETED else "cuda")
 MATRICES = ("embedding", "qkv", "attention_out", "gate_up", "down", "head")
@@ -399,66 +399,6 @@ def described(
     )
 
 
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int8: "*i8",
-    torch.bool: "*i1",
-    torch.int64: "*i64",
-}
-
-
-SHARED = 101376
-"""Bytes of shared memory that a program may have on the GPUs that have least of it: 8.6 and 8.9."""
-
-
-def compiled_for(launch: read_cuda.Launch, capability: int) -> tuple[int, int, str]:
-    """Bytes of its stack, which are spilled registers, of shared memory, and its PTX."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = launch.kernel
-    names = kernel.arg_names
-    constants = {**launch.constants, "PDL": capability >= 90}
-    signature: dict[str, str] = dict.fromkeys(names, "constexpr")
-    hints = {}
-    for number, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
-        if isinstance(argument, Tensor):
-            signature[name] = TYPES[argument.dtype]
-            hints[(number,)] = [["tt.divisibility", 16]]
-        elif argument == 1:  # as it is specialised
-            constants[name] = 1
-        else:
-            signature[name] = "i32"
-            if argument % 16 == 0:
-                hints[(number,)] = [["tt.divisibility", 16]]
-    assert {name for name, kind in signature.items() if kind == "constexpr"} == {*constants}
-    source = ASTSource(
-        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, hints
-    )
-    made = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": launch.num_warps,
-            "num_stages": read_cuda.STAGES,
-            "launch_pdl": capability >= 90,
-        },
-    )
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        told = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    used = re.search(r"STACK:(\d+)", told)
-    assert used, told
-    return int(used[1]), int(made.metadata.shared), str(made.asm["ptx"])
-
-
 FORMS = [
     ("smollm2", 1024, 1, torch.bfloat16, False, 90),
     ("smollm2", 1024, 8, torch.bfloat16, True, 90),
@@ -487,14 +427,13 @@ def test_every_kernel_compiles(
     made = described(SIZES[size], slots, tokens, dtype, int8=int8)
     assert len(made) == 6 + 1
     for launch in made:
-        stack, shared, ptx = compiled_for(launch, capability)
-        name = launch.kernel.__name__
-        assert stack <= (16 if dtype == torch.float32 else 0), name
-        assert shared <= SHARED, name
+        kernel, name = compiled_for(launch, capability), launch.kernel.__name__
+        assert kernel.stack <= (8 if dtype == torch.float32 else 0), name
+        assert kernel.shared <= SHARED, name
         if name != "combine":  # whose inputs are small
-            assert re.search(r"ld\.global[^ ]*\.v4", ptx), name
+            assert re.search(r"ld\.global[^ ]*\.v4", kernel.ptx), name
         if capability >= 90:
-            assert "griddepcontrol.wait" in ptx, name
+            assert "griddepcontrol.wait" in kernel.ptx, name
 
 
 @pytest.mark.skipif(read_cuda.INTERPRETED, reason="said once")

@@ -13,6 +13,7 @@ import compiled
 from brain import Brain
 from captured_graphs import aliased_inputs, captured, mutated_inputs
 from compiled.capture import Graph
+from compiled.state import Cursor, State
 from histories import IDS
 from toys import digest
 
@@ -117,6 +118,72 @@ def test_I2_the_search_for_writes_finds_them(source: str) -> None:
 @pytest.mark.parametrize("source", ["x = y", "x: dict[str, int] = {}\nx['a'] = 1", "x.__init__()"])
 def test_I2_the_search_for_writes_finds_nothing_else(source: str) -> None:
     assert not in_place_writes(ast.parse(source))
+
+
+def stored_by(kernel: ast.FunctionDef, others: dict[str, ast.FunctionDef]) -> set[str]:
+    """Names of the arguments that a Triton kernel stores into, itself or by another function,
+    whatever it calls their addresses.
+    """
+    names = [argument.arg for argument in kernel.args.args]
+    stands_for = {name: {name} for name in names}
+
+    def addressed(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.Name):
+            return stands_for.get(node.id, set())
+        if isinstance(node, ast.Call):  # what is loaded, or an index
+            return set()
+        return set().union(*map(addressed, ast.iter_child_nodes(node)))
+
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            stands_for[name] = stands_for.get(name, set()) | addressed(node.value)
+    stored = set()
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called.startswith(("tl.store", "tl.atomic")):
+                stored |= addressed(node.args[0])
+            elif called in others:
+                inner = others[called]
+                written = stored_by(inner, others)
+                for argument, passed in zip(inner.args.args, node.args, strict=False):
+                    if argument.arg in written:
+                        stored |= addressed(passed)
+    return stored
+
+
+def functions_of(*sources: str) -> dict[str, ast.FunctionDef]:
+    found = [node for source in sources for node in ast.parse(source).body]
+    return {node.name: node for node in found if isinstance(node, ast.FunctionDef)}
+
+
+def test_I2_one_kernel_stores_into_the_memory() -> None:
+    """The patch's, into all of it. An argument that is the memory's has its name."""
+    memory = {*State._fields, *(f"cursor_{name}" for name in Cursor._fields)}
+    kernels = functions_of(
+        *(path.read_text() for path in SOURCES if path.name.endswith("_kernels.py"))
+    )
+    storing = {name: stored_by(kernel, kernels) & memory for name, kernel in kernels.items()}
+    assert {name: stored for name, stored in storing.items() if stored} == {"carry_out": memory}
+
+
+@pytest.mark.parametrize(
+    ("body", "stored"),
+    [
+        ("tl.store(keys + i, 0)", {"keys"}),
+        ("to = keys + i * 3\n to = to + 1\n tl.store(to + 4, 0)", {"keys"}),
+        ("k = tl.load(keys + i)\n tl.store(out + k, k)", {"out"}),
+        ("inner(out, keys + i)", {"keys"}),
+        ("tl.atomic_add(keys, 1)", {"keys"}),
+        ("i = tl.load(keys)", set()),
+    ],
+)
+def test_I2_the_search_for_stores_finds_them(body: str, stored: set[str]) -> None:
+    kernels = functions_of(
+        f"def outer(keys, out):\n {body}", "def inner(a, b):\n tl.store(b, tl.load(a))"
+    )
+    assert stored_by(kernels["outer"], kernels) == stored
 
 
 def test_I2_brain_writes_no_state_tensor() -> None:
