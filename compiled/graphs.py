@@ -136,7 +136,7 @@ class Graphs:
             sampling: Settings of the draw.
             libraries: Of the CPU operators that stand for the layers in reads of a few tokens, for
                 the draw and, where nothing is captured, for the rest of a tick; if any.
-            kernels: Whether the layers are Triton kernels in reads of a few tokens on a GPU.
+            kernels: Whether reads of a few tokens and ticks are made by Triton kernels, on a GPU.
             ends: Tokens that end a text: none of them is ever proposed.
             capturing: Opened around the compilation of every graph, with its name.
         """
@@ -150,23 +150,26 @@ class Graphs:
         self.widths = tuple(sorted({1, *self.edit_widths}))
         self.decode, self._widest = self._operator(libraries, kernels=kernels)
         self._kernels = kernels
-        draw = None if libraries is None else draw_cpu.operator(libraries.draw)
         # A kernel is compiled for every width and bucket: of those there are few, of texts many.
         of_texts = None if kernels else self.decode
         self.uncaptured = Uncaptured(config, weights, state, cursor, of_texts, self._widest)
         self.ranges: Ranges = contextlib.nullcontext
         self._one = torch.ones((), dtype=torch.int64, device=self.device)
+        shaping: dict[str, Any] = {"method": spec.method, "eviction": spec.eviction}
+        draw = None if libraries is None else draw_cpu.operator(libraries.draw)
         steps = tick_cpu.Steps(IN_TENSORS, patch)
         if libraries is not None and not spec.compiled:
             steps = tick_cpu.steps(libraries.tick)
+        shaping |= {"native": draw, "scoring": steps.scoring}
+        self._choose_ahead: Callable[..., Accepted] = partial(choose_ahead, **shaping)
         self._patch_tick = steps.patch
-        method, eviction, scoring = spec.method, spec.eviction, steps.scoring
-        self._choose = partial(
-            choose, method=method, eviction=eviction, native=draw, scoring=scoring
-        )
-        self._choose_ahead = partial(
-            choose_ahead, method=method, eviction=eviction, native=draw, scoring=scoring
-        )
+        if kernels:  # of a tick alone: they take one token
+            from compiled import tick_cuda
+
+            ours = tick_cuda.steps(config.vocab_size, state, patch)
+            self._patch_tick = ours.patch
+            shaping |= {"native": ours.draw, "scoring": ours.scoring}
+        self._choose: Callable[..., Choice] = partial(choose, **shaping)
         self._propose: Callable[..., Proposal] = partial(
             propose,
             lookup=spec.lookup,  # type: ignore[arg-type]  # never called without one
@@ -223,7 +226,7 @@ class Graphs:
         for bucket in self.buckets:
             reads = partial(read, self.config, bucket=bucket, decode=self._decode_for(1))
             yield ("step", 1, bucket), partial(_step, reads, self._choose)
-            yield ("patch tick", 1, 0), patch
+            yield ("patch tick", 1, 0), self._patch_tick
             if lookup is not None:
                 yield PROPOSE, self._propose
         if lookup is None:

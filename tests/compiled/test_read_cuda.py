@@ -428,7 +428,7 @@ def test_every_kernel_compiles(
     assert len(made) == 6 + 1
     for launch in made:
         kernel, name = compiled_for(launch, capability), launch.kernel.__name__
-        assert kernel.stack <= (8 if dtype == torch.float32 else 0), name
+        assert kernel.stack <= (16 if dtype == torch.float32 else 0), name
         assert kernel.shared <= SHARED, name
         if name != "combine":  # whose inputs are small
             assert re.search(r"ld\.global[^ ]*\.v4", kernel.ptx), name

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from brain import Append, Boost, Brain, Cull, Pin, Redact, Replace
+from brain.loop import PATCH, STEP
 from cuda_graphs import cudagraph_counts, recordings
 from fixture_types import OpenTiny
 from toys import digest
@@ -32,10 +33,24 @@ def warm_on_cuda(open_tiny: OpenTiny, strict_cuda: None) -> Brain:
     return captured
 
 
-@pytest.fixture(params=["eager", "compiled"])
+@pytest.fixture(scope="module")
+def kernels_on_cuda(open_tiny: OpenTiny, strict_cuda: None) -> Brain:
+    """Captured, with our own kernels in it."""
+    captured = open_tiny(device="cuda", engine="compiled", **{"engine.kernels": True})
+    for _ in captured.warm_up():
+        pass
+    return captured
+
+
+@pytest.fixture(params=["warm", "kernels"])
+def captured_on_cuda(request: pytest.FixtureRequest) -> Brain:
+    chosen: Brain = request.getfixturevalue(f"{request.param}_on_cuda")
+    return chosen
+
+
+@pytest.fixture(params=["eager", "warm", "kernels"])
 def b(request: pytest.FixtureRequest) -> Brain:
-    name = "warm_on_cuda" if request.param == "compiled" else "eager_on_cuda"
-    chosen: Brain = request.getfixturevalue(name)
+    chosen: Brain = request.getfixturevalue(f"{request.param}_on_cuda")
     return chosen
 
 
@@ -49,8 +64,8 @@ def live(b: Brain) -> None:
     b.feed(IDS[50:60], source="model")
 
 
-def test_I9_no_graph_is_skipped_or_recorded_again(warm_on_cuda: Brain) -> None:
-    b = warm_on_cuda
+def test_I9_no_graph_is_skipped_or_recorded_again(captured_on_cuda: Brain) -> None:
+    b = captured_on_cuda
     b.prime(IDS[:30])
     assert cudagraph_counts()["skips"] == 0
     for _ in range(5):  # iterations 1, 2 and 3 of a CUDA graph differ
@@ -63,17 +78,17 @@ def test_I9_no_graph_is_skipped_or_recorded_again(warm_on_cuda: Brain) -> None:
     assert recordings() == recorded + 1  # asking for the number takes one itself
 
 
-def test_I9_anything_compiles_nothing_after_warm_up(warm_on_cuda: Brain) -> None:
+def test_I9_anything_compiles_nothing_after_warm_up(captured_on_cuda: Brain) -> None:
     before = cudagraph_counts()
-    live(warm_on_cuda)
+    live(captured_on_cuda)
     assert cudagraph_counts() == before
-    names = {name: c.compilations for name, c in warm_on_cuda.graphs.captured.items()}
-    assert names == dict.fromkeys(warm_on_cuda.graphs.expected(), 1)
+    names = {name: c.compilations for name, c in captured_on_cuda.graphs.captured.items()}
+    assert names == dict.fromkeys(captured_on_cuda.graphs.expected(), 1)
 
 
-def test_I9_a_tick_launches_one_graph_for_each_of_its_calls(warm_on_cuda: Brain) -> None:
-    """Two for the memory, read and patch, and the choice's between them."""
-    b = warm_on_cuda
+def test_I9_a_tick_launches_two_graphs(captured_on_cuda: Brain) -> None:
+    """Its step, and its patch."""
+    b = captured_on_cuda
     b.prime(IDS[:30])
     for _ in range(5):
         b.tick()
@@ -89,8 +104,8 @@ def test_I9_a_tick_launches_one_graph_for_each_of_its_calls(warm_on_cuda: Brain)
         b.graphs.ranges = contextlib.nullcontext
     events = profile.profiler.kineto_results.events()
     launches = [e.start_ns() for e in events if e.name().startswith("cudaGraphLaunch")]
-    assert len(launches) == 3 * 4
-    for name in ("1 read", "1 sample, 2 score, 3 decide", "4 patch"):
+    assert len(launches) == 2 * 4
+    for name in (STEP, PATCH):
         ranges = [e for e in events if e.name() == name and "CPU" in str(e.device_type())]
         assert len(ranges) == 4
         for r in ranges:
@@ -148,15 +163,16 @@ def test_outputs_of_a_read_survive_the_next_one(b: Brain) -> None:
 
 
 def test_I3_captured_and_eager_brains_hold_the_same(
-    eager_on_cuda: Brain, warm_on_cuda: Brain, eager_brain: Brain
+    eager_on_cuda: Brain, warm_on_cuda: Brain, kernels_on_cuda: Brain, eager_brain: Brain
 ) -> None:
     """On both devices: the same slots, ids and positions; floats but for rounding. Of the rows that
     are remembered: what lies in other slots is of texts that were there before.
     """
-    for brain in (eager_on_cuda, warm_on_cuda, eager_brain):
+    on_cuda = (eager_on_cuda, warm_on_cuda, kernels_on_cuda)
+    for brain in (*on_cuda, eager_brain):
         live(brain)
         assert len(brain) == int(brain.state.valid.sum())
-    for other in (eager_on_cuda, warm_on_cuda):
+    for other in on_cuda:
         taken = eager_brain.state.valid
         assert other.state.valid.cpu().equal(taken)
         for name, column in eager_brain.state._asdict().items():
