@@ -23,6 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from brain import Brain
+from brain.config.compose import compose_conf
+from brain.config.settings import settings_of
+from brain.measure.golden.seeded import SeededModel
+from captured_graphs import aliased_inputs, mutated_inputs
 from compiled.int8 import Int8, quantize
 from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.read import Reading, read, read_ahead
@@ -153,7 +158,7 @@ def reads(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @on_a_device
-@settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(reads())
 def test_a_read_is_that_of_the_twin(case: dict[str, Any]) -> None:
     """Any heads and sizes, holes, NaN in hidden slots, padding, and nothing of the memory written
@@ -292,24 +297,47 @@ def test_a_compiler_takes_it_for_one_call() -> None:
     assert not any(argument.alias_info for argument in (*schema.arguments, *schema.returns))
 
 
+SMALL = LlamaConfig(64, 8, 8, 1, 2, 1, 8, 1e-5, 1e4, 8192)
+
+
+def small_brain(**overrides: Any) -> Brain:
+    """One layer, with forgetting."""
+    asked = {"device": DEVICE.type, "dtype": "float32", "engine.native": False, "capacity": 32}
+    asked |= {"cull.target": 16, "cull.recent": 4, **overrides}
+    settings_ = settings_of(compose_conf([f"{key}={value}" for key, value in asked.items()]))
+    checkpoint = SeededModel("small", SMALL, seed=7).checkpoint(settings_.dtype, settings_.device)
+    return Brain(checkpoint, settings_)
+
+
 @on_a_device
-def test_a_brain_says_what_it_says_without_kernels(open_tiny: OpenTiny) -> None:
-    """A dozen ticks with forgetting: the same tokens, and the same memory within rounding. Captured
-    on a GPU, direct where kernels are interpreted.
+def test_a_captured_brain_says_what_it_says_without_kernels() -> None:
+    """A dozen ticks with forgetting: the same tokens and rows, and the same numbers within the
+    rounding of float32. A step is four calls that write nothing (I1, I2), a patch is one.
     """
-    engine = "eager" if read_cuda.INTERPRETED else "compiled"
-    options = {"engine": engine, "dtype": "float32", "device": DEVICE.type, "cull.target": 20}
-    plain = open_tiny(**options, capacity=32)
-    ours = open_tiny(**options, capacity=32, **{"engine.kernels": True})
+    plain = small_brain(engine="eager")
+    ours = small_brain(engine="compiled", **{"engine.kernels": True})
     said = []
     for b in (plain, ours):
-        b.prime([int(t) for t in torch.arange(18) * 7 % 200])
+        b.prime([int(t) for t in torch.arange(12) * 7 % 60])
         said.append([tick.token for tick in b.stream(12)])
     assert said[0] == said[1]
     assert plain.mirror.position.tolist() == ours.mirror.position.tolist()
     for column in ("brightness", "surprise", "novelty"):
-        a, b = getattr(plain.mirror, column), getattr(ours.mirror, column)
-        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-4)
+        a, b_ = getattr(plain.mirror, column), getattr(ours.mirror, column)
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b_), rtol=1e-4, atol=1e-4)
+    step, patch = (ours.graphs.captured[name] for name in ("step T=1 bucket=32", "patch tick W=1"))
+    assert [graph.compilations for graph in (step, patch)] == [1, 1]
+    called = [
+        re.findall(r"positronic_brain\.(\w+)", str(g.modules[0].graph)) for g in (step, patch)
+    ]
+    assert called == [["read_cuda", "draw_cuda", "cull_cuda", "not_finite_cuda"], ["patch_cuda"]]
+    assert mutated_inputs(step.modules[0]) == set()
+    assert aliased_inputs(step.modules[0]) == 0
+    before = digest(*ours.state, *ours.cursor)
+    for _ in range(2):
+        ours.graphs.begin_step()
+        ours.graphs.step(ours._unforced, high_water=ours.memory.account.high_water)
+    assert digest(*ours.state, *ours.cursor) == before
 
 
 @on_a_device
@@ -319,6 +347,7 @@ def test_weights_and_memory_go_with_the_brain(open_tiny: OpenTiny) -> None:
     b.prime([1, 2, 3])
     assert b.tick().token >= 0
     watched: list[weakref.ref[Any]] = [weakref.ref(b.state.keys), weakref.ref(b.graphs.decode)]
+    gc.collect()  # of other brains
     before = len(read_cuda._bound)
     del b
     gc.collect()
