@@ -46,6 +46,8 @@ class Graph:
         function: Callable[..., Any],
         device: torch.device,
         capturing: Capturing = contextlib.nullcontext,
+        *,
+        joined: bool = False,
     ) -> None:
         """Names what is to be compiled. Costs nothing: nothing is imported or compiled yet.
 
@@ -54,11 +56,12 @@ class Graph:
             function: What is compiled: of tensors, and tuples of them, alone.
             device: Where the tensors are.
             capturing: Opened around compilation, with the name.
+            joined: Whether small kernels of a GPU are launched as one.
         """
         self.name = name
         self._capturing = capturing
         self.is_direct = False
-        self._device = device
+        self._device, self._joined = device, joined
         # PyTorch keeps the backend with the code, out of the garbage collector's sight. So the
         # backend knows this list, not the graph.
         self._made: list[tuple[GraphModule, float]] = []
@@ -95,7 +98,7 @@ class Graph:
                 self._call,
                 fullgraph=True,
                 dynamic=False,
-                backend=_backend(self._made, self._device),
+                backend=_backend(self._made, self._device, joined=self._joined),
                 options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
                 **strict,
             )
@@ -127,10 +130,10 @@ def _own_code(name: str, function: Callable[..., Any]) -> FunctionType:
 
 
 def _backend(
-    made: list[tuple[GraphModule, float]], device: torch.device
+    made: list[tuple[GraphModule, float]], device: torch.device, *, joined: bool
 ) -> Callable[[GraphModule, list[Tensor]], Any]:
     """Inductor, noting in ``made`` every module that it compiles and the seconds it took."""
-    inductor = torch_private.inductor(device)
+    inductor = torch_private.inductor(device, joined=joined)
 
     def compile_module(module: GraphModule, inputs: list[Tensor]) -> Any:
         start = time.perf_counter()

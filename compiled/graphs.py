@@ -186,7 +186,8 @@ class Graphs:
             if spec.rebases and self.device.type != "cuda":
                 functions[REBASE] = rebase
             self.table = {
-                key: Graph(_name(key), function, self.device, capturing)
+                # Beside kernels of our own, what is left are many small ones.
+                key: Graph(_name(key), function, self.device, capturing, joined=kernels)
                 for key, function in functions.items()
             }
             # Without the mark, replays would copy these into graph memory, cache included.

@@ -41,14 +41,18 @@ def probe_processor() -> None:
     torch_key()
 
 
-def inductor(device: torch.device) -> Callable[[GraphModule, list[Tensor]], Any]:
-    """Inductor as a backend of ``torch.compile``: with CUDA graphs on CUDA."""
+def inductor(
+    device: torch.device, *, joined: bool = False
+) -> Callable[[GraphModule, list[Tensor]], Any]:
+    """Inductor as a backend of ``torch.compile``: with CUDA graphs on CUDA. ``joined``: kernels of
+    a GPU that do not depend on each other are launched as one.
+    """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     options = list_mode_options("reduce-overhead") if device.type == "cuda" else {}
     # To see whether its precompiled headers still hold, Inductor preprocesses them at every start.
-    options = {**options, "cpp_cache_precompile_headers": False}
+    options = {**options, "cpp_cache_precompile_headers": False, "combo_kernels": joined}
     return functools.partial(compile_fx, config_patches=options)
 
 

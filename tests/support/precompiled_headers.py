@@ -17,8 +17,8 @@ def precompile_headers() -> None:
     """From here on, for all graphs of this process."""
     product = torch_private.inductor
 
-    def inductor(device: torch.device) -> Callable[..., Any]:
-        compile_fx = product(device)
+    def inductor(device: torch.device, *, joined: bool = False) -> Callable[..., Any]:
+        compile_fx = product(device, joined=joined)
         assert isinstance(compile_fx, functools.partial)
         options = {**compile_fx.keywords["config_patches"], "cpp_cache_precompile_headers": True}
         return functools.partial(compile_fx, config_patches=options)
