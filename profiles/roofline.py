@@ -27,11 +27,11 @@ from roofline_model import (
     H200,
     LLAMA3_8B,
     LLAMA3_70B,
-    LOGIT_PASSES,
     MODELS,
+    OWN,
     PATCH_MS,
-    SCORE_PASSES,
     SMOLLM2,
+    TWIN,
     per_slot,
     row_bytes,
     score_bytes,
@@ -148,32 +148,52 @@ def of_this_machine(report: Path) -> str:
 
 
 def of_gpus() -> str:
-    """Tokens per second, predicted."""
+    """Ticks per second, predicted."""
     rows = []
-    for name in ("TinyLlama-1.1B", "Llama-3-8B", "Llama-3-70B"):
-        config = MODELS[name]
+    for name, config in MODELS.items():
         for kind in ("bfloat16", "int8"):
             number = FORMATS[kind]
-            for gigabytes in (0.1, 10, 40):
+            small = 512 * row_bytes(config, number) / 1e9
+            for gigabytes in (small, 10, 40):
                 capacity = round(gigabytes * 1e9 / row_bytes(config, number))
-                told = tick(config, number, capacity)
-                row = [name, kind, f"{gigabytes:g}", f"{capacity:,}"]
+                row = [name, kind, f"{gigabytes:.2g}", f"{capacity:,}"]
+                ticks = [tick(config, number, capacity, form=form) for form in (TWIN, OWN)]
+                least = ticks[0].weights + ticks[0].cache
                 for device in (H100, H200):
-                    fits = told.weights + told.cache <= device.memory
-                    bytes_alone = device.bandwidth / told.moved
-                    whole = 1 / device.seconds(config, told)
-                    row += [f"{bytes_alone:,.0f}", f"{whole:,.0f}" + ("" if fits else " *")]
+                    star = "" if least <= device.memory else " *"
+                    row.append(f"{device.bandwidth / least:,.0f}")
+                    for told, form in zip(ticks, (TWIN, OWN), strict=True):
+                        row.append(f"{1 / device.seconds(config, told, form):,.0f}{star}")
                 rows.append(row)
     return lines_of(
         [
-            "model",
-            "weights",
-            "cache, GB",
-            "rows",
-            "H100: bytes alone",
-            "with launches",
-            "H200: bytes alone",
-            "with launches",
+            *("model", "weights", "cache, GB", "rows"),
+            *("H100: bytes alone", TWIN.name, OWN.name),
+            *("H200: bytes alone", TWIN.name, OWN.name),
+        ],
+        rows,
+    )
+
+
+def of_kernels() -> str:
+    """What a tick with our kernels moves and starts, on paper."""
+    rows = []
+    for name, config in MODELS.items():
+        for kind in ("bfloat16", "int8"):
+            number = FORMATS[kind]
+            told = tick(config, number, 1024, bucket=512, form=OWN)
+            least = told.weights + told.cache
+            moved = told.moved - told.scores
+            rows.append(
+                [
+                    *(name, kind, str(OWN.kernels(config)), str(TWIN.kernels(config))),
+                    *(f"{least / 1e6:,.1f}", f"{moved / 1e6:,.1f}", f"{moved / least:.3f}"),
+                ]
+            )
+    return lines_of(
+        [
+            *("model", "weights", "kernels", "of PyTorch's compiler"),
+            *("weights and 512 rows, MB", "moved, MB", "ratio"),
         ],
         rows,
     )
@@ -186,8 +206,8 @@ def of_large_caches() -> str:
         config, number = MODELS[name], FORMATS["bfloat16"]
         for gigabytes in (1, 10, 20, 40, 60):
             capacity = round(gigabytes * 1e9 / row_bytes(config, number))
-            told = tick(config, number, capacity)
-            seconds = H100.seconds(config, told)
+            told = tick(config, number, capacity, form=OWN)
+            seconds = H100.seconds(config, told, OWN)
 
             def share(moved: int, seconds: float = seconds) -> str:
                 return f"{moved / H100.bandwidth / seconds:.1%}"
@@ -202,7 +222,7 @@ def of_large_caches() -> str:
                     share(told.cache),
                     share(told.scores),
                     share(told.columns),
-                    f"{H100.overhead(config) / seconds:.1%}",
+                    f"{H100.overhead(config, OWN) / seconds:.1%}",
                 ]
             )
     return lines_of(
@@ -215,7 +235,7 @@ def of_large_caches() -> str:
             "cache",
             "scores",
             "steps 2 to 4",
-            "kernels, launches",
+            "kernels",
         ],
         rows,
     )
@@ -258,9 +278,10 @@ def draw(path: Path) -> None:
         for device, style in ((H100, "-"), (H200, "--")):
             points = []
             for gigabytes in sizes:
-                told = tick(config, number, round(gigabytes * 1e9 / row_bytes(config, number)))
+                rows = round(gigabytes * 1e9 / row_bytes(config, number))
+                told = tick(config, number, rows, form=OWN)
                 if told.weights + told.cache <= device.memory:
-                    points.append((gigabytes, 1 / device.seconds(config, told)))
+                    points.append((gigabytes, 1 / device.seconds(config, told, OWN)))
             if points:
                 label = f"{name} {kind}, {device.name}"
                 panel.plot(*zip(*points, strict=True), style, color=colour, label=label)
@@ -294,8 +315,8 @@ a number of the cache, capacity C and bucket B (the slots that a read looks at):
 |---|---|
 | weights | w × (all matrices, and one row of the embedding), norms |
 | cache | 2 × L × K × D × k × B |
-| scores and shares | at most {SCORE_PASSES} × 4 × L × H × B: while they fit into a cache they stay there |
-| logits | {LOGIT_PASSES} × 4 × V |
+| scores and shares | at most {TWIN.score_passes} × 4 × L × H × B: while they fit into a cache they stay there |
+| logits | {TWIN.logit_passes} × 4 × V |
 | columns: mask, brightness, decision, patch | about {COLUMN_BYTES} × C |
 
 Operations: 2 × (numbers in all matrices + 2 × L × H × D × B). Nothing else grows with C or B: no
@@ -317,17 +338,25 @@ same run. The last column is the error of the prediction: how much longer it tak
 {of_this_machine(REPORT)}
 
 Left out of the prediction: threads that wait for each other five times a layer, the arithmetic of
-attention, and what Python does between three graphs. Counted, but in fact never leaving a cache here:
+attention, and what Python does between graphs. Counted, but in fact never leaving a cache here:
 scores and logits.
 
 ## H100 and H200: predictions
 
-{H100.bandwidth / 1e12:.1f} and {H200.bandwidth / 1e12:.1f} TB/s, for the bytes alone, and with what else a tick of three graphs takes:
-{H100.launch_seconds * 1e6:.0f} µs for each graph and {H100.kernel_seconds * 1e6:.1f} µs for each kernel, {H100.kernels_per_layer} of a layer and {H100.kernels_around} around the
-layers. The times are those of the one model that was measured on an H100, SmolLM2
-(`results/h100.json`), the kernels as counted in the code that is generated for it (`notes.md`); nothing
-below has been measured. Ticks per second; all of the cache is read in every tick. A star: weights and
-cache do not fit into the memory of one such GPU.
+A tick is two graphs, its step and its patch. With kernels of our own (`engine.kernels=true`) it starts
+six kernels a layer and {OWN.kernels_around} around them, counted without a GPU by `profiles/kernels_on_paper.py`; PyTorch's
+compiler made {TWIN.kernels_per_layer} a layer and {TWIN.kernels_around} around them. What they move beside weights and visible rows are logits,
+written and read once, and columns. Their scratch stays in the GPU's cache; it is not counted. At 512 rows
+of 1,024 slots:
+
+{of_kernels()}
+
+Ticks per second at {H100.bandwidth / 1e12:.1f} and {H200.bandwidth / 1e12:.1f} TB/s: for the bytes alone, and with {H100.kernel_seconds * 1e6:.1f} µs for each kernel. That time is
+of the one model that was measured on an H100, SmolLM2 with PyTorch's compiler (`results/h100.json`:
+1.55 ms a tick at its fastest, in three graphs, each token waited for). **Our kernels have not run on a
+GPU: of the numbers below nothing has been measured.** The host's part, {H100.launches} × {H100.launch_seconds * 1e6:.0f} µs, is hidden behind the
+tick before it. All of the cache is read in every tick. A star: weights and cache do not fit into the memory
+of one such GPU.
 
 {of_gpus()}
 
@@ -344,10 +373,11 @@ Shares of a tick on an H100, bfloat16, predicted:
   is: they never begin to matter, however large the cache, while the read looks at all of it. They
   would if it did not: where only a bucket of less than {COLUMN_BYTES / tiny:.1%} (TinyLlama) or {COLUMN_BYTES / medium:.2%} (8B)
   of the slots is read, they move more than the cache does.
-* **Attention scores** are up to {score_bytes(TINYLLAMA, 1) / tiny:.0%} of the cache's bytes for TinyLlama, {score_bytes(LLAMA3_8B, 1) / medium:.0%} for 8B: the
-  price of knowing the attention that every row received, and the first thing to fuse away.
-* **The number of kernels**, and launches, are more than a tenth of a tick while it moves less than
-  {bytes_for_launches(0.1)}.
+* **Attention scores** are up to {score_bytes(TINYLLAMA, bfloat16, 1, OWN) / tiny:.0%} of the cache's bytes for TinyLlama, {score_bytes(LLAMA3_8B, bfloat16, 1, OWN) / medium:.0%} for 8B ({score_bytes(TINYLLAMA, bfloat16, 1, TWIN) / tiny:.0%} and {score_bytes(LLAMA3_8B, bfloat16, 1, TWIN) / medium:.0%}
+  with PyTorch's compiler): the price of knowing the attention that every row received. They are counted
+  here as if they left the GPU's cache, in which they stay up to some 300,000 rows.
+* **The number of kernels** is more than a tenth of a tick while it moves less than
+  {bytes_for_kernels(0.1)}.
   For a small model with a small cache they decide; the last column of the table says how little
   they are at tens of gigabytes.
 
@@ -361,11 +391,11 @@ selection on one thread. Of the smallest models it takes a few percent, of large
 """
 
 
-def bytes_for_launches(share: float) -> str:
-    """Bytes of a tick at which launches take this share of it, for two models, on an H100."""
+def bytes_for_kernels(share: float) -> str:
+    """Bytes of a tick at which kernels take this share of it, for two models, on an H100."""
     told = []
     for name in ("TinyLlama-1.1B", "Llama-3-8B"):
-        overhead = H100.overhead(MODELS[name])
+        overhead = H100.overhead(MODELS[name], OWN)
         moved = overhead * (1 - share) / share * H100.bandwidth
         told.append(f"{moved / 1e9:.0f} GB ({name})")
     return " or ".join(told)

@@ -36,12 +36,33 @@ FORMATS = {
     "int8": Format(1, 2, scales=4),  # weights alone; the cache in bfloat16
 }
 
-SCORE_PASSES = 5
-"""Scores are written, read by the softmax, written as shares, and read for values and for mass."""
 
-LOGIT_PASSES = 8
-"""Logits are written; read for penalty, selection, two softmaxes and the surprise; and between
-those, written twice and read once more.
+@dataclass(frozen=True)
+class Form:
+    """What a tick is made of: how often it passes over scores and logits, and, on a GPU, in how
+    many kernels.
+    """
+
+    name: str
+    kernels_per_layer: int
+    kernels_around: int
+    score_passes: int
+    logit_passes: int
+    wide_scores: bool  # float32, whatever the number format of the cache
+
+    def kernels(self, config: LlamaConfig) -> int:
+        """Of a tick."""
+        return config.num_layers * self.kernels_per_layer + self.kernels_around
+
+
+TWIN = Form("PyTorch's compiler", 19, 50, score_passes=5, logit_passes=8, wide_scores=True)
+"""Kernels as counted in the code generated for an H100. Scores are written, read by the softmax,
+written as shares, and read for values and for mass. Logits are written; read for penalty,
+selection, two softmaxes and the surprise; and between those, written twice and read once more.
+"""
+OWN = Form("our kernels", 6, 19, score_passes=2, logit_passes=2, wide_scores=False)
+"""``compiled/read_kernels.py`` and ``tick_kernels.py``: 199 kernels for SmolLM2, by
+``kernels_on_paper.py``. Scores are written and read as shares of a block, logits written and read.
 """
 
 COLUMN_BYTES = 130
@@ -68,9 +89,10 @@ def row_bytes(config: LlamaConfig, number: Format) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * number.cache
 
 
-def score_bytes(config: LlamaConfig, bucket: int) -> int:
-    """Bytes of scores and shares, float32, one for each head and slot of the bucket."""
-    return SCORE_PASSES * 4 * config.num_layers * config.num_heads * bucket
+def score_bytes(config: LlamaConfig, number: Format, bucket: int, form: Form) -> int:
+    """Bytes of scores and shares, one for each head and slot of the bucket."""
+    width = 4 if form.wide_scores else number.cache
+    return form.score_passes * width * config.num_layers * config.num_heads * bucket
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,13 @@ class Tick:
         return self.read + self.logits + self.columns
 
 
-def tick(config: LlamaConfig, number: Format, capacity: int, bucket: int | None = None) -> Tick:
+def tick(
+    config: LlamaConfig,
+    number: Format,
+    capacity: int,
+    bucket: int | None = None,
+    form: Form = TWIN,
+) -> Tick:
     """What one tick moves at a capacity, reading a bucket of it (default: all of it)."""
     bucket = capacity if bucket is None else bucket
     shapes = weight_shapes(config)
@@ -104,8 +132,8 @@ def tick(config: LlamaConfig, number: Format, capacity: int, bucket: int | None 
     return Tick(
         weights=weight_bytes(config, number),
         cache=bucket * row_bytes(config, number),
-        scores=score_bytes(config, bucket),
-        logits=LOGIT_PASSES * 4 * config.vocab_size,
+        scores=score_bytes(config, number, bucket, form),
+        logits=form.logit_passes * 4 * config.vocab_size,
         columns=COLUMN_BYTES * capacity,
         operations=2 * (products + attention),
     )
@@ -115,27 +143,25 @@ def tick(config: LlamaConfig, number: Format, capacity: int, bucket: int | None 
 class Device:
     """A GPU on paper. What it does beside moving bytes is taken from one measured point
     (``results/h100.json``): a tick of SmolLM2 in bfloat16 took 1.55 ms at its fastest, 1.41 of them
-    in kernels, 1.32 more than their bytes. It has three graphs (read, choose, patch) and, counted
-    in the code generated for them, some 620 kernels.
+    in some 620 kernels, 1.32 more than their bytes. It had three graphs then. Now it has two, and
+    what the host does for them is hidden behind the tick before.
     """
 
     name: str
     bandwidth: float  # bytes per second
     memory: float  # bytes
-    launches: int = 3
-    launch_seconds: float = 50e-6  # with what Python does for it
     kernel_seconds: float = 2.1e-6  # of each, whatever it moves
-    kernels_per_layer: int = 19
-    kernels_around: int = 50
+    launches: int = 2
+    launch_seconds: float = 50e-6  # of a graph, with what Python does for it
 
-    def overhead(self, config: LlamaConfig) -> float:
-        """Seconds of a tick in which nothing is moved."""
-        kernels = config.num_layers * self.kernels_per_layer + self.kernels_around
-        return self.launches * self.launch_seconds + kernels * self.kernel_seconds
+    def overhead(self, config: LlamaConfig, form: Form) -> float:
+        """Seconds of a tick in which the device moves nothing."""
+        return form.kernels(config) * self.kernel_seconds
 
-    def seconds(self, config: LlamaConfig, told: Tick) -> float:
+    def seconds(self, config: LlamaConfig, told: Tick, form: Form) -> float:
         """Of one tick."""
-        return told.moved / self.bandwidth + self.overhead(config)
+        device = told.moved / self.bandwidth + self.overhead(config, form)
+        return max(device, self.launches * self.launch_seconds)
 
 
 H100 = Device("H100", 3.0e12, 80e9)
