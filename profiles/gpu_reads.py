@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
+import older_pytorch  # noqa: F401
 import torch
 from edit_cost import Reads
 from gpu_session import Found

@@ -146,7 +146,7 @@ def revision() -> str:
 def tests(found: Found) -> int:
     """The tests marked ``gpu``, as far as time goes; counted as they end."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--timeout=60", "--no-header"]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", *GPU_TESTS]
+    command += ["-p", "older_pytorch", "-p", "no:cacheprovider", "-p", "no:xdist", *GPU_TESTS]
     counts = dict.fromkeys(OUTCOMES, 0)
     wrong: list[str] = []
     found.put("counts", counts)
