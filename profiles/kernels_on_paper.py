@@ -12,6 +12,7 @@ This module knows the inside of the compiler of the release that is pinned.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -151,6 +152,12 @@ def calls_of(program: str) -> tuple[list[str], list[str]]:
     )
 
 
+def buffers_of(program: str) -> list[int]:
+    """Numbers in each buffer that the program allocates."""
+    shapes = re.findall(r"= empty_strided_cuda\(\(([^)]*)\)", program)
+    return [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
+
+
 def brain_of(config: LlamaConfig, engine: str) -> Brain:
     """A brain of random weights, with kernels."""
     asked = [f"engine={engine}", "device=cpu", "dtype=bfloat16", "engine.native=false"]
@@ -182,7 +189,7 @@ def started() -> dict[str, Counter[str]]:
 
 
 def counted(config: LlamaConfig) -> dict[str, Any]:
-    """Kernels of a tick."""
+    """Kernels of a tick, and of the patch of an edit; of that also what it allocates."""
     b = brain_of(replace(config, num_layers=2), "compiled")
     graphs, state, cursor = b.graphs, b.state, b.cursor
     rows = (2, config.num_kv_heads, 1, config.head_dim)
@@ -212,7 +219,18 @@ def counted(config: LlamaConfig) -> dict[str, Any]:
                 counts["library"] += OF_A_LIBRARY_CALL
         told[graph.name] = counts
         total += sum(counts.values())
-    return {"graphs": told, "kernels": total}
+    width = graphs.edit_widths[0]
+    edit = graphs.table["patch edit", width, 0]
+    program = program_of(edit._call, (state, cursor, graphs.empty_edit(width)), options)
+    told_of_edit = {
+        "kernels": len(calls_of(program)[0]),
+        "library": len(calls_of(program)[1]),
+        "largest_buffer": max(buffers_of(program)),
+        "row": 2 * config.num_kv_heads * config.head_dim,  # of its keys in two layers
+        "width": width,
+        "slots": b.capacity,
+    }
+    return {"graphs": told, "kernels": total, "edit": told_of_edit}
 
 
 def main() -> None:
