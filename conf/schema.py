@@ -54,7 +54,7 @@ class EngineConf:
 
     captured: bool | None = None  # by PyTorch's compiler; null: as brain/auto.py chooses
     native: bool | None = None  # on a CPU, by the operators of compiled/*.cpp; null: the same
-    kernels: bool = False  # on a GPU: reads of up to 8 tokens by compiled/read_kernels.py
+    kernels: bool = False  # on a GPU: reads of few tokens and ticks by compiled/*_kernels.py
     widths: list[int] = MISSING  # tokens per captured read: 1, …
     smallest_bucket: int = MISSING  # slots; powers of two from here up to the capacity
     chunk: int | None = None  # most tokens per read of a prompt; null: the widest of the widths
