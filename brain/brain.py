@@ -158,7 +158,7 @@ class Brain:
                 raise Refused("read: positions were given without tokens")
             self.loop.require_primed()
             ids, padding = [], []
-            asked = (memory.cursor.token, memory.cursor.position, memory.one)
+            asked = (memory.cursor.token, memory.cursor.position, graphs.one)
         else:
             ids = token_ids(tokens, self.checkpoint.config.vocab_size, "read: tokens")
             where = self._checked_positions(positions, len(ids))

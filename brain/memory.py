@@ -91,7 +91,6 @@ class Memory:
             capturing=capturing,
         )
         self.account = EMPTY
-        self.one = self.int64(1)
 
     def int64(self, values: int | list[int]) -> Tensor:
         """Integers on the memory's device."""
@@ -107,7 +106,7 @@ class Memory:
         return self.graphs.read(
             self.int64([token]),
             self.int64([position]),
-            self.one,
+            self.graphs.one,
             high_water=self.account.high_water,
         ).logits
 

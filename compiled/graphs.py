@@ -107,8 +107,8 @@ class Graphs:
     """The functions of ``compiled/`` bound to one brain's tensors, eager or captured.
 
     Attributes: ``table``, every graph there can be, in the order of warm-up (empty when eager);
-    ``uncaptured``, the same work called directly; ``ranges``, opened around every graph: set it to
-    watch them in a profiler.
+    ``uncaptured``, the same work called directly; ``one``, [] int64, the length of a tick's read;
+    ``ranges``, opened around every graph: set it to watch them in a profiler.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Graphs:
         of_texts = None if kernels else self.decode
         self.uncaptured = Uncaptured(config, weights, state, cursor, of_texts, self._widest)
         self.ranges: Ranges = contextlib.nullcontext
-        self._one = torch.ones((), dtype=torch.int64, device=self.device)
+        self.one = torch.ones((), dtype=torch.int64, device=self.device)
         shaping: dict[str, Any] = {"method": spec.method, "eviction": spec.eviction}
         draw = None if libraries is None else draw_cpu.operator(libraries.draw)
         steps = tick_cpu.Steps(IN_TENSORS, patch)
@@ -168,7 +168,8 @@ class Graphs:
 
             ours = tick_cuda.steps(config.vocab_size, state, patch)
             self._patch_tick = ours.patch
-            shaping |= {"native": ours.draw, "scoring": ours.scoring}
+            knows = tick_cuda.knows(spec.method, config.vocab_size)
+            shaping |= {"native": ours.draw if knows else None, "scoring": ours.scoring}
         self._choose: Callable[..., Choice] = partial(choose, **shaping)
         self._propose: Callable[..., Proposal] = partial(
             propose,
@@ -186,12 +187,12 @@ class Graphs:
             if spec.rebases and self.device.type != "cuda":
                 functions[REBASE] = rebase
             self.table = {
-                # Beside kernels of our own, what is left are many small ones.
+                # Beside kernels of our own, what is left is many small ones.
                 key: Graph(_name(key), function, self.device, capturing, joined=kernels)
                 for key, function in functions.items()
             }
             # Without the mark, replays would copy these into graph memory, cache included.
-            for tensor in (*weights.tensors(), *state, *cursor, *sampling):
+            for tensor in (*weights.tensors(), *state, *cursor, *sampling, self.one):
                 torch_private.keep_address(tensor)
 
     def _operator(self, libraries: Libraries | None, *, kernels: bool) -> tuple[Decode | None, int]:
@@ -298,8 +299,8 @@ class Graphs:
             return read(self.config, *bound, tokens, positions, length, **direct)
         graph = self.table["read", width, self._bucket(high_water)]
         if not graph.compilations:
-            # Tokens that always were where the cursor is would be expected there: those of any
-            # other place would have the graph recorded again on CUDA.
+            # The cursor's tensors are marked as never moving: a graph that is first called with
+            # them would expect its tokens there for ever.
             tokens, positions, length = tokens + 0, positions + 0, length + 0
         with self.ranges(graph.name):
             reading: Reading = graph(*bound, tokens, positions, length)
@@ -315,7 +316,7 @@ class Graphs:
         state, cursor, sampling = self.state, self.cursor, self.sampling
         if not self.compiled:
             with self.ranges(READ):
-                asked = (cursor.token, cursor.position, self._one)
+                asked = (cursor.token, cursor.position, self.one)
                 direct = self._direct(1, high_water)
                 reading = read(self.config, self.weights, state, *asked, **direct)
             with self.ranges(CHOOSE):
@@ -323,7 +324,7 @@ class Graphs:
         graph = self.table["step", 1, self._bucket(high_water)]
         with self.ranges(graph.name):
             made: tuple[Reading, Choice] = graph(
-                self.weights, state, cursor, self._one, sampling, forced
+                self.weights, state, cursor, self.one, sampling, forced
             )
         return made
 

@@ -6,8 +6,8 @@ of tokens, ``TP`` the power of two that it is padded to. Activations and sums ar
 keys, values and the weights of attention have the model's dtype.
 
 ``PDL``: a kernel may start while the one before it still runs (programmatic dependent launch, from
-compute capability 9.0 on). What nobody writes during a read, weights and cache, may be loaded
-before the wait; what an earlier kernel wrote, after it.
+compute capability 9.0 on). What nobody writes during a read, weights, cache and where it ends, may
+be loaded before the wait; what an earlier kernel wrote, after it.
 """
 
 import triton
@@ -180,6 +180,10 @@ def attend(
     row = token * HEADS + head  # of all queries
     real = r < T * GROUP
     base = kv.to(tl.int64) * capacity
+    last = tl.load(end).to(tl.int32)
+    per_split = tl.cdiv(last, BS * MOST)
+    first = split * per_split
+    crest = crests + row * tl.cdiv(bucket, BS)
     _await(PDL)
     q = tl.load(
         queries + row[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0
@@ -187,10 +191,6 @@ def attend(
     best = tl.full([RP], float("-inf"), tl.float32)
     total = tl.zeros([RP], tl.float32)
     out = tl.zeros([RP, DP], tl.float32)
-    last = tl.load(end).to(tl.int32)
-    per_split = tl.cdiv(last, BS * MOST)
-    first = split * per_split
-    crest = crests + row * tl.cdiv(bucket, BS)
     for block in range(first, tl.minimum(first + per_split, tl.cdiv(last, BS))):
         slot = block * BS + tl.arange(0, BS)
         wide_slot = slot.to(tl.int64)
@@ -262,6 +262,7 @@ def combine(
     j = tl.arange(0, TP)
     split = tl.arange(0, MOST)
     inside = d < D
+    blocks = tl.cdiv(tl.load(end).to(tl.int32), BS)
     _await(PDL)
     top = tl.load(tops + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
     total = tl.load(totals + row * SPLITS + split, mask=split < SPLITS, other=0)
@@ -277,8 +278,7 @@ def combine(
     share = tl.exp(top - best)
     whole = tl.sum(total * share, 0) + tl.sum(mine, 0)
     out = tl.sum(mine[:, None] * v, 0)
-    blocks = tl.cdiv(tl.load(end).to(tl.int32), BS)
-    for first in range(0, tl.minimum(blocks, SPLITS), 16):  # splits without a block are left out
+    for first in range(0, tl.minimum(blocks, SPLITS), 16):  # a split has one block, or more
         i = first + tl.arange(0, 16)
         factor = tl.exp(
             tl.load(tops + row * SPLITS + i, mask=i < SPLITS, other=float("-inf")) - best
@@ -343,11 +343,12 @@ def add_out(
         at = t[:, None] * H + n[None, :]
         tl.store(hidden + at, tl.load(before + at, mask=real, other=0) + y, mask=real)
     elif program < PRODUCTS + SHARES:
+        last = tl.load(end)
         _await(PDL)
         slot = (program - PRODUCTS) * BM + tl.arange(0, BM)
         wide_slot = slot.to(tl.int64)
         inside = slot < bucket
-        reached = slot < tl.load(end)
+        reached = slot < last
         share = tl.zeros([BM], tl.float32)
         for token in tl.static_range(T):
             row = token * HEADS + head

@@ -10,7 +10,8 @@ nothing. Here are the parts that cost most of them, as operators that mean what 
 
 Of each pair or three, the first looks at one piece of the vocabulary or of the memory in every
 program, and the last puts together what was found. What the kernels do not know is done by the
-twin; the host tells from constants and shapes, so a compiler may trace either.
+twin; the host tells from constants and shapes, so a compiler may trace either. Of draws that is for
+whoever binds them: see :func:`knows`.
 
 The operators of the choice write nothing but their results and scratch. That of the patch says
 which of its arguments it writes, and the compiler, which copies none of them, lets it. What a plan
@@ -36,7 +37,7 @@ from compiled.draw_cpu import Draw, Drawn
 from compiled.finite import PARTS, not_finite
 from compiled.plan import Plan
 from compiled.read_cuda import INTERPRETED, Launch, power_of_two, start
-from compiled.sample import Sampling, SamplingMethod, sample, seen_tokens, surprises
+from compiled.sample import Sampling, SamplingMethod
 from compiled.score import IN_TENSORS, MOST_CULLED, Culling, Scoring, decide_cull
 from compiled.state import NOWHERE, ROW_COLUMNS, Cursor, State
 from compiled.tick_cpu import TickPatch
@@ -69,7 +70,8 @@ class Scratch(NamedTuple):
     operator.
     """
 
-    marks: Tensor  # [vocab] uint8; zero between draws; if one is interrupted, the next clears them
+    # [vocab] uint8; zero between draws, but after one that failed: the next takes and clears them.
+    marks: Tensor
     best: Tensor  # [pieces of the vocabulary * MOST_CANDIDATES] int64
     tops: Tensor  # [pieces of the vocabulary] float32
     totals: Tensor  # [pieces of the vocabulary] float32
@@ -308,7 +310,7 @@ class _Bound:
 class Steps(NamedTuple):
     """What the operators stand for."""
 
-    draw: Draw  # as ``draw_cpu.operator``
+    draw: Draw  # of one token, by a method that the kernels know
     scoring: Scoring
     patch: TickPatch
 
@@ -325,7 +327,8 @@ def steps(vocab_size: int, state: State, patch: TickPatch) -> Steps:
     """
     device = state.valid.device
     bound = _Bound(_Room(allocate_scratch(vocab_size, state.capacity, device), device))
-    operators = _registered()
+    with _BINDING:
+        operators = _registered()
     called = functools.partial
     scoring = IN_TENSORS._replace(
         decide_cull=called(_decide_cull, operators, bound),
@@ -341,8 +344,13 @@ class _Operators(NamedTuple):
     patch: OpOverload[..., None]
 
 
+def knows(method: SamplingMethod, vocab_size: int) -> bool:
+    """Whether the kernels draw so: the likeliest token, or one of few."""
+    return _method_of(method, vocab_size) is not None
+
+
 def _method_of(method: SamplingMethod, vocab_size: int) -> Method | None:
-    """What the kernels make of a method; None where they do not know it."""
+    """What the kernels make of a method, if anything."""
     if method.greedy or method.top_k == 1:  # of one candidate no filter leaves less
         return Method(greedy=True, top_k=1, nucleus=False)
     if not 0 < method.top_k <= MOST_CANDIDATES or method.top_k >= vocab_size:
@@ -362,32 +370,9 @@ def _draw(
     sampling: Sampling,
 ) -> Drawn:
     known = _method_of(method, logits.shape[1])
-    if known is None or len(logits) != 1:
-        return _drawn(logits, state, tokens, tick, forced, method, sampling)
+    assert known is not None
     read = [state.token_id, state.valid, tokens, tick]
     return Drawn(*operators.draw(logits, read, [*sampling], forced, *known, bound.number))
-
-
-def _drawn(
-    logits: Tensor,
-    state: State,
-    tokens: Tensor,
-    tick: Tensor,
-    forced: Tensor,
-    method: SamplingMethod,
-    sampling: Sampling,
-) -> Drawn:
-    """The twin, of any method, and of T rows of logits."""
-    rows, vocab_size = logits.shape
-    remembered = seen_tokens(vocab_size, state.token_id, state.valid, tokens[:1])  # [vocab]
-    places = torch.arange(rows, device=tokens.device)
-    before = places[:, None] >= places  # [T, T]: what each row follows
-    read = tokens[:, None] == torch.arange(vocab_size, device=tokens.device)  # [T, vocab]
-    seen = remembered | (before[:, :, None] & read).any(1)
-    drawn = sample(logits, seen, tick + places[:, None], method, sampling)[:, 0]
-    token = torch.where(forced >= 0, forced, drawn)
-    extremes = torch.stack([logits.amin(-1), logits.amax(-1)], -1)
-    return Drawn(token, surprises(logits, token), extremes)
 
 
 def _decide_cull(
@@ -410,7 +395,7 @@ def _decide_cull(
 def _not_finite(operators: _Operators, bound: _Bound, *parts: Tensor) -> Tensor:
     sizes = [part.numel() for part in parts]
     programs = sum(_pieces(size, _piece(max(sizes))) for size in sizes)
-    if len(parts) > len(PARTS) or programs > _MOST_FLAGS:
+    if programs > _MOST_FLAGS:
         return not_finite(*parts)
     return operators.not_finite([*parts], bound.number)
 
@@ -423,7 +408,7 @@ def _patch(
     cursor: Cursor,
     plan: Plan,
 ) -> None:
-    if plan.keys.shape[2] != 1 or plan.updates.keys() != set(UPDATED):
+    if plan.keys.shape[2] != 1:
         twin(state, cursor, plan)
         return
     operators.patch([*state], [*cursor], _listed(plan), bound.number)

@@ -48,7 +48,8 @@ def mark(
     ids = tl.load(token_id + i, mask=known, other=0)
     tl.store(marks + ids, 1, mask=known & (ids >= 0) & (ids < V))
     if tl.program_id(0) == 0:
-        tl.store(marks + tl.load(tokens), 1)
+        read = tl.load(tokens)
+        tl.store(marks + read, 1, mask=(read >= 0) & (read < V))
 
 
 @triton.jit
@@ -76,6 +77,7 @@ def score(
     _await(PDL)
     x = tl.load(logits + i, mask=inside, other=float("-inf"))
     marked = tl.load(marks + i, mask=inside, other=0) != 0
+    tl.debug_barrier()  # a small piece is loaded by several warps, and cleared by one
     tl.store(marks + i, 0, mask=inside)
     lowered = tl.where(x > 0, tl.math.div_rn(x, tl.zeros_like(x) + by), x * by)
     y = tl.where(marked, lowered, x)

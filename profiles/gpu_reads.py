@@ -212,7 +212,7 @@ def truth(b: Brain, *, wide: bool) -> Reading:
         }
         weights = weights._replace(**fields)
         state = state._replace(keys=state.keys.float(), values=state.values.float())
-    asked = (b.cursor.token, b.cursor.position, b.memory.one)
+    asked = (b.cursor.token, b.cursor.position, b.graphs.one)
     return read(b.checkpoint.config, weights, state, *asked, bucket=b.memory.account.high_water)
 
 
@@ -324,7 +324,7 @@ def of_ticks(b: Brain, ticks: int) -> dict[str, float]:
 
 def of_direct_reads(b: Brain, ticks: int) -> dict[str, float]:
     """One read whose kernels the host starts, in milliseconds."""
-    asked = (b.cursor.token, b.cursor.position, b.memory.one)
+    asked = (b.cursor.token, b.cursor.position, b.graphs.one)
     given = (b.checkpoint.config, b.checkpoint.weights, b.state, *asked)
     wait(b.device)
     start = time.perf_counter()

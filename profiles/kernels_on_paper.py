@@ -203,7 +203,7 @@ def counted(config: LlamaConfig) -> dict[str, Any]:
         eviction=spec.eviction,
     )
     plan = choice.plan(reading)
-    step = (b.checkpoint.weights, state, cursor, b.memory.one, graphs.sampling, unforced)
+    step = (b.checkpoint.weights, state, cursor, b.graphs.one, graphs.sampling, unforced)
     given = {("step", 1, 1024): step, ("patch tick", 1, 0): (state, cursor, plan)}
     options = torch_private.inductor(CUDA, joined=True).keywords["config_patches"]  # type: ignore[attr-defined]
     of_ours, told, total = started(), {}, 0

@@ -331,8 +331,9 @@ def test_a_captured_brain_says_what_it_says_without_kernels() -> None:
         re.findall(r"positronic_brain\.(\w+)", str(g.modules[0].graph)) for g in (step, patch)
     ]
     assert called == [["read_cuda", "draw_cuda", "cull_cuda", "not_finite_cuda"], ["patch_cuda"]]
-    assert mutated_inputs(step.modules[0]) == set()
-    assert aliased_inputs(step.modules[0]) == 0
+    if read_cuda.INTERPRETED:  # they are looked at on a CPU
+        assert mutated_inputs(step.modules[0]) == set()
+        assert aliased_inputs(step.modules[0]) == 0
     before = digest(*ours.state, *ours.cursor)
     for _ in range(2):
         ours.graphs.begin_step()

@@ -188,7 +188,6 @@ CASES = {
     "min-p": (FIVE, sampling_of(1.3, 1.0, 0.97, seed=(7 << 32) + 1)),
     "both": (SamplingMethod(top_k=6), sampling_of(0.7, 0.8, 0.1, 1.5, seed=3)),
     "the most": (SamplingMethod(top_k=64), sampling_of(1.0, 0.9, 0.1, 1.2, seed=3)),
-    "the twin's": (SamplingMethod(top_k=0), sampling_of(1.0, 0.9, 0.1, 1.2, seed=3)),
 }
 
 
@@ -284,23 +283,6 @@ def test_of_nothing_but_that_some_token_is_drawn(wrong: float, greedy: bool) -> 
     told = drawn(bound(state, 250).draw, state, logits, SamplingMethod(greedy, 5, nucleus=True))
     assert told.token.tolist() == [0]
     assert told.surprise.isnan().all()
-    assert_measured(told, logits)
-
-
-@on_a_device
-def test_several_rows_are_drawn_by_the_twin() -> None:
-    """Each follows what was read before it."""
-    state, logits = there(toy_state(toy_config(), 6, {2: 1})), torch.randn(3, 40)
-    tokens, forced = torch.tensor([4, 7, 11]), torch.tensor([-1, 3, -1])
-    method, sampling = SamplingMethod(greedy=True), sampling_of(repetition_penalty=50.0)
-    seen = seen_tokens(40, state.token_id.cpu(), state.valid.cpu(), tokens[:1])
-    expected = []
-    for row, token in zip(logits, tokens, strict=True):
-        seen = seen | (torch.arange(40) == token)
-        expected.append(int(penalize(row, seen, sampling.repetition_penalty).argmax()))
-    asked = (logits, state, tokens, torch.tensor(9), forced)
-    told = bound(state).draw(*map(there, asked), method, there(sampling))
-    assert told.token.tolist() == [expected[0], 3, expected[2]]
     assert_measured(told, logits)
 
 
@@ -463,11 +445,10 @@ def test_plans_of_several_ticks_are_for_the_twin() -> None:
     called = []
     ours = steps(40, state, lambda *asked: called.append(asked))
     one = plan_of(state, cursor, 1, [])
-    plans = [one._replace(keys=one.keys.expand(-1, -1, 3, -1)), one._replace(updates={})]
+    plan = one._replace(keys=one.keys.expand(-1, -1, 3, -1))
     before = digest(*state, *cursor)
-    for plan in plans:
-        ours.patch(state, cursor, plan)
-    assert [asked[2] is plan for asked, plan in zip(called, plans, strict=True)] == [True, True]
+    ours.patch(state, cursor, plan)
+    assert [asked[2] is plan for asked in called] == [True]
     assert digest(*state, *cursor) == before
 
 
@@ -483,6 +464,7 @@ def called_in(source: str) -> list[str]:
         "stream",
         "raw_stream",
         "with torch.cuda.",
+        "torch.cuda.set_device(",
     )
     lines = [line.strip() for line in body]
     return [line for line in lines if line and not line.startswith(quiet)]
@@ -681,7 +663,7 @@ def test_operators_that_pytorch_may_compile() -> None:
     """Schemas, fake results and aliasing are what they are declared to be."""
     state, cursor = growing()
     ours = bound(state)
-    number = max(tick_cuda._rooms)
+    number = ours.draw.args[1].number  # type: ignore[attr-defined]  # a partial
     operators = tick_cuda._registered()
     plan = tick_cuda._listed(chosen(ours, state, cursor, 1).plan(reading(state, 1)))
     one, tests = there(torch.tensor([3])), ("test_schema", "test_faketensor")
@@ -700,9 +682,11 @@ def test_operators_that_pytorch_may_compile() -> None:
 @on_a_device
 def test_scratch_goes_with_the_last_that_could_use_it() -> None:
     state, _ = growing()
+    gc.collect()  # of other memories
     before = len(tick_cuda._rooms)
     ours = bound(state)
-    watched = weakref.ref(tick_cuda._rooms[max(tick_cuda._rooms)])
+    number = ours.draw.args[1].number  # type: ignore[attr-defined]  # a partial
+    watched = weakref.ref(tick_cuda._rooms[number])
     draw = ours.draw
     del ours
     gc.collect()
