@@ -6,78 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from brain.checkpoints import open_folder
-from brain.checkpoints.gguf_file import RENAMED, RENAMED_IN_LAYER, convert_gguf
+from brain.checkpoints.gguf_file import convert_gguf
 from brain.checkpoints.llama_names import packed_parts
 from brain.errors import Refused
+from gguf_files import Change, byte_level_fields, write_gguf
 
 SaveLlama = Callable[..., dict[str, Tensor]]
-Change = Callable[[dict[str, Any], dict[str, np.ndarray[Any, Any]]], None]
-
-
-def permute(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp's reordering of query and key rows, as in its convert_hf_to_gguf.py."""
-    rows, columns = weight.shape
-    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
-    return halves.swapaxes(1, 2).reshape(rows, columns)
-
-
-def write_gguf(
-    path: Path, state: dict[str, Tensor], library: str, change: Change | None = None
-) -> None:
-    """A GGUF of a tiny model: 3 layers, hidden 32, 4 heads, 2 KV heads, byte-level vocabulary."""
-    vocabulary = json.loads(library)["model"]
-    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__)
-    fields: dict[str, Any] = {
-        "llama.block_count": 3,
-        "llama.context_length": 128,
-        "llama.embedding_length": 32,
-        "llama.feed_forward_length": 48,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-6,
-        "llama.rope.freq_base": 10000.0,
-        "llama.rope.dimension_count": 8,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in vocabulary["merges"]],
-        "tokenizer.ggml.eos_token_id": 0,
-    }
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for name, tensor in state.items():
-        if "q_proj" in name or "k_proj" in name:
-            tensor = permute(tensor, 4 if "q_proj" in name else 2)
-        if name in RENAMED:
-            tensors[RENAMED[name]] = tensor.numpy()
-        else:
-            _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
-            tensors[f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.weight"] = tensor.numpy()
-    if change:
-        change(fields, tensors)
-    writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
-    for key, value in fields.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
-    for name, data in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -90,7 +30,7 @@ def test_conversion_restores_the_original(
     state = save_llama(tmp_path / "hf", vocab_size=vocab_size, tie_word_embeddings=tied)
     if tied:
         state.pop("lm_head.weight", None)
-    write_gguf(tmp_path / "x.gguf", state, byte_level_json)
+    write_gguf(tmp_path / "x.gguf", state, byte_level_fields(byte_level_json, "smollm"))
     folder = tmp_path / "converted"
     folder.mkdir()
     convert_gguf(tmp_path / "x.gguf", folder)
@@ -142,7 +82,7 @@ def add(_: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) -> None:
             "blk.2.attn_k.weight: it is not Llama's, or more than llama.bl",
         ),
         (put(llama__attention__head_count_kv=[2, 1, 2]), "llama.attention.head_count_kv"),
-        (put(tokenizer__ggml__pre="qwen2"), "pre-tokenizer 'qwen2'"),
+        (put(tokenizer__ggml__pre="qwen9"), "did you mean qwen2?"),
         (drop("llama.block_count"), "llama.block_count"),
         (drop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
         (reshape, "output_norm.weight has shape [33], expected [32]"),
@@ -154,7 +94,7 @@ def test_unusable_gguf_is_refused(
 ) -> None:
     vocab_size = len(json.loads(byte_level_json)["model"]["vocab"])
     state = save_llama(tmp_path / "hf", vocab_size=vocab_size)
-    write_gguf(tmp_path / "x.gguf", state, byte_level_json, change)
+    write_gguf(tmp_path / "x.gguf", state, byte_level_fields(byte_level_json, "smollm"), change)
     (tmp_path / "out").mkdir()
     with pytest.raises(Refused) as refusal:
         convert_gguf(tmp_path / "x.gguf", tmp_path / "out")
@@ -193,7 +133,7 @@ def test_metadata_count_as_in_llama_cpp(
     vocab_size = len(json.loads(byte_level_json)["model"]["vocab"])
     scaling = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
     state = save_llama(tmp_path / "hf", vocab_size=vocab_size, rope_parameters=scaling)
-    write_gguf(tmp_path / "x.gguf", state, byte_level_json, change)
+    write_gguf(tmp_path / "x.gguf", state, byte_level_fields(byte_level_json, "smollm"), change)
     (tmp_path / "out").mkdir()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -210,9 +150,8 @@ def test_truncated_gguf_is_refused(
     save_llama: SaveLlama, tmp_path: Path, byte_level_json: str, keep: int
 ) -> None:
     vocab_size = len(json.loads(byte_level_json)["model"]["vocab"])
-    write_gguf(
-        tmp_path / "x.gguf", save_llama(tmp_path / "hf", vocab_size=vocab_size), byte_level_json
-    )
+    state = save_llama(tmp_path / "hf", vocab_size=vocab_size)
+    write_gguf(tmp_path / "x.gguf", state, byte_level_fields(byte_level_json, "smollm"))
     content = (tmp_path / "x.gguf").read_bytes()
     (tmp_path / "x.gguf").write_bytes(content[:keep])
     (tmp_path / "out").mkdir()
