@@ -97,12 +97,12 @@ def override(key: str, value: Any) -> str:
 def model_overrides(model: Any, *, multirun: bool = False) -> list[str]:
     """``model=…`` as Hydra takes it: a choice of the group as it is, anything else by its name. In
     a multirun the names between commas are swept over; one with a comma needs quotes there. A path
-    of Python's is a path, even if it is called like a choice.
+    of Python's is a path, even if it is called like a choice. Raises Refused for anything else.
     """
     if isinstance(model, PurePath):
         model = os.path.join(os.curdir, model) if str(model) in choices() else str(model)
     if not isinstance(model, str):
-        return [override("model", model)]
+        raise Refused(f"model cannot be {shown(model)}: give a name or a path")
     names = _swept(model) if multirun else [model]
     if {*choices(), NAMED}.issuperset(names) or (multirun and re.match(r"(choice|glob)\(", model)):
         return [f"model={model}"]

@@ -61,8 +61,8 @@ def test_the_cache_folder_that_is_named_is_the_hub_s_too(hub_cache: Path) -> Non
 @pytest.mark.parametrize(
     ("repo", "revision", "message"),
     [
-        ("someone/else", None, "not in the local cache"),
-        ("someone/tiny", "v2", "someone/tiny@v2: not in the local cache"),
+        ("someone/else", None, "not in the local cache, and the hub"),
+        ("someone/tiny", "v2", "someone/tiny@v2: no such path here, not in the local cache"),
         ("not a repository", None, "owner/name"),
     ],
 )
