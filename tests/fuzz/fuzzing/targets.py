@@ -198,10 +198,11 @@ def _speak(tokenizer: Any) -> None:
 
 def gguf(case: Case) -> None:
     """A GGUF file, opened or converted; where the latter succeeds, the folder is opened."""
-    path = case.copy(case.specimens.gguf, "model.gguf")
+    kind = case.rng.choice(case.specimens.ggufs)
+    path = case.copy(kind, "model.gguf")
     if not case.replace(path):
         content = path.read_bytes()
-        path.write_bytes(damaged_gguf(content, case.rng, case.specimens.gguf_marks))
+        path.write_bytes(damaged_gguf(content, case.rng, case.specimens.gguf_marks[kind]))
     if case.rng.random() < 0.5:
         _speak(open_gguf(path, dtype=torch.float32).tokenizer)
         return
