@@ -24,7 +24,6 @@ from brain.checkpoints.hf_config import CONVERTED_FROM, parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
 from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import write_safetensors
-from brain.checkpoints.stored import ROWS_AT_ONCE
 from brain.errors import Refused, shown, warn
 from brain.machine.integrity import files_sha256
 from brain.machine.memory import give_back_freed
@@ -68,6 +67,8 @@ READABLE = frozenset(
     )
 )
 """Number formats that the gguf package can turn into float32."""
+ROWS_AT_ONCE = 256
+"""Rows that are dequantized at a time: in between, they weigh several times as much."""
 
 
 def open_gguf(
@@ -151,7 +152,7 @@ class Dequantized(NamedTuple):
     file: GgufFile
     stored: StoredTensor
     heads: int = 0  # of queries or keys, whose rows llama.cpp has in another order
-    on_release: Callable[[], object] = bool
+    on_release: Callable[[], object] | None = None
 
     @property
     def path(self) -> Path:
@@ -177,7 +178,8 @@ class Dequantized(NamedTuple):
     def release(self) -> None:
         """Lets go of its resident pages."""
         self.file.release(self.stored)
-        self.on_release()
+        if self.on_release is not None:
+            self.on_release()
 
 
 def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:

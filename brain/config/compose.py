@@ -57,8 +57,12 @@ def _with_path_in_model(conf: Conf) -> Conf:
     """
     model = conf.model
     if model.source is Source.named:
-        if (path := model.path or conf.path) is not None:
-            raise Refused(f"path={path} does not apply to model={model.name}: give one of them")
+        others = {"path": conf.path, "model.path": model.path, "model.repo": model.repo}
+        for key, value in others.items():
+            if value is not None:
+                raise Refused(
+                    f"{key}={value} does not apply to model={model.name}: give one of them"
+                )
         model = named_model(model)
     if conf.path is not None:
         if model.path is not None and model.path != conf.path:

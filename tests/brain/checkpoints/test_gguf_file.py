@@ -19,10 +19,15 @@ from torch import Tensor
 
 import brain
 from brain.checkpoints import Checkpoint, open_folder
-from brain.checkpoints.gguf_file import Dequantized, convert_gguf, gguf_format, open_gguf
+from brain.checkpoints.gguf_file import (
+    ROWS_AT_ONCE,
+    Dequantized,
+    convert_gguf,
+    gguf_format,
+    open_gguf,
+)
 from brain.checkpoints.gguf_header import GgufFile
 from brain.checkpoints.llama_names import packed_parts
-from brain.checkpoints.stored import ROWS_AT_ONCE
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.errors import BrainWarning, Refused
@@ -333,11 +338,16 @@ def test_a_folder_cannot_hold_factors(twins: Twins, tmp_path: Path) -> None:
         convert_gguf(path, tmp_path)
 
 
+def as_integers(_: Fields, tensors: Tensors) -> None:
+    tensors["output_norm.weight"] = tensors["output_norm.weight"].astype(np.int32)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         (put(general__architecture="qwen2"), "GGUF architecture 'qwen2' is not supported"),
         (put(general__type="adapter"), "GGUF of type 'adapter' is no whole model"),
+        (as_integers, "tensor output_norm.weight has unsupported type I32"),
         (put(split__count=3), "GGUF in 3 files is not supported; make one of them"),
         (put(tokenizer__ggml__model="bert"), "GGUF vocabulary 'bert'"),
         (add, "unexpected tensor blk.0.attn_q.bias"),

@@ -291,7 +291,7 @@ def test_eight_bits_of_a_file(models: Path, command_line: CommandLine) -> None:
         (["model=empty"], "empty/config.json: no such file"),
         (["model=/dev/null"], "/dev/null: not a GGUF file"),
         (["model=twin.gguf", "path=x"], "path=x does not apply to model=twin.gguf"),
-        (["model=twin.gguf", "model.repo=a/b"], "model.repo does not apply to model=twin.gguf"),
+        (["model=twin.gguf", "model.repo=a/b"], "model.repo=a/b does not apply to model=twin.gguf"),
         (["model=twin.gguf", "task=bench"], "is a GGUF file: this task needs a model's folder"),
         (["model=named"], "missing mandatory value: name"),
     ],
