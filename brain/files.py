@@ -134,6 +134,8 @@ def cache_folder(given: Path | None = None) -> Path:
 
 def given_path(path: str | Path) -> Path:
     """The path with ``~`` replaced by a home folder. Raises Refused if that is not known."""
+    if not os.fspath(path).startswith("~"):
+        return Path(path)  # ./~ is no home folder
     try:
         return Path(path).expanduser()
     except RuntimeError:

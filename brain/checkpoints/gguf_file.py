@@ -1,30 +1,37 @@
-"""GGUF files of Llama models, dequantized and renamed into a Hugging Face folder.
+"""GGUF files of Llama models, dequantized: opened as they are, or written as a Hugging Face folder.
 
 Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf_to_gguf.py``.
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.gguf_header import GgufFile, StoredTensor
 from brain.checkpoints.hf_config import CONVERTED_FROM, parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
+from brain.checkpoints.packing import load_weights
 from brain.checkpoints.safetensors_file import write_safetensors
 from brain.errors import Refused, shown, warn
+from brain.machine.integrity import files_sha256
+from brain.machine.memory import give_back_freed
 from brain.machine.progress import progress_bar
 from brain.tokenizers.gguf_vocabulary import tokenizer_files
+from brain.tokens import gguf_tokenizer
 from compiled.llama import LlamaConfig
+from compiled.rope import inverse_frequencies
 
 RENAMED = {
     EMBEDDING: "token_embd.weight",
@@ -42,6 +49,7 @@ RENAMED_IN_LAYER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+ROPE_FACTORS = "rope_freqs.weight"
 SCALING_TYPE = "llama.rope.scaling.type"
 SCALING_FACTORS = ("llama.rope.scaling.factor", "llama.rope.scale_linear")
 PLAIN = {
@@ -59,6 +67,55 @@ READABLE = frozenset(
     )
 )
 """Number formats that the gguf package can turn into float32."""
+ROWS_AT_ONCE = 256
+"""Rows that are dequantized at a time: in between, they weigh several times as much."""
+
+
+def open_gguf(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    int8: bool = False,
+) -> Checkpoint:
+    """Loads a GGUF file with the tokenizer in it, and writes nothing. Raises Refused, before memory
+    is allocated for weights, where something is missing, malformed or not supported. One warning
+    tells what its numbers take in memory, where that is more than in the file. ``dtype`` and
+    ``int8`` are those of :func:`brain.checkpoints.folder.open_folder`.
+    """
+    model = _model(path)
+    file, config = model.file, model.config
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    if (factors := _rope_factors(file, config)) is not None:
+        frequencies /= factors
+    tokenizer = gguf_tokenizer(file.fields, str(path))
+    _warn_of_size(model, dtype, int8=int8)
+    give_back_freed()  # before weights are allocated above it
+    with progress_bar(f"reading {path.name}", len(model.parts), "tensor", leave=False) as bar:
+        tensors = {
+            name: Dequantized(file, file.tensors[gguf_name(name)], _heads(name, config), bar.update)
+            for name, _ in model.parts
+        }
+        weights = load_weights(
+            config,
+            tensors,
+            dtype=dtype,
+            device=torch.device(device),
+            int8=int8,
+            frequencies=frequencies,
+        )
+    return Checkpoint(
+        name=path.name,
+        config=config,
+        weights=weights,
+        tokenizer=tokenizer,
+        hash_weights=lambda: files_sha256([path], progress=True),
+    )
+
+
+def gguf_format(path: Path) -> str:
+    """The number format of the most numbers in a GGUF file. Raises Refused."""
+    return _format(GgufFile(path))
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -66,16 +123,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
     tensors lie in the order of ``packed_parts``: loading them needs no copy. Raises Refused where
     the file is not a Llama model that can be converted, OSError where the folder cannot be written.
     """
-    file = GgufFile(path)
-    settings = _hf_settings(file.fields, file.tensors, str(path))
-    config = parse_config(settings, str(path))
+    file, settings, config, parts = _model(path)
+    if ROPE_FACTORS in file.tensors:
+        raise Refused(f"{path}: config.json cannot hold what {ROPE_FACTORS} says; open the file")
     files = tokenizer_files(file.fields, str(path))
-    parts = [part for field in packed_parts(config).values() for part in field]
-    _check_tensors(file, parts, path)
-    numbers: Counter[str] = Counter()
-    for stored in file.tensors.values():
-        numbers[stored.kind.name] += prod(stored.shape)
-    settings[CONVERTED_FROM] = max(numbers, key=numbers.__getitem__)
+    settings[CONVERTED_FROM] = _format(file)
     files["config.json"] = _json(settings)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     files["generation_config.json"] = _json({key: settings[key] for key in ids if key in settings})
@@ -85,7 +137,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     with progress_bar(f"converting {path.stem}", len(parts), "tensor") as bar:
 
         def make(name: str, shape: tuple[int, ...]) -> Tensor:
-            tensor = _read(file, name, shape, config)
+            stored = Dequantized(file, file.tensors[gguf_name(name)], _heads(name, config))
+            tensor = torch.cat(list(stored.rows())).view(shape)
             bar.update()
             return tensor
 
@@ -93,9 +146,117 @@ def convert_gguf(path: Path, folder: Path) -> None:
         write_safetensors(folder / "model.safetensors", tensors, torch.float32)
 
 
+class Dequantized(NamedTuple):
+    """A tensor of a GGUF file as float32, in Hugging Face's layout."""
+
+    file: GgufFile
+    stored: StoredTensor
+    heads: int = 0  # of queries or keys, whose rows llama.cpp has in another order
+    on_release: Callable[[], object] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file's."""
+        return self.file.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.stored.shape
+
+    def rows(self) -> Iterator[Tensor]:
+        """Some rows at a time; of a vector its only one."""
+        blocks = self.file.stored(self.stored)
+        blocks = blocks.reshape(-1, blocks.shape[-1])
+        order = _unpermuted(len(blocks), self.heads) if self.heads else np.arange(len(blocks))
+        for first in range(0, len(blocks), ROWS_AT_ONCE):
+            part = blocks[order[first : first + ROWS_AT_ONCE]]
+            with np.errstate(all="ignore"):  # what is not finite is told of when it is read
+                values = dequantize(part, self.stored.kind)
+            yield torch.from_numpy(np.array(values, dtype=np.float32)).view(len(part), -1)
+
+    def release(self) -> None:
+        """Lets go of its resident pages."""
+        self.file.release(self.stored)
+        if self.on_release is not None:
+            self.on_release()
+
+
+def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
+    """Where the rows of a query or key projection lie in the file, [rows]. llama.cpp pairs RoPE's
+    dimensions as neighbours (2i, 2i+1), Hugging Face pairs i and i + head_dim/2.
+    """
+    pairs = np.arange(rows).reshape(heads, -1, 2)
+    return pairs.swapaxes(1, 2).reshape(-1)
+
+
+def _heads(name: str, config: LlamaConfig) -> int:
+    """How many heads have rows in a tensor that llama.cpp orders by them; 0: it does not."""
+    return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2], 0)
+
+
+class _Model(NamedTuple):
+    """A GGUF file's model, checked, and nothing of it in memory."""
+
+    file: GgufFile
+    settings: dict[str, Any]  # as config.json
+    config: LlamaConfig
+    parts: list[Part]
+
+
+def _model(path: Path) -> _Model:
+    """The model of a file. Raises Refused where it is malformed or not supported."""
+    file = GgufFile(path)
+    settings = _hf_settings(file.fields, file.tensors, str(path))
+    config = parse_config(settings, str(path))
+    parts = [part for field in packed_parts(config).values() for part in field]
+    _check_tensors(file, parts, path)
+    return _Model(file, settings, config, parts)
+
+
+def _format(file: GgufFile) -> str:
+    """The number format of the most numbers."""
+    numbers: Counter[str] = Counter()
+    for stored in file.tensors.values():
+        numbers[stored.kind.name] += prod(stored.shape)
+    return max(numbers, key=numbers.__getitem__, default="F32")
+
+
+def _rope_factors(file: GgufFile, config: LlamaConfig) -> Tensor | None:
+    """What every frequency is divided by, [head_dim / 2] float64, as in llama.cpp; None: nothing.
+    Raises Refused.
+    """
+    stored = file.tensors.get(ROPE_FACTORS)
+    if stored is None:
+        return None
+    what = f"{file.path}: tensor {ROPE_FACTORS}"
+    if stored.shape != (config.head_dim // 2,) or stored.kind is not GGMLQuantizationType.F32:
+        told = f"is {stored.kind.name} {list(stored.shape)}"
+        raise Refused(f"{what} {told}, expected F32 {[config.head_dim // 2]}")
+    factors = torch.cat(list(Dequantized(file, stored).rows())).view(-1).double()
+    if not bool(((factors > 0) & factors.isfinite()).all()):
+        raise Refused(f"{what} has a number that is not above 0; fetch the file again")
+    return factors
+
+
+def _warn_of_size(model: _Model, dtype: torch.dtype, *, int8: bool) -> None:
+    """Says what the numbers take in memory, where that is more than the file has."""
+    size = model.file.path.stat().st_size
+    needed = 0
+    for _, shape in model.parts:
+        rounded = int8 and len(shape) > 1
+        needed += prod(shape) + 4 * shape[0] if rounded else prod(shape) * dtype.itemsize
+    if needed > size:
+        stored, made = _format(model.file), "int8" if int8 else str(dtype).removeprefix("torch.")
+        warn(
+            f"{model.file.path}: its {size / 1e6:,.0f} MB, mostly {stored}, are "
+            f"{needed / 1e6:,.0f} MB of {made} in memory"
+        )
+
+
 def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
     """Refuses, before anything is written, tensors that are not exactly the model's."""
-    unexpected = set(file.tensors) - {gguf_name(name) for name, _ in parts}
+    unexpected = set(file.tensors) - {gguf_name(name) for name, _ in parts} - {ROPE_FACTORS}
     if unexpected:
         why = "it is not Llama's, or more than llama.block_count says"
         raise Refused(f"{path}: unexpected tensor {min(unexpected)}: {why}")
@@ -118,10 +279,14 @@ def _hf_settings(
         raise Refused(
             f"{where}: GGUF architecture {shown(architecture)} is not supported; use llama"
         )
-    if "rope_freqs.weight" in tensors:
+    if (kind := fields.get("general.type", "model")) != "model":
         raise Refused(
-            f"{where}: GGUF with RoPE factors in a tensor, rope_freqs.weight, is not supported; "
-            "use a safetensors folder"
+            f"{where}: GGUF of type {shown(kind)} is no whole model; give the model's file"
+        )
+    if (count := fields.get("split.count", 1)) not in (0, 1):
+        raise Refused(
+            f"{where}: GGUF in {shown(count)} files is not supported; make one of them "
+            "(llama-gguf-split --merge)"
         )
     for key, plain in PLAIN.items():
         if fields.get(key, plain) != plain:
@@ -234,26 +399,6 @@ def gguf_name(name: str) -> str:
         return RENAMED[name]
     _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
     return f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.weight"
-
-
-def _read(file: GgufFile, name: str, shape: tuple[int, ...], config: LlamaConfig) -> Tensor:
-    """One tensor, float32, in Hugging Face's layout."""
-    stored = file.tensors[gguf_name(name)]
-    values = dequantize(file.stored(stored), stored.kind)
-    tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
-    for projection, heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads)):
-        if f".{projection}." in name:
-            tensor = _unpermute(tensor, heads)
-    return tensor
-
-
-def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Undoes llama.cpp's reordering of query and key rows, [heads * head_dim, hidden]: it pairs
-    RoPE's dimensions as neighbours (2i, 2i+1), Hugging Face pairs i and i + head_dim/2.
-    """
-    rows, columns = weight.shape
-    pairs = weight.view(heads, rows // heads // 2, 2, columns)
-    return pairs.transpose(1, 2).reshape(rows, columns)
 
 
 def _json(settings: dict[str, Any]) -> bytes:

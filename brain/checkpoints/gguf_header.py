@@ -50,6 +50,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         """Reads the header. Raises Refused where the file is missing, truncated or malformed."""
+        self.path = path
         try:
             with open_plain(path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -63,6 +64,12 @@ class GgufFile:
         """The bytes of a tensor as ``gguf.quants.dequantize`` wants them: rows of blocks."""
         flat = np.frombuffer(self._map, np.uint8, tensor.end - tensor.start, tensor.start)
         return flat.reshape(*tensor.shape[:-1], -1)
+
+    def release(self, tensor: StoredTensor) -> None:
+        """Lets go of a tensor's resident pages; they would be read again from the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, tensor.end - start)
 
 
 class _Header:

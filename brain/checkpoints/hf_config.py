@@ -32,6 +32,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except FileNotFoundError:
+        if files := sorted(path.parent.glob("*.gguf")):
+            told = f"no {path.name}; to open a GGUF file of it, model={files[0]}"
+            raise Refused(f"{path.parent}: {told}") from None
         raise Refused(
             f"{path}: no such file; a model folder holds config.json, safetensors and a tokenizer"
         ) from None

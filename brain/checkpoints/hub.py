@@ -15,7 +15,7 @@ PATTERNS = [
     *(SINGLE, INDEX),
 ]
 """What is fetched first; shards, whatever they are called, when the index has named them."""
-ELSEWHERE = "or download it elsewhere and use model=folder path=FOLDER"
+ELSEWHERE = "or download it elsewhere and use model=FOLDER"
 
 
 def open_hub(
@@ -59,13 +59,13 @@ def hub_folder(repo: str, *, revision: str | None = None, cache_dir: Path | None
     except errors.GatedRepoError:
         reason = "access must be granted on the hub; log in with 'hf auth login'"
     except errors.RepositoryNotFoundError:
-        reason = "no such repository on the hub, or it is private; check its name"
+        reason = "no such path here, and no such repository on the hub, or it is private; check it"
     except errors.RevisionNotFoundError:
         reason = "no such revision on the hub; check model.revision"
     except errors.HFValidationError:
         reason = "not a hub repository; give owner/name"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        lacking = "not in the local cache and the hub cannot be reached"
+        lacking = "no such path here, not in the local cache, and the hub cannot be reached"
         reason = f"{lacking}; connect to the network, {ELSEWHERE}"
     except Exception as error:  # the client lets its HTTP library's errors through
         reason = f"could not be downloaded ({one_line(error)}); try again, {ELSEWHERE}"

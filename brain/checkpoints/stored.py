@@ -7,6 +7,7 @@ twice and differ, that counts which counts in transformers, and one line says wh
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,12 +46,26 @@ class Stored(NamedTuple):
     def __str__(self) -> str:
         return f"{self.name} in {self.file.path.name}"
 
+    @property
+    def path(self) -> Path:
+        """The file's."""
+        return self.file.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.entry.shape
+
     def rows(self) -> Iterator[Tensor]:
         """Some rows at a time, as stored."""
         tensor = self.file.tensor(self.name)
         tensor = tensor if tensor.dim() else tensor[None]
         for first in range(0, len(tensor), ROWS_AT_ONCE):
             yield tensor[first : first + ROWS_AT_ONCE]
+
+    def release(self) -> None:
+        """Lets go of its resident pages."""
+        self.file.release(self.name)
 
 
 Tensors = dict[str, Stored]
@@ -238,5 +253,5 @@ def same(one: Stored, other: Stored) -> bool:
     pairs = zip(one.rows(), other.rows(), strict=True)
     alike = all(torch.equal(a.float(), b.float()) for a, b in pairs)
     for stored in (one, other):
-        stored.file.release(stored.name)
+        stored.release()
     return alike

@@ -12,18 +12,19 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from brain.config.model_name import named_model
 from brain.config.overrides import as_given
 from brain.config.type_check import check_types
 from brain.errors import Refused, did_you_mean, one_line
 from conf.schema import Conf, Source, register
 
 _OF_SOURCES = (
-    ("path", Source.folder, "model=folder"),
-    ("repo", Source.hub, "model=tinyllama"),
-    ("revision", Source.hub, "model=tinyllama"),
-    ("wheel", Source.wheel, "model=smollm2"),
+    ("path", (Source.folder, Source.gguf), "model=folder"),
+    ("repo", (Source.hub,), "model=tinyllama"),
+    ("revision", (Source.hub,), "model=ORG/NAME"),
+    ("wheel", (Source.wheel,), "model=smollm2"),
 )
-"""Keys of a model, the source that each is for, and a choice of that source."""
+"""Keys of a model, the sources that each is for, and a model of such a source."""
 
 
 def compose_conf(overrides: list[str]) -> Conf:
@@ -51,16 +52,24 @@ def typed(conf: DictConfig) -> Conf:
 
 
 def _with_path_in_model(conf: Conf) -> Conf:
-    """``path`` moved to ``model.path``. Raises Refused for a key of the model that does not apply
-    to its source.
+    """``path`` moved to ``model.path``, and what a model's name names. Raises Refused for a key of
+    the model that does not apply to its source.
     """
     model = conf.model
+    if model.source is Source.named:
+        others = {"path": conf.path, "model.path": model.path, "model.repo": model.repo}
+        for key, value in others.items():
+            if value is not None:
+                raise Refused(
+                    f"{key}={value} does not apply to model={model.name}: give one of them"
+                )
+        model = named_model(model)
     if conf.path is not None:
         if model.path is not None and model.path != conf.path:
             raise Refused(f"path={conf.path} and model.path={model.path} differ: give one of them")
         model = dataclasses.replace(model, path=conf.path)
-    for key, source, choice in _OF_SOURCES:
-        if getattr(model, key) is not None and model.source is not source:
+    for key, sources, choice in _OF_SOURCES:
+        if getattr(model, key) is not None and model.source not in sources:
             named = key if key == "path" and conf.path is not None else f"model.{key}"
             raise Refused(
                 f"{named} does not apply to model={model.name}: use {choice}, or leave it out"

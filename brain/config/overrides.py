@@ -17,7 +17,9 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from brain.config.model_name import choices
 from brain.errors import Refused, shown
+from conf.schema import Source
 
 TEXT_KEYS = (
     *("prompt", "prompt_file", "path", "model.path", "model.wheel", "cache_dir"),
@@ -28,7 +30,15 @@ TEXT_KEYS = (
 FOLDER_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 """Keys whose values are taken literally, but for interpolations, where Hydra cannot read them."""
 
+NAMED = Source.named.value
+
 MULTIRUN = ("-m", "--multirun")
+
+SWEPT = re.compile(
+    r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|((?:[^,\\]|\\.|\\\Z)*?))\s*(,|\Z)""",
+    re.DOTALL,
+)
+"""One of several values with commas between them, in quotes or not."""
 
 
 def literal(value: Any) -> Any:
@@ -84,6 +94,34 @@ def override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
+def model_overrides(model: Any, *, multirun: bool = False) -> list[str]:
+    """``model=…`` as Hydra takes it: a choice of the group as it is, anything else by its name. In
+    a multirun the names between commas are swept over; one with a comma needs quotes there. A path
+    of Python's is a path, even if it is called like a choice. Raises Refused for anything else.
+    """
+    if isinstance(model, PurePath):
+        model = os.path.join(os.curdir, model) if str(model) in choices() else str(model)
+    if not isinstance(model, str):
+        raise Refused(f"model cannot be {shown(model)}: give a name or a path")
+    names = _swept(model) if multirun else [model]
+    if {*choices(), NAMED}.issuperset(names) or (multirun and re.match(r"(choice|glob)\(", model)):
+        return [f"model={model}"]
+    return [f"model={NAMED}", f"model.name={','.join(map(quoted, names))}"]
+
+
+def _swept(text: str) -> list[str]:
+    """The values between commas, without their quotes."""
+    values, at, comma = [], 0, ","
+    while comma:
+        found = SWEPT.match(text, at)
+        assert found  # the last of its choices takes anything
+        *parts, comma = found.groups()
+        (value,) = (part for part in parts if part is not None)
+        values.append(re.sub(r"""\\([,"'])""", r"\1", value))
+        at = found.end()
+    return values
+
+
 def _plain(key: str, value: Any) -> Any:
     """A value as JSON has it: text for a path, a dtype, a device or an enumeration's member."""
     if isinstance(value, Enum):
@@ -105,10 +143,10 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def literal_arguments(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with the values of TEXT_KEYS, and FOLDER_KEYS, quoted, flags first:
-    Hydra loses overrides that follow ``-m`` if others precede it. In a multirun a text that Hydra
-    can read is left alone, because commas separate the runs there. Raises Refused for what this
-    locale cannot read.
+    """Command-line arguments with the values of TEXT_KEYS, and FOLDER_KEYS, quoted, and the model
+    by its name, flags first: Hydra loses overrides that follow ``-m`` if others precede it. In a
+    multirun a text that Hydra can read is left alone, because commas separate the runs there.
+    Raises Refused for what this locale cannot read.
     """
     for argument in (*arguments, os.getcwd()):
         if any("\udc80" <= character <= "\udcff" for character in argument):
@@ -126,6 +164,9 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
         if argument in MULTIRUN:
             continue
         key, equals, value = argument.partition("=")
+        if equals and key == "model":
+            result += model_overrides(value, multirun=multirun)
+            continue
         is_text = equals and key.lstrip("+") in TEXT_KEYS
         if is_text and not (multirun and _is_readable(argument)):
             argument = f"{key}={quoted(value)}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from brain.checkpoints import Checkpoint, model_folder, open_checkpoint, open_folder, open_hub
 from brain.config.compose import compose_conf
+from brain.config.overrides import literal_arguments
 from brain.errors import BrainWarning, Refused
 from compiled.int8 import dequantize
 from fixture_types import EditJson
@@ -49,8 +50,12 @@ def test_cached_repositories_load_offline(hub_cache: Path, revision: str | None)
     assert checkpoint.sha256 == original.sha256
 
 
-def test_the_cache_folder_that_is_named_is_the_hub_s_too(hub_cache: Path) -> None:
-    conf = compose_conf(["model=tinyllama", "model.repo=someone/tiny", f"cache_dir={hub_cache}"])
+@pytest.mark.parametrize("given", [["model=tinyllama", "model.repo=someone/tiny"], None])
+def test_the_cache_folder_that_is_named_is_the_hub_s_too(
+    hub_cache: Path, given: list[str] | None
+) -> None:
+    given = given or literal_arguments(["model=someone/tiny"])
+    conf = compose_conf([*given, f"cache_dir={hub_cache}"])
     checkpoint = open_checkpoint(
         conf.model, conf.cache_dir, torch.float32, torch.device("cpu"), int8=False
     )
@@ -61,8 +66,8 @@ def test_the_cache_folder_that_is_named_is_the_hub_s_too(hub_cache: Path) -> Non
 @pytest.mark.parametrize(
     ("repo", "revision", "message"),
     [
-        ("someone/else", None, "not in the local cache"),
-        ("someone/tiny", "v2", "someone/tiny@v2: not in the local cache"),
+        ("someone/else", None, "not in the local cache, and the hub"),
+        ("someone/tiny", "v2", "someone/tiny@v2: no such path here, not in the local cache"),
         ("not a repository", None, "owner/name"),
     ],
 )

@@ -168,6 +168,7 @@ def run(arguments: list[str]) -> str | None:
     )
     held = (sys.argv, warnings.showwarning, dict(os.environ), os.getcwd())
     GlobalHydra.instance().clear()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a name may be that of a repository
     try:
         sys.argv = ["brain", *arguments]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -205,6 +206,8 @@ def _argument(case: Case, rng: Random) -> str:
             value = LARGEST
         case "ticks" if value in NUMBERS and isinstance(value, (int, float)) and value > 3:
             value = 3  # they would be done, one after the other
+        case "model" if rng.random() < 0.5:
+            value = rng.choice((_path(case, rng), str(rng.choice(case.specimens.ggufs))))
         case "model" if value in ("smollm2", "tinyllama"):
             value = "folder"
     told = json.dumps(value) if isinstance(value, (int, float)) else str(value)

@@ -68,8 +68,10 @@ class Specimens:
         self.golden, self.record = root / "golden", root / "record"
         self._models()
         self._tokenizers()
-        self._gguf()
-        self.gguf_marks = gguf_marks(self.gguf.read_bytes())
+        self.ggufs = (self.gguf, root / "pieces.gguf")
+        self._gguf(self.gguf, self._byte_level(), factors=False)
+        self._gguf(self.ggufs[1], _pieces(), factors=True)
+        self.gguf_marks = {path: gguf_marks(path.read_bytes()) for path in self.ggufs}
         self.brain = self.open()
         self._runs()
         self._golden()
@@ -117,10 +119,20 @@ class Specimens:
         self.llama_json.parent.mkdir()
         self.llama_json.write_text(_llama_json())
 
-    def _gguf(self) -> None:
+    def _byte_level(self) -> dict[str, Any]:
+        """The metadata of the vocabulary in a ``tokenizer.json``."""
         spec = json.loads((self.single / "tokenizer.json").read_text())["model"]
         tokens = sorted(spec["vocab"], key=spec["vocab"].__getitem__)
-        writer = gguf.GGUFWriter(self.gguf, "llama")
+        return {
+            "model": "gpt2",
+            "pre": "smollm",
+            "tokens": tokens,
+            "token_type": [3] + [1] * (len(tokens) - 1),
+            "merges": [" ".join(m) for m in spec["merges"]],
+        }
+
+    def _gguf(self, path: Path, vocabulary: dict[str, Any], *, factors: bool) -> None:
+        writer = gguf.GGUFWriter(path, "llama")
         for key, value in {
             "block_count": 2,
             "context_length": 128,
@@ -132,14 +144,15 @@ class Specimens:
         }.items():
             writer.add_uint32(f"llama.{key}", value)
         writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        writer.add_string("tokenizer.ggml.model", "gpt2")
-        writer.add_string("tokenizer.ggml.pre", "smollm")
-        writer.add_array("tokenizer.ggml.tokens", tokens)
-        writer.add_array("tokenizer.ggml.token_type", [3] + [1] * (len(tokens) - 1))
-        writer.add_array("tokenizer.ggml.merges", [" ".join(m) for m in spec["merges"]])
+        for key, value in vocabulary.items():
+            put = writer.add_string if isinstance(value, str) else writer.add_array
+            put(f"tokenizer.ggml.{key}", value)
         writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
         writer.add_bool("tokenizer.ggml.add_bos_token", False)
-        config = parse_config({**CONFIG, "rope_scaling": None}, "specimen")
+        if factors:
+            writer.add_tensor("rope_freqs.weight", np.ones(2, np.float32))
+        size = {"vocab_size": len(vocabulary["tokens"]), "rope_scaling": None}
+        config = parse_config({**CONFIG, **size}, "specimen")
         for name, shape in (part for field in packed_parts(config).values() for part in field):
             if name in RENAMED:
                 told = RENAMED[name]
@@ -201,6 +214,19 @@ class Specimens:
         else:
             shutil.copyfile(kind, target)
         return target
+
+
+def _pieces() -> dict[str, Any]:
+    """The metadata of a SentencePiece vocabulary."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz,.", "▁h", "el", "▁hel", "lo"]
+    every = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = [*NAMED, *every, *letters]
+    return {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * (len(tokens) - 4) + [-1.0, -2.0, -3.0, -4.0],
+        "token_type": [2, 3, 3, *[6] * len(every), *[1] * len(letters)],
+    }
 
 
 def _maker(part: Part) -> Any:

@@ -20,7 +20,7 @@ import torch
 from brain import opening
 from brain.brain import Brain
 from brain.checkpoints import open_folder, wheel
-from brain.checkpoints.gguf_file import convert_gguf
+from brain.checkpoints.gguf_file import convert_gguf, open_gguf
 from brain.errors import Refused
 from brain.measure.evaluation.mending import Mended
 from brain.measure.evaluation.parts import Key, Parts
@@ -197,11 +197,15 @@ def _speak(tokenizer: Any) -> None:
 
 
 def gguf(case: Case) -> None:
-    """A GGUF file, converted; where that succeeds, the folder is opened."""
-    path = case.copy(case.specimens.gguf, "model.gguf")
+    """A GGUF file, opened or converted; where the latter succeeds, the folder is opened."""
+    kind = case.rng.choice(case.specimens.ggufs)
+    path = case.copy(kind, "model.gguf")
     if not case.replace(path):
         content = path.read_bytes()
-        path.write_bytes(damaged_gguf(content, case.rng, case.specimens.gguf_marks))
+        path.write_bytes(damaged_gguf(content, case.rng, case.specimens.gguf_marks[kind]))
+    if case.rng.random() < 0.5:
+        _speak(open_gguf(path, dtype=torch.float32).tokenizer)
+        return
     out = case.folder / "out"
     out.mkdir()
     convert_gguf(path, out)
