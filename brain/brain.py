@@ -304,13 +304,15 @@ class Brain:
     @property
     def may_queue(self) -> bool:
         """Whether the next tick may be launched before the token of the last one has arrived: the
-        device works by itself, and nobody waits to look at tokens, observers, lookup or a repair.
+        device works by itself, and no observer, lookup or repair has to see that token first; nor
+        is anything said, or renumbered, before the next read.
         """
         return (
             has_queue(self.device)
             and self.loop.observer is None
             and self.settings.graphs.lookup is None
             and not self.loop.repairs.due
+            and not self.loop.leaves_range
         )
 
     def replay(self, ids: Sequence[int]) -> tuple[Tick, ...]:

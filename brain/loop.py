@@ -180,6 +180,12 @@ class Loop:
         if self.memory.account.position == NOWHERE:
             raise Refused("nothing to read: prime the brain with a prompt first")
 
+    @property
+    def leaves_range(self) -> bool:
+        """Whether the next tick renumbers the rows, or warns that it does not."""
+        warns = self._rebases or False not in self._warned
+        return warns and self.memory.account.position >= self._trained
+
     def stay_in_range(self, tokens: int, *, long_text: bool = False) -> bool:
         """Before ``tokens`` more positions are taken: renumbers the rows, or warns, if that would
         leave the range the model was trained on. Returns whether it renumbered. A text that is

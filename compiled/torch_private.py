@@ -52,8 +52,9 @@ def inductor(
 
     options = list_mode_options("reduce-overhead") if device.type == "cuda" else {}
     # To see whether its precompiled headers still hold, Inductor preprocesses them at every start.
-    options = {**options, "cpp_cache_precompile_headers": False, "combo_kernels": joined}
-    options["combo_kernels_autotune"] = 0  # what is timed may be another every time
+    # And what is tuned by timing may be another every time.
+    joining = {"combo_kernels": joined, "combo_kernels_autotune": 0}
+    options = {**options, "cpp_cache_precompile_headers": False, **joining}
     return functools.partial(compile_fx, config_patches=options)
 
 

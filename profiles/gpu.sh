@@ -18,7 +18,7 @@ if [ $# -eq 0 ]; then
 fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUDA_MODULE_LOADING=LAZY
+export PYTHONPATH="$root:$root/profiles${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUDA_MODULE_LOADING=LAZY
 if [ "${DEVICE:-cuda}" = cpu ]; then
     export TRITON_INTERPRET=1
 fi

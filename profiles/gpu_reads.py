@@ -50,7 +50,6 @@ from brain.measure.bench.memory_reader import copy_memory, read_memory
 from brain.measure.golden.seeded import SeededModel
 from brain.memory import Account
 from compiled import torch_private
-from compiled.choose import UNFORCED, Forced
 from compiled.int8 import quantize
 from compiled.llama import LlamaConfig
 from compiled.read import Reading, read
@@ -219,9 +218,7 @@ def truth(b: Brain, *, wide: bool) -> Reading:
 def own_reading(b: Brain) -> Reading:
     """What the step reads that is timed: the very graph, and nothing of it is carried out."""
     b.graphs.begin_step()
-    unforced = torch.full((1,), UNFORCED, dtype=torch.int64, device=b.device)
-    forced = Forced(unforced, unforced.to(torch.uint8))
-    reading, _ = b.graphs.step(forced, high_water=b.memory.account.high_water)
+    reading, _ = b.graphs.step(b._unforced, high_water=b.memory.account.high_water)
     return Reading(*(tensor.clone() for tensor in reading))  # or the next step would write there
 
 
@@ -315,7 +312,8 @@ def of_ticks(b: Brain, ticks: int) -> dict[str, float]:
     wait(b.device)
     start = time.perf_counter()
     for _ in range(ticks):
-        own_reading(b)
+        b.graphs.begin_step()
+        b.graphs.step(b._unforced, high_water=b.memory.account.high_water)
     wait(b.device)
     stepping = time.perf_counter() - start
     taken = {"waited": waited, "host": inside, "queued": queued, "step": stepping}

@@ -50,10 +50,11 @@ GPU_TESTS = (
     "tests/invariants/test_invariants_on_cuda.py",
     "tests/test_cuda_paths.py",
     "tests/brain/tasks/test_run.py",
+    "tests/compiled/test_tick_cuda.py",
     "tests/compiled/test_read_cuda.py",
 )
 """Where tests are marked ``gpu``. The kernels are last: each case compiles some, and the steps
-before have held them against float32.
+before have held reads against float32.
 """
 OUTCOMES = ("passed", "failed", "error", "skipped")
 

@@ -1,7 +1,7 @@
 """Imported, lets an older PyTorch than the pinned one capture: for machines that are lent with one.
 
 ``torch.compile`` of 2.11 does not know two options that forbid a second compilation. There they are
-left out, so there nothing proves that no graph was compiled twice but the count of compilations.
+left out; then only the count of compilations shows that no graph was compiled twice.
 """
 
 import functools

@@ -347,7 +347,7 @@ scores and logits.
 A tick is two graphs, its step and its patch. With kernels of our own (`engine.kernels=true`) it starts
 six kernels a layer and {OWN.kernels_around} around them, counted without a GPU by `profiles/kernels_on_paper.py`; PyTorch's
 compiler made {TWIN.kernels_per_layer} a layer and {TWIN.kernels_around} around them. What they move beside weights and visible rows are logits,
-written and read once, and columns. Their scratch stays in the GPU's cache; it is not counted. At 512 rows
+written and read once, and columns. Their scratch is expected to stay in the GPU's cache; it is not counted. At 512 rows
 of 1,024 slots:
 
 {of_kernels()}
@@ -376,7 +376,7 @@ Shares of a tick on an H100, bfloat16, predicted:
   of the slots is read, they move more than the cache does.
 * **Attention scores** are up to {score_bytes(TINYLLAMA, bfloat16, 1, OWN) / tiny:.0%} of the cache's bytes for TinyLlama, {score_bytes(LLAMA3_8B, bfloat16, 1, OWN) / medium:.0%} for 8B ({score_bytes(TINYLLAMA, bfloat16, 1, TWIN) / tiny:.0%} and {score_bytes(LLAMA3_8B, bfloat16, 1, TWIN) / medium:.0%}
   with PyTorch's compiler): the price of knowing the attention that every row received. They are counted
-  here as if they left the GPU's cache, in which they stay up to some 300,000 rows.
+  here as if they left the GPU's cache, in which those of one layer, 2 × H × B bytes, may stay.
 * **The number of kernels** is more than a tenth of a tick while it moves less than
   {bytes_for_kernels(0.1)}.
   For a small model with a small cache they decide; the last column of the table says how little

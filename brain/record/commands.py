@@ -144,7 +144,7 @@ class Inbox:
 
     @property
     def has_news(self) -> bool:
-        """Whether anything has come since the last call of ``poll``."""
+        """Whether the inbox holds what has not been executed, or a line that is being written."""
         try:
             return self._inbox.stat().st_size != self.read
         except OSError:

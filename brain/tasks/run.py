@@ -160,10 +160,10 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
     request to stop, a full memory, or output that is lost), to be raised when everything is
     written.
 
-    A device that works by itself is never left without work: it is sent the next tick before the
-    token of the last one has arrived. Only where something depends on that token, or on the memory
-    as it is then, everything is waited for, printed and recorded first: a text that may end, a
-    command, a save, a request to stop, and what :attr:`Brain.may_queue` says.
+    A device that works by itself is sent the next tick before the token of the last one has
+    arrived, so that it need not wait for the host. Only where something depends on that token, or
+    on the memory as it is then, everything is waited for, printed and recorded first: a text that
+    may end, a command, a save, a request to stop, and what :attr:`Brain.may_queue` says.
     """
     ending = brain.tokenizer.eos_ids if conf.stop_at_eos else frozenset()
     before, on_terminal = record.spoken, sys.stdout.isatty()
@@ -171,8 +171,9 @@ def _speak(brain: Brain, conf: Conf, record: RunRecord) -> BaseException | None:
     queue: deque[tuple[Tick, ...]] = deque()  # launched, and not recorded yet
 
     def may_queue() -> bool:
-        depends = ending or asked() or record.inbox.has_news or record.is_save_due
-        return brain.may_queue and not depends
+        if not brain.may_queue or ending:
+            return False
+        return not (asked() or record.inbox.has_news or record.is_save_due)
 
     with asked_to_stop() as asked:
         record.inbox.poll()  # what came after the last token, if the run was killed

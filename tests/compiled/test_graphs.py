@@ -136,7 +136,7 @@ def test_an_eager_brain_has_no_graphs_and_pads_nothing() -> None:
 def test_ticks_can_be_captured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # It is of no consequence here what machine code the captured modules become.
     monkeypatch.setattr(
-        compiled.torch_private, "inductor", lambda device: lambda module, inputs: module.forward
+        compiled.torch_private, "inductor", lambda *_, **__: lambda module, inputs: module.forward
     )
     graphs = graphs_of(16, compiled=True, widths=(1, 4))
     names = list(graphs.warm_up(edits=False))

@@ -43,12 +43,15 @@ def draw_timeline(ranges: Sequence[Range], path: Path, title: str) -> None:
             label = r.name if depth else f"tick {first + number + 1} of the session"
             if r.microseconds > span * 0.011 * len(label):  # it fits
                 panel.text(left + width / 2, -depth, label, ha="center", va="center", fontsize=8)
+    seen = {name for tick in ticks for names, _ in tick for name in names}
     deepest = max(len(names) for tick in ticks for names, _ in tick)
     panel.set_yticks([-depth for depth in range(deepest)], ["tick", "step", "within"][:deepest])
     panel.set_xlabel("milliseconds")
     panel.set_title(title, fontsize=10)
     panel.legend(
-        handles=[Patch(color=colour, label=step) for step, colour in COLOURS.items()],
+        handles=[
+            Patch(color=colour, label=step) for step, colour in COLOURS.items() if step in seen
+        ],
         loc="upper center",
         bbox_to_anchor=(0.5, -0.28),
         ncols=3,

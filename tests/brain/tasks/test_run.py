@@ -5,6 +5,8 @@ first asked for, is written down. The last test has a GPU.
 """
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,19 @@ import pytest
 import torch
 
 import brain.brain
+import brain.loop
 from brain.brain import Brain
 from brain.config.compose import compose_conf
 from brain.errors import MemoryFull, NotFinite, OutputLost
 from brain.loop import Loop
+from brain.opening import open_brain
 from brain.record.commands import INBOX
 from brain.record.journal import read_journal
 from brain.record.run_record import RunRecord
 from brain.tasks import run
 from brain.tick import Tick
 
-LAUNCHED, ARRIVED, SAVED = "launched", "arrived", "saved"
+BEGUN, LAUNCHED, ARRIVED, RECORDED, SAVED = "begun", "launched", "arrived", "recorded", "saved"
 Event = tuple[str, int]
 TICKS = 9
 
@@ -33,6 +37,15 @@ class Queue:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+
+    def waited(self) -> list[int]:
+        """The ticks that had been recorded before the next one was begun."""
+        return [
+            number
+            for what, number in self.events
+            if what == RECORDED
+            and (BEGUN, number + 1) not in self.events[: self.events.index((what, number))]
+        ]
 
     def ahead(self) -> list[int]:
         """Of every tick that arrived, how many had been launched behind it by then."""
@@ -50,7 +63,10 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     """Watches ticks and saves, on any device."""
     watched, loop_tick, token, save = Queue(), Loop.tick, Tick.token, RunRecord._save
 
+    record_ticks = RunRecord.record_ticks
+
     def tick(self: Loop, *given: Any) -> Tick:
+        watched.events.append((BEGUN, self.memory.account.tick + 1))
         made = loop_tick(self, *given)
         watched.events.append((LAUNCHED, made.number))
         return made
@@ -60,6 +76,11 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
             watched.events.append((ARRIVED, self.number))
         return int(token.__get__(self))
 
+    def recording(self: RunRecord, *ticks: Tick) -> str:
+        text = record_ticks(self, *ticks)
+        watched.events += [(RECORDED, tick.number) for tick in ticks]
+        return text
+
     def saving(self: RunRecord, *given: Any, **named: Any) -> None:
         assert self.spoken == self._brain.ticks  # the memory is not ahead of the journal
         watched.events.append((SAVED, self._brain.ticks))
@@ -67,6 +88,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
 
     monkeypatch.setattr(Loop, "tick", tick)
     monkeypatch.setattr(Tick, "token", property(arriving))
+    monkeypatch.setattr(RunRecord, "record_ticks", recording)
     monkeypatch.setattr(RunRecord, "_save", saving)
     monkeypatch.setattr(run, "keep_composed", lambda: None)  # nothing was composed by Hydra
     return watched
@@ -131,25 +153,95 @@ def test_a_cpu_is_not(runs: Callable[..., Path], queue: Queue) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["stop_at_eos=true"], [0] * TICKS),
-        (["capture=true"], [-1] * TICKS),  # looked at before its patch
-        (["lookup=ngram"], [0] * TICKS),
-        (["save_every=3"], [1, 1, 0] * 3),
-        (["repair=pairs", "repair.every=4"], [1, 1, 0, 1, 1, 1, 0, 1, 0]),
+        ([], [TICKS]),
+        (["stop_at_eos=true"], [*range(1, TICKS + 1)]),
+        (["capture=true"], [*range(1, TICKS + 1)]),
+        (["save_every=3"], [3, 6, 9]),
+        (["repair=pairs", "repair.every=4"], [3, 7, 9]),
     ],
-    ids=["end of text", "observer", "lookup", "save", "repair"],
+    ids=["nothing", "end of text", "observer", "save", "repair"],
 )
 def test_it_is_waited_for_where_something_depends_on_it(
     overrides: Sequence[str], expected: list[int], runs: Callable[..., Path], device: Queue
 ) -> None:
     runs("run", *overrides)
-    if overrides[0].startswith("lookup"):
-        assert set(device.ahead()) <= {0}
-    else:
-        assert device.ahead() == expected
+    assert device.waited() == expected
     if overrides == ["save_every=3"]:
         saves = [number for what, number in device.events if what == SAVED]
         assert saves == [3, 6, 9]
+
+
+def test_lookup_waits_for_every_token(runs: Callable[..., Path], device: Queue) -> None:
+    runs("run", "lookup=ngram")
+    assert set(device.ahead()) <= {0}
+
+
+def test_a_warning_comes_where_it_would_without_a_queue(
+    runs: Callable[..., Path], device: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the trained range is left, between the same two texts."""
+    shown: list[str] = []
+
+    def open_short(*given: Any) -> Brain:
+        b = open_brain(*given)
+        b.loop._trained = len(b.encode("Hello there")) + 4
+        return b
+
+    monkeypatch.setattr(run, "open_brain", open_short)
+    monkeypatch.setattr(run, "_print", lambda text: shown.append("text"))
+    monkeypatch.setattr(brain.loop, "warn", lambda text: shown.append("warning"))
+    runs("queued", "positions=keep")
+    queued, shown[:] = list(shown), []
+    monkeypatch.setattr(brain.brain, "has_queue", lambda device: False)
+    runs("waited", "positions=keep")
+    assert queued == shown
+    assert 1 < queued.index("warning") < len(queued) - 2
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,)])
+def test_a_request_to_stop_is_heard_once_all_is_recorded(
+    numbers: Sequence[int],
+    runs: Callable[..., Path],
+    device: Queue,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes with the fourth text: the fifth tick, which is under way, is the last, and the same
+    command says the rest.
+    """
+    whole = told(runs("whole"))
+    device.events.clear()
+    said, left = run._print, [4]
+
+    def shown(text: str) -> None:
+        said(text)
+        left[0] -= 1
+        if left[0] == 0:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_print", shown)
+        with pytest.raises(KeyboardInterrupt):
+            runs("run")
+    assert device.events[-1] == (SAVED, 5)
+    assert told(runs("run")) == whole
+
+
+def test_a_command_that_comes_with_the_last_text_is_still_executed(
+    runs: Callable[..., Path], device: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, left = run._print, [TICKS]
+
+    def shown(text: str) -> None:
+        said(text)
+        left[0] -= 1
+        if left[0] == 0:
+            with (tmp_path / "run" / INBOX).open("a") as inbox:
+                inbox.write('[{"do": "pin", "positions": [0]}]\n')
+
+    monkeypatch.setattr(run, "_print", shown)
+    folder = runs("run")
+    assert json.loads((folder / "answers.jsonl").read_text())["applied"] == 1
 
 
 def test_a_command_finds_the_memory_as_it_has_been_told(
@@ -161,7 +253,7 @@ def test_a_command_finds_the_memory_as_it_has_been_told(
 
     def shown(text: str) -> None:
         said(text)
-        if device.events[-1] == (ARRIVED, 3):
+        if device.events[-1] == (RECORDED, 3):
             with (tmp_path / "run" / INBOX).open("a") as inbox:
                 inbox.write(line + "\n")
 
@@ -182,8 +274,7 @@ def test_a_full_memory_ends_a_run_after_all_that_was_said(
     with pytest.raises(MemoryFull):
         runs("queued", *full)
     shown = capsys.readouterr().out
-    ticks = max(number for _, number in device.events)
-    assert (LAUNCHED, ticks) in device.events
+    ticks = max(number for what, number in device.events if what == LAUNCHED)
     assert (SAVED, ticks) in device.events
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(brain.brain, "has_queue", lambda device: False)
@@ -229,7 +320,7 @@ def test_output_that_is_lost_loses_nothing_that_was_launched(
         with pytest.raises(OutputLost):
             runs("run")
     saved = [number for what, number in device.events if what == SAVED]
-    assert saved[-1] == 5  # four were told, one was under way
+    assert saved[-1] == 5  # four were recorded, one was under way
     assert told(runs("run")) == whole
 
 
