@@ -18,7 +18,8 @@ def test_options_that_it_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         patched.setattr(torch, "compile", older)
         importlib.reload(older_pytorch)
-        torch.compile(len, fullgraph=True, isolate_recompiles=True, recompile_limit=1)
+        compile_: Any = torch.compile
+        compile_(len, fullgraph=True, isolate_recompiles=True, recompile_limit=1)
     importlib.reload(older_pytorch)
     assert given == [{"fullgraph": True}]
 
