@@ -47,6 +47,10 @@ def hub_folder(repo: str, *, revision: str | None = None, cache_dir: Path | None
 
     try:
         folder = fetch(revision, PATTERNS)
+        if not (folder / "config.json").exists():
+            raise Refused(
+                f"{repo}: no config.json there; if it has GGUF files, download one: model=FILE.gguf"
+            )
         asked: set[str] = set()
         while wanted := set(weight_files(folder).names) - asked:
             asked |= wanted

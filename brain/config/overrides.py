@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,6 +33,7 @@ FOLDER_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
 NAMED = Source.named.value
 
 MULTIRUN = ("-m", "--multirun")
+MULTIRUN_MODE = "hydra.mode=MULTIRUN"
 
 SWEPT = re.compile(
     r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|((?:[^,\\]|\\.|\\\Z)*?))\s*(,|\Z)""",
@@ -104,7 +105,7 @@ def model_overrides(model: Any, *, multirun: bool = False) -> list[str]:
     if not isinstance(model, str):
         raise Refused(f"model cannot be {shown(model)}: give a name or a path")
     names = _swept(model) if multirun else [model]
-    if {*choices(), NAMED}.issuperset(names) or (multirun and re.match(r"(choice|glob)\(", model)):
+    if choices().issuperset(names) or (multirun and re.match(r"(choice|glob)\(", model)):
         return [f"model={model}"]
     return [f"model={NAMED}", f"model.name={','.join(map(quoted, names))}"]
 
@@ -158,14 +159,17 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
     keys = {argument.partition("=")[0] for argument in arguments}
     if {"prompt", "prompt_file"} <= keys:
         raise Refused("give prompt or prompt_file, not both")
-    multirun = any(argument in MULTIRUN for argument in arguments)
+    multirun = any(argument in (*MULTIRUN, MULTIRUN_MODE) for argument in arguments)
     result = ["--multirun"] if multirun else []
+    models = [argument for argument in arguments if argument.startswith("model=")]
     for argument in arguments:
         if argument in MULTIRUN:
             continue
         key, equals, value = argument.partition("=")
         if equals and key == "model":
-            result += model_overrides(value, multirun=multirun)
+            models.pop(0)
+            if not models:  # the last one counts; an earlier one would leave its name
+                result += _model_arguments(value, keys, arguments, multirun=multirun)
             continue
         is_text = equals and key.lstrip("+") in TEXT_KEYS
         if is_text and not (multirun and _is_readable(argument)):
@@ -174,6 +178,30 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
             argument = f"{key}={_in_quotes(value)}"
         result.append(argument)
     return result
+
+
+def _model_arguments(
+    value: str, keys: set[str], arguments: Sequence[str], *, multirun: bool
+) -> list[str]:
+    """``model=…`` of a command line. Raises Refused where ``model.name`` would take its place."""
+    if value == NAMED and "model.name" in keys:
+        return [f"model={value}"]  # as a multirun, and a benchmark, have it
+    if set(_swept(value) if multirun else [value]) & _own_choices(arguments):
+        return [f"model={value}"]
+    found = model_overrides(value, multirun=multirun)
+    if len(found) > 1 and "model.name" in keys:
+        raise Refused(f"model.name does not apply to model={value}: leave it out")
+    return found
+
+
+def _own_choices(arguments: Sequence[str]) -> set[str]:
+    """The choices of the group ``model`` in the folder that ``--config-dir`` names."""
+    following = zip(arguments, (*arguments[1:], ""), strict=True)
+    for argument, after in following:
+        flag, equals, folder = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            return {path.stem for path in Path(folder if equals else after).glob("model/*.yaml")}
+    return set()
 
 
 def _is_readable(argument: str) -> bool:

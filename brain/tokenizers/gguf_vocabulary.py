@@ -16,7 +16,7 @@ from brain.tokenizers.sentencepiece_model import (
     write_sentencepiece,
 )
 from brain.tokenizers.tokenizer_json import load_library, vocabulary_of
-from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
+from brain.tokenizers.vocabulary import Vocabulary
 
 # GGUF token types (those of SentencePiece)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -327,18 +327,18 @@ def _sentencepiece(fields: Mapping[str, Any], listed: _Listed, where: str) -> by
         listed.tokens,
         scores,
         listed.types,
-        bos=_id(fields, "bos", 1, where),
-        eos=_id(fields, "eos", 2, where),
+        bos=_id(fields, "bos", 1, len(listed.tokens)),
+        eos=_id(fields, "eos", 2, len(listed.tokens)),
         dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
     )
 
 
-def _id(fields: Mapping[str, Any], role: str, default: int, where: str) -> int:
-    key = f"tokenizer.ggml.{role}_token_id"
-    index = fields.get(key, default)
-    if type(index) is not int or not 0 <= index < MOST_TOKENS:
-        raise Refused(f"{where}: GGUF metadata {key} is {shown(index)}; use a token id")
-    return index
+def _id(fields: Mapping[str, Any], role: str, default: int, size: int) -> int:
+    """A token that there is: the default of SentencePiece where none is named, as -1 for instance
+    does.
+    """
+    index = fields.get(f"tokenizer.ggml.{role}_token_id", default)
+    return index if type(index) is int and 0 <= index < size else default
 
 
 def _tokenizer_config(fields: Mapping[str, Any], listed: _Listed) -> bytes:

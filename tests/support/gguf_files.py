@@ -32,9 +32,10 @@ def write_gguf(
     change: Change | None = None,
     *,
     heads: tuple[int, int] = (4, 2),
+    kind: gguf.GGMLQuantizationType | None = None,
 ) -> None:
     """A GGUF of a tiny model with this vocabulary, whose dimensions are those of its tensors: of
-    ``heads``, queries and keys.
+    ``heads``, queries and keys. ``kind`` of its matrices; None: float32.
     """
     names = [name for name in state if name.endswith("mlp.gate_proj.weight")]
     wide, hidden = state[names[0]].shape
@@ -62,10 +63,12 @@ def write_gguf(
             tensors[f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.weight"] = tensor.numpy()
     if change:
         change(fields, tensors)
-    write_fields(path, fields, tensors)
+    write_fields(path, fields, tensors, kind)
 
 
-def write_fields(path: Path, fields: Fields, tensors: Tensors) -> None:
+def write_fields(
+    path: Path, fields: Fields, tensors: Tensors, kind: gguf.GGMLQuantizationType | None = None
+) -> None:
     """A GGUF file of these."""
     fields = dict(fields)
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", "llama"))
@@ -81,7 +84,10 @@ def write_fields(path: Path, fields: Fields, tensors: Tensors) -> None:
         else:
             writer.add_uint32(key, value)
     for name, data in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(data))
+        if kind is None or data.ndim == 1:
+            writer.add_tensor(name, np.ascontiguousarray(data))
+        else:
+            writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

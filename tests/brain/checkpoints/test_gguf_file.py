@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -466,3 +467,32 @@ def test_llama_cpp_has_the_same_logits(twins: Twins, stretched: bool) -> None:
     theirs.prime(IDS)
     found = logits(open_gguf(path, dtype=torch.float32))[-1]
     assert (torch.from_numpy(theirs.logits().copy()) - found).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_1", "TQ2_0"])
+def test_rows_are_dequantized_as_whole_tensors_are(
+    save_llama: SaveLlama, tmp_path: Path, byte_level_json: str, kind: str
+) -> None:
+    """Piece by piece, and put back in order: bit for bit the weights of a float32 file of tensors
+    that the reference has dequantized whole.
+    """
+    number = gguf.GGMLQuantizationType[kind]
+    vocabulary = byte_level_fields(byte_level_json, "smollm")
+    size = len(vocabulary["tokenizer.ggml.tokens"])
+    state = save_llama(
+        tmp_path / "hf", vocab_size=size, hidden_size=256, intermediate_size=2 * ROWS_AT_ONCE + 256
+    )
+
+    def dequantize_all(_: Fields, tensors: Tensors) -> None:
+        for name, data in tensors.items():
+            if data.ndim > 1:
+                tensors[name] = gguf.dequantize(gguf.quantize(data, number), number)
+
+    write_gguf(tmp_path / "x.gguf", state, vocabulary, kind=number)
+    write_gguf(tmp_path / "plain.gguf", state, vocabulary, dequantize_all)
+    assert gguf_format(tmp_path / "x.gguf") == kind
+    ours, plain = (
+        open_gguf(tmp_path / name, dtype=torch.float32) for name in ("x.gguf", "plain.gguf")
+    )
+    for field in ours.weights._fields:
+        assert torch.equal(getattr(ours.weights, field), getattr(plain.weights, field)), field

@@ -234,8 +234,10 @@ def test_a_file_says_what_its_folder_says(models: Path, command_line: CommandLin
 
 def test_a_command_that_is_given_again_goes_on(models: Path, command_line: CommandLine) -> None:
     before = sorted(path for path in models.rglob("*") if path.is_file())
-    command = ("model=twin.gguf", *SMALL, "hydra.run.dir=out", "hydra.job.chdir=true")
+    options = ("hydra.run.dir=out", "hydra.job.chdir=true", f"cache_dir={models / 'cache'}")
+    command = ("model=twin.gguf", *SMALL, *options)
     assert command_line(*command)[0] == 0
+    assert not (models / "cache").exists()
     first = report(models / "out")["tokens"]
     status, _, notes = command_line(*command, "ticks=9")
     assert status == 0, notes
@@ -293,7 +295,8 @@ def test_eight_bits_of_a_file(models: Path, command_line: CommandLine) -> None:
         (["model=twin.gguf", "path=x"], "path=x does not apply to model=twin.gguf"),
         (["model=twin.gguf", "model.repo=a/b"], "model.repo=a/b does not apply to model=twin.gguf"),
         (["model=twin.gguf", "task=bench"], "is a GGUF file: this task needs a model's folder"),
-        (["model=named"], "missing mandatory value: name"),
+        (["model=named"], "model=named is no built-in model"),
+        (["model=./folder", "model.name=x"], "model.name does not apply to model=./folder"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(
@@ -308,3 +311,29 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert told in notes.splitlines()[-1]
     assert "Traceback" not in notes
     assert sorted(models.rglob("*")) == before
+
+
+def test_the_last_of_several_models_counts(models: Path, command_line: CommandLine) -> None:
+    status, _, notes = command_line("model=twin.gguf", "model=folder", "path=folder", *SMALL)
+    assert status == 0, notes
+    assert "loading folder …" in notes
+
+
+def test_a_choice_of_ones_own_is_found(models: Path, command_line: CommandLine) -> None:
+    """In a folder of configurations beside ours."""
+    (models / "conf" / "model").mkdir(parents=True)
+    told = f"defaults: [schema, _self_]\nname: mine\nsource: folder\npath: {models / 'folder'}\n"
+    (models / "conf" / "model" / "mine.yaml").write_text(told)
+    for flags in (["--config-dir=conf"], ["--config-dir", "conf"]):
+        status, _, notes = command_line(*flags, "model=mine", *SMALL)
+        assert status == 0, notes
+        assert "loading mine …" in notes
+
+
+def test_a_sweep_may_be_asked_for_by_mode(models: Path, command_line: CommandLine) -> None:
+    where = ["hydra.sweep.dir=all", "hydra.sweep.subdir=${hydra.job.num}"]
+    status, _, notes = command_line(
+        "hydra.mode=MULTIRUN", "model=twin.gguf,folder", "path=null", *SMALL, *where
+    )
+    assert (models / "all" / "0" / "run.json").exists(), notes
+    assert status == 2  # the second has no path

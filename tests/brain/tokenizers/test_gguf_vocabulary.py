@@ -273,6 +273,19 @@ def test_an_end_that_is_no_token_is_told_and_not_used(
     assert ours.eos_ids == {0, 2}
 
 
+@pytest.mark.parametrize("wrong", [4294967295, 9999, "0"])
+@pytest.mark.parametrize("role", ["bos", "eos"])
+def test_a_sentencepiece_file_need_not_name_a_token(role: str, wrong: object) -> None:
+    """As -1 in 32 bits, for instance: it is told, and the vocabulary's own takes its place, as in
+    llama.cpp.
+    """
+    fields = sentencepiece_fields(train_sentencepiece())
+    with pytest.warns(BrainWarning, match=f"tokenizer.ggml.{role}_token_id is .*, which is no tok"):
+        ours = gguf_tokenizer(fields | {f"tokenizer.ggml.{role}_token_id": wrong}, "x.gguf")
+    assert ours.decode(ours.encode("a word")) == "a word"
+    assert (ours.bos_id, ours.wants_bos, ours.eos_ids) == (1, True, {2})
+
+
 def test_a_rule_for_bos_that_is_none_is_refused(libraries: dict[str, Library]) -> None:
     fields = byte_level_fields(str(libraries["gpt-2"].to_str()), "gpt-2")
     with pytest.raises(Refused, match="add_bos_token is 'yes'; use true or false"):
