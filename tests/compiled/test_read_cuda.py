@@ -158,7 +158,7 @@ def reads(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @on_a_device
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(reads())
 def test_a_read_is_that_of_the_twin(case: dict[str, Any]) -> None:
     """Any heads and sizes, holes, NaN in hidden slots, padding, and nothing of the memory written

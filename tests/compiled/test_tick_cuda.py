@@ -299,7 +299,7 @@ def scores_of(capacity: int, seed: int) -> Tensor:
 
 
 @on_a_device
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     capacity=st.sampled_from([1, 14, 14, 1024, 2500]),
     full=st.sampled_from([0.0, 0.3, 1.0]),
@@ -338,7 +338,7 @@ def test_equal_scores_far_apart(worst: float) -> None:
 
 
 @on_a_device
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     sizes=st.lists(st.sampled_from([1, 2, 14, 1024, 1025, 2500]), min_size=1, max_size=5),
@@ -393,7 +393,7 @@ def plan_of(state: State, cursor: Cursor, length: int, cull: list[int], *, broke
 
 
 @on_a_device
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     capacity=st.sampled_from([1, 14, 14, 1024, 2500]),
     full=st.sampled_from([0.0, 0.5, 1.0]),
