@@ -11,5 +11,6 @@ Nothing here knows text, files or configuration, and nothing here imports ``brai
 * ``graphs.py``: which graphs exist, and proof that there are no others
 * ``read_cpu.cpp``, ``draw_cpu.cpp``, ``tick_cpu.cpp``: the read, the draw and, where nothing is
   captured, the rest of a tick on a CPU
-* ``read_cuda.py``, ``tick_cuda.py``: the read and most of the rest of a tick as Triton kernels
+* ``read_cuda.py``, ``tick_cuda.py``: the read and most of the rest of a tick as Triton kernels,
+  which ``kernel_launch.py`` starts
 """

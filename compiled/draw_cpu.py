@@ -68,7 +68,7 @@ def operator(library: Path) -> Draw:
         "(Tensor logits, Tensor[] read, Tensor[] sampling, Tensor forced, bool greedy, int top_k, "
         "bool nucleus) -> (Tensor, Tensor, Tensor)",
         _run,
-        _allocated,
+        allocate_drawn,
     )
 
     def draw(
@@ -96,7 +96,8 @@ def operator(library: Path) -> Draw:
     return draw
 
 
-def _allocated(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def allocate_drawn(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what is made of logits [T, vocab], in the order of :class:`Drawn`."""
     rows = len(logits)
     return (
         logits.new_empty((rows,), dtype=torch.int64),
@@ -115,7 +116,7 @@ def _run(
     top_k: int,
     nucleus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = _allocated(logits)
+    made = allocate_drawn(logits)
     pointed = [tensor.contiguous() for tensor in (logits, *read, *sampling, forced, *made)]
     rows, vocab = logits.shape
     passed = Arguments(

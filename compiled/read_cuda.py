@@ -20,25 +20,20 @@ A layer is
 and after the last a norm and the head. Slots that no token sees are never loaded, and those behind
 the last visible one not even looked at: how far a read goes is a number on the device.
 
-Triton comes with PyTorch for CUDA. Where ``TRITON_INTERPRET=1`` is set, the kernels run on a CPU,
-for tests. Nothing else of this package imports this module before it is asked for.
+Triton comes with PyTorch for CUDA. Nothing else of this package imports this module before it is
+asked for.
 """
 
-import functools
-import itertools
-import os
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from compiled import read_kernels
+from compiled import kernel_launch, read_kernels
 from compiled.attention import Visibility
 from compiled.int8 import Int8, Matrix, part
+from compiled.kernel_launch import INTERPRETED, Bindings, Launch, Launcher, power_of_two
 from compiled.llama import LlamaConfig, Weights
 from compiled.read_cpu import Decode, Decoded
 from compiled.sample import surprises
@@ -47,14 +42,6 @@ from compiled.state import State
 MOST_TOKENS = 8
 """Of a read that the operator is for: more are bound by arithmetic, not by bytes."""
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run on a CPU, one program after another."""
-
-_NAMESPACE = "positronic_brain"
-
-STAGES = 2
-"""Blocks of keys and values that are on their way at a time: more would not fit into the shared
-memory of smaller GPUs, in float32."""
 _TILE = 8192
 """Numbers of a weight that a program multiplies at a time, times tokens: what registers hold."""
 MOST_SPLITS = 128
@@ -65,11 +52,6 @@ _MASS_SLOTS = 256
 
 
 # Launches ----------------------------------------------------------------------------------------
-
-
-def power_of_two(number: int) -> int:
-    """The least one that is not below a number of at least 1."""
-    return 1 << (number - 1).bit_length()
 
 
 def block_of(dtype: torch.dtype) -> int:
@@ -129,16 +111,6 @@ def allocate_scratch(
         summary=room(2 * rows),
         own=room(rows * tokens),
     )
-
-
-class Launch(NamedTuple):
-    """One kernel as it is started."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]  # tensors and numbers
-    constants: dict[str, Any]
-    num_warps: int
 
 
 def launches(
@@ -304,18 +276,6 @@ def launches(
     return out
 
 
-def start(launch: Launch, *, overlaps: bool) -> None:
-    """Starts a kernel; with ``overlaps`` it may begin before the one that was started before it has
-    ended.
-    """
-    options: dict[str, Any] = {}
-    if not INTERPRETED:
-        options = {"num_warps": launch.num_warps, "num_stages": STAGES}
-    if overlaps:
-        options["launch_pdl"] = True
-    launch.kernel[launch.grid](*launch.arguments, **launch.constants, PDL=overlaps, **options)
-
-
 # The operator ------------------------------------------------------------------------------------
 
 
@@ -331,10 +291,8 @@ class Given(NamedTuple):
     end: Tensor  # [1] int64, one past the last slot that any token sees
 
 
-_bound: dict[int, Callable[[Sequence[Tensor], Decoded, bool], None]] = {}
-"""What runs the reads of each memory, by its number, and writes their results. The operator is told
-the number: scratch is no argument of it, or the compiler would take it for a result."""
-_BINDING = threading.Lock()  # two threads may open models at once
+_bound: Bindings[Callable[[Sequence[Tensor], Decoded, bool], None]] = Bindings()
+"""What runs the reads of each memory, and writes their results."""
 
 
 def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -> Decode:
@@ -350,7 +308,7 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
     """
     device = state.keys.device
     scratch = allocate_scratch(config, state.capacity, tokens, weights.dtype, device)
-    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    launcher = Launcher(device)
 
     def run(inputs: Sequence[Tensor], results: Decoded, per_query: bool) -> None:
         given = Given(*map(Tensor.contiguous, inputs))
@@ -363,16 +321,18 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
             results,
             per_query=per_query,
         )
-        # Triton starts kernels on the current device, whatever they are given.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            for count, launch in enumerate(every):
-                # An ordinary start first: what was written before the read must be there.
-                start(launch, overlaps=overlaps and count > 0)
+        launcher.start_all(every)
 
-    with _BINDING:
-        number = next(n for n in itertools.count() if n not in _bound)
-        _bound[number] = run
-        call = _registered()
+    number = _bound.bind(run)
+    # Beside what is read it is given two tensors that say in which number format, and which memory
+    # must not be moved.
+    call = kernel_launch.operator(
+        "read_cuda",
+        "(Tensor[] inputs, Tensor[] like, int[] shape, int number, bool per_query) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        _run,
+        _allocated,
+    )
 
     def decode(
         of_config: LlamaConfig,
@@ -395,7 +355,7 @@ def operator(config: LlamaConfig, weights: Weights, state: State, tokens: int) -
         return decoded._replace(logits=surprises(decoded.logits, targets))
 
     # Weights, memory and scratch go when nobody can read them any more.
-    weakref.finalize(decode, _bound.pop, number, None)
+    _bound.keep_for(decode, number)
     return decode
 
 
@@ -443,20 +403,3 @@ def _run(
     results = _allocated(inputs, like, shape, number, per_query)
     _bound[number](inputs, Decoded(*results), per_query)
     return results
-
-
-@functools.cache
-def _registered() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The operator as PyTorch knows it. Beside what is read it is given two tensors that say in
-    which number format, and which memory must not be moved.
-    """
-    name = f"{_NAMESPACE}::read_cuda"
-    torch.library.define(
-        name,
-        "(Tensor[] inputs, Tensor[] like, int[] shape, int number, bool per_query) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-    )
-    torch.library.register_fake(name, _allocated)
-    torch.library.impl(name, "cpu" if INTERPRETED else "cuda", _run)
-    found: Callable[..., Any] = getattr(torch.ops, _NAMESPACE).read_cuda.default
-    return found

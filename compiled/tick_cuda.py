@@ -17,15 +17,12 @@ The operators of the choice write nothing but their results and scratch. That of
 which of its arguments it writes, and the compiler, which copies none of them, lets it. What a plan
 holds must be nothing that is written: it is read meanwhile.
 
-The kernels are ``tick_kernels.py``, and run as those of ``read_cuda.py`` do.
+The kernels are ``tick_kernels.py``; ``kernel_launch.py`` starts them.
 """
 
 import functools
-import itertools
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +30,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from compiled import tick_kernels
-from compiled.draw_cpu import Draw, Drawn
+from compiled.draw_cpu import Draw, Drawn, allocate_drawn
 from compiled.finite import PARTS, not_finite
+from compiled.kernel_launch import Bindings, Launch, Launcher, operator, power_of_two
 from compiled.plan import Plan
-from compiled.read_cuda import INTERPRETED, Launch, power_of_two, start
 from compiled.sample import Sampling, SamplingMethod
 from compiled.score import IN_TENSORS, MOST_CULLED, Culling, Scoring, decide_cull
 from compiled.state import NOWHERE, ROW_COLUMNS, Cursor, State
@@ -47,8 +44,6 @@ MOST_CANDIDATES = 64
 
 UPDATED = ("brightness", "lit", "novelty")
 """Columns that a tick changes for rows that are already there, in the order of ``carry_out``."""
-
-_NAMESPACE = "positronic_brain"
 
 _VOCABULARY_PIECE = 2048
 _ROW_PIECE = 256
@@ -273,38 +268,23 @@ def _listed(plan: Plan) -> list[Tensor]:
 # The operators -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Room:
-    """What the operators of one memory have. They are told its number: scratch is no argument of
-    theirs, or the compiler would take it for a result.
-    """
+    """What the operators of one memory have."""
 
-    def __init__(self, scratch: Scratch, device: torch.device) -> None:
-        self.scratch, self._device = scratch, device
-        self._overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (
-            9,
-            0,
-        )
-
-    def run(self, launches: Sequence[Launch]) -> None:
-        # Triton starts kernels on the current device, whatever they are given.
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            for count, launch in enumerate(launches):
-                # An ordinary start first: what was written before must be there.
-                start(launch, overlaps=self._overlaps and count > 0)
+    scratch: Scratch
+    launcher: Launcher
 
 
-_rooms: dict[int, _Room] = {}
-_BINDING = threading.Lock()  # two threads may open models at once
+_rooms: Bindings[_Room] = Bindings()
 
 
 class _Bound:
     """A memory's number, for as long as anything of it can be called."""
 
     def __init__(self, room: _Room) -> None:
-        with _BINDING:
-            self.number = next(n for n in itertools.count() if n not in _rooms)
-            _rooms[self.number] = room
-        weakref.finalize(self, _rooms.pop, self.number, None)
+        self.number = _rooms.bind(room)
+        _rooms.keep_for(self, self.number)
 
 
 class Steps(NamedTuple):
@@ -326,9 +306,8 @@ def steps(vocab_size: int, state: State, patch: TickPatch) -> Steps:
         Functions that take, return and mean what their twins do, for this memory alone.
     """
     device = state.valid.device
-    bound = _Bound(_Room(allocate_scratch(vocab_size, state.capacity, device), device))
-    with _BINDING:
-        operators = _registered()
+    scratch = allocate_scratch(vocab_size, state.capacity, device)
+    bound, operators = _Bound(_Room(scratch, Launcher(device))), _registered()
     called = functools.partial
     scoring = IN_TENSORS._replace(
         decide_cull=called(_decide_cull, operators, bound),
@@ -414,15 +393,6 @@ def _patch(
     operators.patch([*state], [*cursor], _listed(plan), bound.number)
 
 
-def _allocated_draw(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = len(logits)
-    return (
-        logits.new_empty((rows,), dtype=torch.int64),
-        logits.new_empty((rows,)),
-        logits.new_empty((rows, 2)),
-    )
-
-
 def _run_draw(
     logits: Tensor,
     read: Sequence[Tensor],
@@ -433,11 +403,11 @@ def _run_draw(
     nucleus: bool,
     number: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made, room = _allocated_draw(logits), _rooms[number]
+    made, room = allocate_drawn(logits), _rooms[number]
     held, settings = [part.contiguous() for part in read], Sampling(*sampling)
     method = Method(greedy, top_k, nucleus)
     given = (logits.contiguous(), held, settings, forced, Drawn(*made), method)
-    room.run(draw_launches(room.scratch, *given))
+    room.launcher.start_all(draw_launches(room.scratch, *given))
     return made
 
 
@@ -459,7 +429,7 @@ def _run_cull(
 ) -> tuple[Tensor, Tensor]:
     made, room = _allocated_cull(columns), _rooms[number]
     given = (columns, at, keep_scores.contiguous(), made, Culling(target, sinks, recent))
-    room.run(cull_launches(room.scratch, *given))
+    room.launcher.start_all(cull_launches(room.scratch, *given))
     return made
 
 
@@ -469,7 +439,9 @@ def _allocated_flag(parts: Sequence[Tensor], number: int) -> Tensor:
 
 def _run_not_finite(parts: Sequence[Tensor], number: int) -> Tensor:
     made, room = _allocated_flag(parts, number), _rooms[number]
-    room.run(finite_launches(room.scratch, [part.contiguous() for part in parts], made))
+    room.launcher.start_all(
+        finite_launches(room.scratch, [part.contiguous() for part in parts], made)
+    )
     return made
 
 
@@ -477,33 +449,22 @@ def _run_patch(
     state: Sequence[Tensor], cursor: Sequence[Tensor], plan: Sequence[Tensor], number: int
 ) -> None:
     room, held = _rooms[number], [part.contiguous() for part in plan]
-    room.run(patch_launches(room.scratch, State(*state), Cursor(*cursor), held))
+    room.launcher.start_all(patch_launches(room.scratch, State(*state), Cursor(*cursor), held))
 
 
 def _writes_elsewhere(*_: Any) -> None:
     """The patch has no results."""
 
 
-@functools.cache
 def _registered() -> _Operators:
     """The operators as PyTorch knows them."""
-
-    def operator(
-        name: str, schema: str, run: Callable[..., Any], allocated: Callable[..., Any]
-    ) -> Any:
-        qualified = f"{_NAMESPACE}::{name}"
-        torch.library.define(qualified, schema)
-        torch.library.register_fake(qualified, allocated)
-        torch.library.impl(qualified, "cpu" if INTERPRETED else "cuda", run)
-        return getattr(getattr(torch.ops, _NAMESPACE), name).default
-
     return _Operators(
         operator(
             "draw_cuda",
             "(Tensor logits, Tensor[] read, Tensor[] sampling, Tensor forced, bool greedy, "
             "int top_k, bool nucleus, int number) -> (Tensor, Tensor, Tensor)",
             _run_draw,
-            _allocated_draw,
+            allocate_drawn,
         ),
         operator(
             "cull_cuda",

@@ -42,8 +42,9 @@ from brain.brain import Brain
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.measure.golden.seeded import SeededModel
-from compiled import read_cuda, tick_cuda, torch_private
+from compiled import kernel_launch, torch_private
 from compiled.choose import choose
+from compiled.kernel_launch import Launch
 from compiled.llama import LlamaConfig
 from compiled.read import Reading
 
@@ -174,15 +175,10 @@ def started() -> dict[str, Counter[str]]:
         b, counted = brain_of(replace(TINY, num_layers=layers), "eager"), Counter[str]()
         b.prime([1, 2, 3])
 
-        def start(
-            launch: read_cuda.Launch, *, overlaps: bool, seen: Counter[str] = counted
-        ) -> None:
+        def start(launch: Launch, *, overlaps: bool, seen: Counter[str] = counted) -> None:
             seen[OWN[launch.kernel.__name__]] += 1
 
-        with (
-            mock.patch.object(read_cuda, "start", start),
-            mock.patch.object(tick_cuda, "start", start),
-        ):
+        with mock.patch.object(kernel_launch, "start", start):
             b.tick()
         found.append(counted)
     return {"one": found[0], "each_layer_more": found[1] - found[0]}

@@ -43,7 +43,7 @@ COVERED = (
     ("brain/test_tokens.py", "brain/tokenizers", "tokenizer_json vocabulary"),
     ("compiled/test_patch.py", "compiled", "plan"),
     ("compiled/test_read_cpu.py", "compiled", "cpu_library"),
-    ("compiled/test_read_cuda.py", "compiled", "read_kernels"),
+    ("compiled/test_read_cuda.py", "compiled", "kernel_launch read_kernels"),
     ("compiled/test_tick_cuda.py", "compiled", "tick_kernels"),
     ("fuzz/test_files.py", "brain", "files"),
     ("fuzz/test_lines_and_folders.py", "brain/config", "type_check"),

@@ -8,13 +8,8 @@ compiled as well, for three generations of GPUs, which needs none of them.
 import dataclasses
 import gc
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,40 +35,22 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from compiled import read_cuda
+from compiled.kernel_launch import INTERPRETED, Launch, power_of_two
 from compiled.read_cuda import (
     Given,
     allocate_scratch,
     block_of,
     launches,
     operator,
-    power_of_two,
     splits_of,
 )
 from compiled_kernels import SHARED, compiled_for
+from interpreted_kernels import DEVICE, KernelTests
 
-DEVICE = torch.device("cpu" if read_cuda.INTERPRETED else "cuda")
 MATRICES = ("embedding", "qkv", "attention_out", "gate_up", "down", "head")
 HEADS = ((3, 1), (4, 4), (8, 2), (8, 1), (6, 2))  # groups of 3, 1, 4, 8, 3
 
-runs_kernels = [
-    pytest.mark.skipif(
-        not read_cuda.INTERPRETED and not torch.cuda.is_available(),
-        reason="neither a GPU nor Triton's interpreter",
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
-
-
-KERNEL_TESTS: list[str] = []
-
-
-def on_a_device(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that runs kernels: under the ``gpu`` marker unless they are interpreted."""
-    KERNEL_TESTS.append(test.__name__)
-    marks = runs_kernels if read_cuda.INTERPRETED else [*runs_kernels, pytest.mark.gpu]
-    for mark in marks:
-        test = mark(test)
-    return test
+on_a_device = KernelTests()
 
 
 def model(config: LlamaConfig, dtype: torch.dtype, *, int8: bool) -> Weights:
@@ -331,7 +308,7 @@ def test_a_captured_brain_says_what_it_says_without_kernels() -> None:
         re.findall(r"positronic_brain\.(\w+)", str(g.modules[0].graph)) for g in (step, patch)
     ]
     assert called == [["read_cuda", "draw_cuda", "cull_cuda", "not_finite_cuda"], ["patch_cuda"]]
-    if read_cuda.INTERPRETED:  # they are looked at on a CPU
+    if INTERPRETED:  # they are looked at on a CPU
         assert mutated_inputs(step.modules[0]) == set()
         assert aliased_inputs(step.modules[0]) == 0
     before = digest(*ours.state, *ours.cursor)
@@ -372,22 +349,10 @@ def test_kernels_that_overlap_wait_for_each_other(monkeypatch: pytest.MonkeyPatc
 # On any machine ----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(read_cuda.INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 def test_every_kernel_on_the_interpreter() -> None:
-    """This file again, where Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    ran = subprocess.run(
-        [*command, "-m", "not gpu", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
-    for name in KERNEL_TESTS:  # and not skipped
-        assert re.search(rf"::{name}(\[.*\])? PASSED", ran.stdout), name
+    on_a_device.pass_interpreted(__file__)
 
 
 SIZES = {
@@ -399,7 +364,7 @@ SIZES = {
 
 def described(
     config: LlamaConfig, slots: int, tokens: int, dtype: torch.dtype, *, int8: bool
-) -> list[read_cuda.Launch]:
+) -> list[Launch]:
     """The launches of a read of a model of one layer, without a byte of it."""
     meta = torch.device("meta")
     one = dataclasses.replace(config, num_layers=1)
@@ -442,7 +407,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.skipif(read_cuda.INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
 @pytest.mark.parametrize(
     ("size", "slots", "tokens", "dtype", "int8", "capability"),
     FORMS,
@@ -466,7 +431,7 @@ def test_every_kernel_compiles(
             assert "griddepcontrol.wait" in kernel.ptx, name
 
 
-@pytest.mark.skipif(read_cuda.INTERPRETED, reason="said once")
+@pytest.mark.skipif(INTERPRETED, reason="said once")
 def test_a_read_is_few_kernels() -> None:
     """With those of the choice and the patch at most 200 for SmolLM2."""
     of_layer = described(SIZES["smollm2"], 1024, 1, torch.bfloat16, int8=False)[:-1]

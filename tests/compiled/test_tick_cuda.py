@@ -8,13 +8,8 @@ import contextlib
 import gc
 import importlib.util
 import math
-import os
-import re
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,7 +21,7 @@ from torch import Tensor
 from captured_graphs import aliased_inputs, mutated_inputs
 from compiled.capture import Graph
 from compiled.choose import Choice, Eviction, Forced, choose
-from compiled.draw_cpu import Drawn
+from compiled.draw_cpu import Drawn, allocate_drawn
 from compiled.finite import not_finite
 from compiled.llama import LlamaConfig
 from compiled.patch import patch
@@ -57,32 +52,15 @@ from toys import (
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from compiled import tick_cuda
-from compiled.read_cuda import INTERPRETED, Launch, start
+from compiled import kernel_launch, tick_cuda
+from compiled.kernel_launch import INTERPRETED, Launch, start
 from compiled.tick_cuda import Method, Steps, steps
 from compiled_kernels import SHARED, compiled_for
+from interpreted_kernels import DEVICE, KernelTests
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 ODD = [0.0, -0.0, 1.0, 1.0, -3.5, 1e30, math.nan, math.inf, -math.inf]
 
-runs_kernels = [
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="neither a GPU nor Triton's interpreter",
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
-
-KERNEL_TESTS: list[str] = []
-
-
-def on_a_device(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that runs kernels: under the ``gpu`` marker unless they are interpreted."""
-    KERNEL_TESTS.append(test.__name__)
-    marks = runs_kernels if INTERPRETED else [*runs_kernels, pytest.mark.gpu]
-    for mark in marks:
-        test = mark(test)
-    return test
+on_a_device = KernelTests()
 
 
 def there(held: Any) -> Any:
@@ -110,7 +88,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         start(launch, overlaps=overlaps)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tick_cuda, "start", counting)
+        patched.setattr(kernel_launch, "start", counting)
         yield started
 
 
@@ -737,19 +715,7 @@ def test_captured_ticks_are_those_of_the_twin() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 def test_every_kernel_on_the_interpreter() -> None:
-    """This file again, where Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    ran = subprocess.run(
-        [*command, "-m", "not gpu", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
-    for name in KERNEL_TESTS:  # and not skipped
-        assert re.search(rf"::{name}(\[.*\])? PASSED", ran.stdout), name
+    on_a_device.pass_interpreted(__file__)
 
 
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e4, 2048)
@@ -767,7 +733,7 @@ def described(
     one = torch.empty(1, dtype=torch.int64, device=meta)
     number = torch.empty((), device=meta)
     sampling = Sampling(number, number, number, number, torch.empty(2, dtype=torch.int64))
-    told = Drawn(*tick_cuda._allocated_draw(logits))
+    told = Drawn(*allocate_drawn(logits))
     columns = [state.valid, state.pinned, state.position]
     shape = (config.num_layers, config.num_kv_heads, 1, config.head_dim)
     row = torch.empty(shape, dtype=dtype, device=meta)

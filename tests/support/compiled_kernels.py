@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.read_cuda import STAGES, Launch
+from compiled.kernel_launch import STAGES, Launch
 
 SHARED = 101376
 """Bytes of shared memory that a program may have on the GPUs that have least of it: 8.6 and 8.9."""
