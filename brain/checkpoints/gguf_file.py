@@ -255,7 +255,7 @@ def _warn_of_size(model: _Model, dtype: torch.dtype, *, int8: bool) -> None:
 
 
 def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
-    """Refuses, before anything is written, tensors that are not exactly the model's."""
+    """Refuses tensors that are not exactly the model's."""
     unexpected = set(file.tensors) - {gguf_name(name) for name, _ in parts} - {ROPE_FACTORS}
     if unexpected:
         why = "it is not Llama's, or more than llama.block_count says"
