@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from brain.checkpoints import stored_format
-from brain.config.settings import engine_name, known_formats, settings_of
+from brain.config.settings import engine_name, keeps_blocks, known_formats, settings_of
 from brain.errors import Refused, warn
 from brain.files import given_path
 from brain.machine.compiler import require_capture
@@ -87,6 +87,8 @@ def _dtype(conf: Conf, device: torch.device) -> tuple[DType, str]:
     if not gains:
         return DType.float32, because
     stored = stored_format(conf.model, conf.cache_dir)
+    if keeps_blocks(conf, device):
+        return DType.float32, f"the weights stay in {stored}, so bfloat16 would gain nothing"
     if stored in PRECISE:
         return DType.float32, f"the weights are stored in {stored}"
     return DType.bfloat16, f"the weights come from {stored}, and {because}"

@@ -6,11 +6,14 @@ from torch import Tensor
 from brain.checkpoints import Checkpoint
 from brain.checkpoints.llama_names import packed_parts
 from brain.errors import NotFinite
+from compiled.blocks import Blocks, numbers
 from compiled.finite import PARTS
 from compiled.int8 import Int8
 
 FINITE_BLOCK = 1 << 24
 """Elements that are looked at at a time."""
+FINITE_ROWS = 256
+"""The same in rows of blocks, which are made float32 for it."""
 
 
 def not_finite_error(flag: int, when: str, checkpoint: Checkpoint) -> NotFinite:
@@ -43,6 +46,13 @@ def damaged_tensor(checkpoint: Checkpoint) -> str | None:
     weights = checkpoint.weights
     for field, parts in packed_parts(checkpoint.config).items():
         matrix = getattr(weights, field)
+        if isinstance(matrix, Blocks):
+            rows = [rows for parts in matrix.layers for rows in parts]
+            for (name, _), of_part in zip(parts, rows, strict=True):
+                some = torch.split(of_part.bytes, FINITE_ROWS)
+                if not all(_is_finite(numbers(blocks, of_part.kind).view(-1)) for blocks in some):
+                    return name
+            continue
         rounded = isinstance(matrix, Int8)
         flat = (matrix.scale if rounded else matrix).view(-1)
         start = 0

@@ -15,7 +15,6 @@ from brain.machine.compiler import capturing
 from brain.machine.cpu_operator import native_libraries
 from brain.machine.signals import Uninterrupted
 from compiled.graphs import Graphs
-from compiled.int8 import Int8
 from compiled.philox import key_of
 from compiled.read_cpu import formats
 from compiled.sample import Sampling
@@ -69,8 +68,8 @@ class Memory:
             checkpoint.config, conf.capacity, weights.dtype, self.device
         )
         self.cursor: Cursor = allocate_cursor(self.device)
-        int8 = isinstance(weights.head, Int8)
-        known = formats(weights.dtype, weights.device, int8=int8) if settings.native else None
+        matrices = type(weights.head)
+        known = formats(weights.dtype, weights.device, matrices) if settings.native else None
         sampler = conf.sampler
         self.graphs = Graphs(
             settings.graphs,

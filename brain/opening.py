@@ -15,7 +15,7 @@ from brain.checkpoints import Checkpoint, open_checkpoint
 from brain.config.compose import compose_conf, typed
 from brain.config.older import bring_up_to_date
 from brain.config.overrides import literal, model_overrides, override
-from brain.config.settings import Settings, settings_of
+from brain.config.settings import Settings, keeps_blocks, settings_of
 from brain.errors import Refused, one_line, shown
 from brain.files import given_path
 from brain.machine.graph_cache import name_graph_folder
@@ -23,7 +23,7 @@ from brain.policies import CustomPolicy, custom_policy
 from brain.saves import read_description
 from compiled.capture import prepared
 from compiled.choose import KeepScore
-from conf.schema import Conf, WeightFormat, register
+from conf.schema import Conf, register
 
 MOST_THREADS = 1024
 """More than any machine gains from. A process that starts a billion dies of it."""
@@ -114,8 +114,14 @@ def use_threads(threads: int | None) -> None:
 
 def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
     """Loads the model that a configuration names, in its number formats. Raises Refused."""
-    int8 = conf.weights is WeightFormat.int8
-    return open_checkpoint(conf.model, conf.cache_dir, settings.dtype, settings.device, int8=int8)
+    return open_checkpoint(
+        conf.model,
+        conf.cache_dir,
+        settings.dtype,
+        settings.device,
+        weights=conf.weights,
+        blocks=keeps_blocks(conf, settings.device),
+    )
 
 
 def _saved_conf(folder: Path) -> Conf:

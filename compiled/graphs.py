@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from compiled import draw_cpu, read_cpu, tick_cpu, torch_private
+from compiled.blocks import Blocks
 from compiled.capture import Capturing, Graph
 from compiled.choose import Choice, Eviction, Forced, choose
 from compiled.cpu_library import Libraries
@@ -256,8 +257,11 @@ class Graphs:
 
     @property
     def chunk(self) -> int:
-        """The most tokens that one read and one patch take when a text is committed."""
-        return min(self.spec.chunk or self.widths[-1], self.state.capacity)
+        """The most tokens that one read and one patch take when a text is committed. Of matrices in
+        blocks it is what the operator takes: without it they would be made float32 every time.
+        """
+        most = self._widest if isinstance(self.weights.qkv, Blocks) else self.state.capacity
+        return min(self.spec.chunk or self.widths[-1], self.state.capacity, most)
 
     def is_captured(self, num_tokens: int) -> bool:
         """Whether reads and edits of this many tokens are captured, padded to a width."""

@@ -21,10 +21,6 @@ class Int8(NamedTuple):
     scale: Tensor  # [..., out] float32
 
 
-Matrix = Tensor | Int8
-"""A weight matrix ``[..., out, in]``, in a floating dtype or in eight bits."""
-
-
 def quantize(rows: Tensor) -> Int8:
     """Rounds a matrix to the nearest eight-bit numbers.
 
@@ -42,25 +38,6 @@ def quantize(rows: Tensor) -> Int8:
     return Int8((exact / divisor).round().to(torch.int8), scale)
 
 
-def dequantize(matrix: Matrix) -> Tensor:
-    """Returns the matrix in floating point: float32 from eight bits, otherwise as it is."""
-    if isinstance(matrix, Int8):
-        return matrix.values.float() * matrix.scale[..., None]
-    return matrix
-
-
-def part(matrix: Matrix, index: int | slice) -> Matrix:
-    """Returns a view of one of the stacked matrices, or of some rows of one."""
-    if isinstance(matrix, Int8):
-        return Int8(matrix.values[index], matrix.scale[index])
-    return matrix[index]
-
-
-def flat(matrix: Matrix) -> tuple[Tensor, ...]:
-    """Returns the tensors that the matrix is made of: one, or in eight bits two."""
-    return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
-
-
-def num_rows(matrix: Matrix) -> int:
-    """How many output channels one matrix has."""
-    return (matrix.values if isinstance(matrix, Int8) else matrix).shape[-2]
+def dequantize(matrix: Int8) -> Tensor:
+    """Makes float32 of a matrix."""
+    return matrix.values.float() * matrix.scale[..., None]

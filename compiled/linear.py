@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled import torch_private
-from compiled.int8 import Int8, Matrix, dequantize
+from compiled import blocks, torch_private
+from compiled.blocks import Blocks
+from compiled.int8 import Int8, dequantize
+from compiled.matrix import Matrix
 
 FEW_ROWS = 16
 """Rows up to which a product is bound by reading the weights."""
@@ -108,10 +110,12 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 
     Args:
         x: [T, in] in the model's dtype.
-        weight: [out, in] in the same dtype, or in eight bits.
+        weight: [out, in] in the same dtype, in eight bits, or in blocks.
     Returns:
         [T, out] in the dtype of ``x``.
     """
+    if isinstance(weight, Blocks):  # whose numbers need float32
+        return _product(x.float(), blocks.dequantize(weight)).to(x.dtype)
     if isinstance(weight, Int8):
         # Eight bits are exact in every floating dtype; the scale comes after the sum.
         if _streams_eight_bits(x):
@@ -136,6 +140,8 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 
 def embed(tokens: Tensor, embedding: Matrix) -> Tensor:
     """Looks the tokens' rows of the embedding up: [T] int64 → [T, hidden] float32."""
+    if isinstance(embedding, Blocks):
+        return blocks.looked_up(tokens, embedding)
     if isinstance(embedding, Int8):
         rows = F.embedding(tokens, embedding.values).float()
         return rows * embedding.scale[tokens][:, None]

@@ -2,7 +2,8 @@
 
 The weights of all layers are stacked along a leading ``layers`` axis, and the projections that
 read the same input are packed (query, key, value; gate, up). A whole model is therefore ten
-tensors, whatever its depth (sixteen in eight bits): as many graph inputs, as many addresses.
+tensors, whatever its depth (sixteen in eight bits): as many graph inputs, as many addresses. In a
+file's own blocks a matrix is as many pieces as the file has, and one table that tells where.
 
 Reference implementation for every formula here: Hugging Face transformers, ``modeling_llama.py``.
 Architecture: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Zhang & Sennrich 2019 (RMSNorm),
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled.attention import Attention, Visibility, attend
-from compiled.int8 import Int8, Matrix, flat, part
+from compiled.int8 import Int8
 from compiled.linear import linear
+from compiled.matrix import Matrix, flat, part
 from compiled.rope import RopeScaling, rotate
 
 
@@ -47,7 +49,7 @@ class LlamaConfig:
 class Weights(NamedTuple):
     """Every tensor of a model. ``[out, in]`` order as in ``torch.nn.functional.linear``.
 
-    All share one floating dtype and device, except matrices in eight bits and
+    All share one floating dtype and device, except matrices in eight bits or in blocks, and
     ``inverse_frequencies`` (float64). ``head`` is the same matrix as ``embedding`` where the model
     ties them.
     """
@@ -74,7 +76,7 @@ class Weights(NamedTuple):
         return self.final_norm.device
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor once per field, flat."""
+        """Every tensor that a graph takes, once per field, flat."""
         return [tensor for field in self for tensor in flat(field)]
 
 

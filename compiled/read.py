@@ -18,7 +18,7 @@ graph for each pair of them. Of not too many tokens the layers are one operator 
 (``read_cpu.py``), and on request on a GPU (``read_cuda.py``); else the functions of ``llama.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from compiled.attention import (
     attend_per_query,
     visibility,
 )
+from compiled.blocks import Blocks
 from compiled.linear import embed, linear
 from compiled.llama import (
     LayerWeights,
@@ -336,7 +337,7 @@ def _through_layers(
             *visible,
             state.keys[layer, :, :bucket],  # [kv_heads, bucket, head_dim], a view
             state.values[layer, :, :bucket],
-            *layer_weights(weights, layer).tensors(),
+            weights=layer_weights(weights, layer),
         )
         keys.append(key)
         values.append(value)
@@ -353,19 +354,28 @@ def _through_layers(
 def _region(attention: Attention) -> Any:
     """``decoder_layer`` with this attention as one region, compiled once and stamped out for every
     layer. The compiler recognises the repetition only where all that goes in and out is a plain
-    tensor or number.
+    tensor or number. Of weights in blocks no two layers are alike: they are not for compiling.
     """
 
-    @torch.compiler.nested_compile_region
-    def layer(eps: float, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, cos, sin, cached, new, live, keys, values, *weights = tensors
+    def layer(
+        eps: float, inputs: Sequence[Tensor], weights: LayerWeights
+    ) -> tuple[Tensor | None, ...]:
+        hidden, cos, sin, cached, new, live, keys, values = inputs
         visible = Visibility(cached, new, live)
-        of_layer = LayerWeights.from_tensors(weights)
         return tuple(
-            decoder_layer(hidden, of_layer, keys, values, cos, sin, visible, eps, attention)
+            decoder_layer(hidden, weights, keys, values, cos, sin, visible, eps, attention)
         )
 
-    return layer
+    @torch.compiler.nested_compile_region
+    def region(eps: float, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        return layer(eps, tensors[:8], LayerWeights.from_tensors(tensors[8:]))
+
+    def either(eps: float, *inputs: Tensor, weights: LayerWeights) -> tuple[Tensor | None, ...]:
+        if isinstance(weights.qkv, Blocks):
+            return layer(eps, inputs, weights)
+        return region(eps, *inputs, *weights.tensors())  # type: ignore[no-any-return]
+
+    return either
 
 
 _layer, _layer_per_query, _causal_layer = map(_region, (attend, attend_per_query, attend_causally))

@@ -26,6 +26,7 @@
 #include <thread>
 #include <type_traits>
 
+#include "blocks.h"
 #include "exponential.h"
 #include "team_size.h"
 
@@ -437,16 +438,24 @@ inline void multiply(const Weight* matrix, const Factor* x, int64_t x_stride, in
 
 }  // namespace
 
+// Some rows of a matrix, in one kind of block.
+struct Part {
+  const uint8_t* bytes;
+  int64_t kind, rows;
+};
+
 // Filled in by read_cpu.py: the order and width of the fields are a contract between the two.
 struct Matrix {
-  const void* values;
+  const void* values;  // of matrices in blocks: [layers, parts] Part
   const float* scale;  // of every row, where the values are bytes; otherwise null
+  int64_t parts;       // of a layer's matrix, where it is in blocks
 };
 
 struct Decode {
   int64_t layers, hidden_size, intermediate, heads, kv_heads, head_dim, vocab;
   int64_t tokens, capacity, bucket;
   int64_t per_query;  // whether the attention mass of every token is wanted apart
+  int64_t neighbours; // whether rows of queries and keys that are turned together lie side by side
   double eps;
   const void* attention_norm;  // [layers, hidden]
   const void* mlp_norm;        // [layers, hidden]
@@ -538,9 +547,19 @@ struct Own {
   float* new_weights;  // [heads, T, T]: of the new tokens
   float* attended;     // [head_dim]
   float *gates, *ups;  // [T, GATES]
+  float* floats;       // where matrices are in blocks: [T, widest], what they are multiplied by
+  float* factors;      // … as whole numbers
+  float* unpacked;     // [2, widest]: rows of a matrix
 };
 
-template <class Real>
+// What matrices are made of that lie in a file's own blocks (blocks.h).
+struct InBlocks {};
+
+inline int64_t widest_of(const Decode& d) {
+  return std::max({d.hidden_size, d.heads * d.head_dim, d.intermediate});
+}
+
+template <class Real, class Weight>
 Own<Real> own_of(const Decode& d, Slices& slices) {
   Own<Real> own{};
   auto inputs = [&](int64_t size) { return reinterpret_cast<Input<Real>*>(slices.take(size)); };
@@ -552,6 +571,12 @@ Own<Real> own_of(const Decode& d, Slices& slices) {
   own.attended = slices.take(d.head_dim);
   own.gates = slices.take(d.tokens * GATES);
   own.ups = slices.take(d.tokens * GATES);
+  if constexpr (std::is_same_v<Weight, InBlocks>) {
+    const int64_t widest = widest_of(d);
+    own.floats = slices.take(std::is_same_v<Input<Real>, float> ? 0 : d.tokens * widest);
+    own.factors = slices.take(d.tokens == 1 ? blocks::factors_size(widest) : 0);
+    own.unpacked = slices.take(2 * widest);
+  }
   return own;
 }
 
@@ -561,10 +586,10 @@ int64_t shared_size(const Decode& d) {
   return counted.used;
 }
 
-template <class Real>
+template <class Real, class Weight>
 int64_t own_size(const Decode& d) {
   Slices counted{nullptr, 0};
-  own_of<Real>(d, counted);
+  own_of<Real, Weight>(d, counted);
   return counted.used;
 }
 
@@ -767,19 +792,111 @@ inline const Weight* matrix(const Matrix& m, int64_t layer, int64_t rows, int64_
 inline const float* scale(const Matrix& m, int64_t layer, int64_t rows) {
   return m.scale ? m.scale + layer * rows : nullptr;
 }
+inline const Part* parts(const Matrix& m, int64_t layer) {
+  return static_cast<const Part*>(m.values) + layer * m.parts;
+}
+
+// The vectors of a product as it takes them.
+template <class Real, class Weight>
+struct Vectors {
+  const Input<Real>* x;  // [T, columns]
+  Vectors(const Decode&, const Own<Real>&, const Input<Real>* x, int64_t) : x(x) {}
+};
+
+template <class Real>
+struct Vectors<Real, InBlocks> {
+  const float* x;           // [T, columns]
+  blocks::Factors factors;  // of one that is alone
+  float* unpacked;
+
+  Vectors(const Decode& d, const Own<Real>& own, const Input<Real>* given, int64_t columns)
+      : unpacked(own.unpacked) {
+    if constexpr (std::is_same_v<Input<Real>, float>) {
+      x = given;
+    } else {
+      for (int64_t i = 0; i < d.tokens * columns; ++i) own.floats[i] = number(given[i]);
+      x = own.floats;
+    }
+    if (d.tokens > 1) return;
+    factors = blocks::factors_at(own.factors, columns);
+    blocks::make_factors(x, columns, factors);
+  }
+};
+
+// Rows of one kind. Of one vector they are multiplied as they lie; of several each is unpacked once.
+template <int64_t KIND, class Real, class Into>
+void multiply_part(const uint8_t* bytes, int64_t size, int64_t columns,
+                   const Vectors<Real, InBlocks>& vectors, int64_t tokens, int64_t end, Into& into) {
+  if constexpr (blocks::multiplies(KIND))
+    if (tokens == 1) {
+      while (into.row < end) {
+        const int64_t count = std::min<int64_t>(LANES, end - into.row);
+        float results[LANES];
+        for (int64_t r = 0; r < count; ++r, bytes += size)
+          results[r] = blocks::dot<KIND>(bytes, vectors.factors, columns);
+        into.take_rows(results, count);
+        into.row += count;
+      }
+      return;
+    }
+  const float* rows[2] = {vectors.unpacked, vectors.unpacked + columns};
+  auto unpack = [&](int64_t r) {
+    blocks::unpack_row<KIND>(bytes, columns, vectors.unpacked + r * columns);
+    bytes += size;
+  };
+  if (tokens > 4)  // as in `multiply`
+    for (; into.row + 2 <= end; into.row += 2) {
+      unpack(0), unpack(1);
+      products<2, MOST, false>(rows, vectors.x, columns, columns, tokens, into);
+    }
+  for (; into.row < end; ++into.row) {
+    unpack(0);
+    products<1, MOST, false>(rows, vectors.x, columns, columns, tokens, into);
+  }
+}
+
+// Rows of a layer's matrix, from `row` on, times the vectors: into.row of them is the first, and
+// `last` the one after the last.
+template <class Real, class Weight, class Into>
+void multiply_rows(const Decode& d, const Matrix& m, int64_t layer, int64_t rows, int64_t columns,
+                   const Vectors<Real, Weight>& vectors, int64_t row, int64_t last, Into into) {
+  multiply(matrix<Weight>(m, layer, rows, columns) + row * columns, vectors.x, columns, columns,
+           d.tokens, into.row, last, into);
+}
+
+template <class Real, class Into>
+void multiply_rows(const Decode& d, const Matrix& m, int64_t layer, int64_t, int64_t columns,
+                   const Vectors<Real, InBlocks>& vectors, int64_t row, int64_t last, Into into) {
+  const Part* part = parts(m, layer);
+  for (int64_t begin = -row; begin < last; begin += part->rows, ++part) {
+    const int64_t end = std::min(last, begin + part->rows), size = blocks::row_bytes(part->kind, columns);
+    if (end <= into.row) continue;
+    blocks::dispatch(part->kind, [&](auto kind) {
+      constexpr int64_t KIND = decltype(kind)::value;
+      multiply_part<KIND>(part->bytes + (into.row - begin) * size, size, columns, vectors, d.tokens, end, into);
+    });
+  }
+}
 
 template <class Real, class Weight, bool ADDS>
-void linear(const Decode& d, const Team& team, const Matrix& m, int64_t layer, int64_t rows,
-            int64_t columns, const Input<Real>* x, float* to) {
-  multiply(matrix<Weight>(m, layer, rows, columns), x, columns, columns, d.tokens, team.begin(rows),
-           team.end(rows), Rows<Real, ADDS>{to, rows, scale(m, layer, rows)});
+void linear(const Decode& d, const Team& team, const Own<Real>& own, const Matrix& m, int64_t layer,
+            int64_t rows, int64_t columns, const Input<Real>* x, float* to) {
+  const Vectors<Real, Weight> vectors(d, own, x, columns);
+  const Rows<Real, ADDS> into{to, rows, scale(m, layer, rows), team.begin(rows)};
+  multiply_rows(d, m, layer, rows, columns, vectors, 0, team.end(rows), into);
 }
 
 // The first rows that this thread will read of a matrix, before it waits for the others.
 template <class Weight>
 void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, int64_t row) {
-  const Weight* from = matrix<Weight>(m, layer, rows, columns) + row * columns;
-  const char* start = reinterpret_cast<const char*>(from);
+  const char* start;
+  if constexpr (std::is_same_v<Weight, InBlocks>) {
+    const Part* part = parts(m, layer);
+    for (; row >= part->rows; ++part) row -= part->rows;
+    start = reinterpret_cast<const char*>(part->bytes) + row * blocks::row_bytes(part->kind, columns);
+  } else {
+    start = reinterpret_cast<const char*>(matrix<Weight>(m, layer, rows, columns) + row * columns);
+  }
   for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 3);
 }
 
@@ -788,15 +905,25 @@ void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, in
 // (x[i], x[i + half]) = (x[i] cos - x[i + half] sin, x[i + half] cos + x[i] sin), by the angles of
 // the token's position. Twin: `rotate` in rope.py.
 
-template <class Real>
+template <class Real, bool NEIGHBOURS>
 void rotate(const Decode& d, const float* from, int64_t t, Input<Real>* to) {
   const int64_t half = d.head_dim / 2;
   const float *cos = d.cos + t * half, *sin = d.sin + t * half;
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    hold<Real>(from[i] * cos[i] - from[i + half] * sin[i], to + i);
-    hold<Real>(from[i + half] * cos[i] + from[i] * sin[i], to + i + half);
+    const float first = from[NEIGHBOURS ? 2 * i : i];
+    const float second = from[NEIGHBOURS ? 2 * i + 1 : i + half];
+    hold<Real>(first * cos[i] - second * sin[i], to + i);
+    hold<Real>(second * cos[i] + first * sin[i], to + i + half);
   }
+}
+
+template <class Real>
+void rotate(const Decode& d, const float* from, int64_t t, Input<Real>* to) {
+  if (d.neighbours)
+    rotate<Real, true>(d, from, t, to);
+  else
+    rotate<Real, false>(d, from, t, to);
 }
 
 // The packed projection apart: queries [heads, T, head_dim] and keys [kv_heads, T, head_dim],
@@ -1157,14 +1284,14 @@ template <class Real, class Weight>
 void activate(const Decode& d, const Team& team, int64_t layer, const Own<Real>& own,
               Input<Real>* activated) {
   const int64_t size = d.intermediate, width = d.hidden_size;
-  const Weight* matrices = matrix<Weight>(d.gate_up, layer, 2 * size, width);
+  const Vectors<Real, Weight> vectors(d, own, own.x, width);
   const float* scales = scale(d.gate_up, layer, 2 * size);
   const int64_t end = team.end(size);
   for (int64_t row = team.begin(size); row < end; row += GATES) {
     const int64_t count = std::min(GATES, end - row);
     auto some = [&](int64_t from, float* to) {
       const Rows<Real, false> into{to, GATES, scales ? scales + from : nullptr};
-      multiply(matrices + from * width, own.x, width, width, d.tokens, 0, count, into);
+      multiply_rows(d, d.gate_up, layer, 2 * size, width, vectors, from, count, into);
     };
     some(row, own.gates);
     some(size + row, own.ups);
@@ -1188,13 +1315,13 @@ void activate(const Decode& d, const Team& team, int64_t layer, const Own<Real>&
 template <class Real, class Weight>
 void sum_head(const Decode& d, const Shared& shared, const Team& team, const Own<Real>& own) {
   const int64_t width = d.hidden_size, parts = parts_of(d);
-  const Weight* head = matrix<Weight>(d.head, 0, d.vocab, width);
+  const Vectors<Real, Weight> vectors(d, own, own.x, width);
   const float* scales = scale(d.head, 0, d.vocab);
   const int64_t end = parts * (team.thread + 1) / team.threads;
   for (int64_t part = parts * team.thread / team.threads; part < end; ++part) {
     const int64_t first = part * GATES, count = std::min(GATES, d.vocab - first);
     const Rows<Real, false> into{own.gates, GATES, scales ? scales + first : nullptr};
-    multiply(head + first * width, own.x, width, width, d.tokens, 0, count, into);
+    multiply_rows(d, d.head, 0, d.vocab, width, vectors, first, count, into);
     for (int64_t t = 0; t < d.tokens; ++t) {
       float* logits = own.gates + t * GATES;
       const int64_t target = d.targets[t] - first;
@@ -1229,7 +1356,7 @@ void work(const Decode& d, const Shared& shared, const Team& team, const Own<Rea
   Combination<Real> combination(d, shared, own);
   for (int64_t layer = 0; layer < d.layers; ++layer) {
     norm<Real>(d, d.attention_norm, layer, own.x);
-    linear<Real, Weight, false>(d, team, d.qkv, layer, qkv_rows, hidden, own.x, shared.projected);
+    linear<Real, Weight, false>(d, team, own, d.qkv, layer, qkv_rows, hidden, own.x, shared.projected);
     blocks.ask_for_cache(layer);
     team.wait();
     split(d, shared.projected, own);
@@ -1238,14 +1365,14 @@ void work(const Decode& d, const Shared& shared, const Team& team, const Own<Rea
     ask_early<Weight>(d.attention_out, layer, hidden, width, team.begin(hidden));
     team.wait();
     combination.combine(blocks, team.thread == 0);
-    linear<Real, Weight, true>(d, team, d.attention_out, layer, hidden, width, own.x, d.hidden);
+    linear<Real, Weight, true>(d, team, own, d.attention_out, layer, hidden, width, own.x, d.hidden);
     ask_early<Weight>(d.gate_up, layer, 2 * inner, hidden, team.begin(inner));
     team.wait();
     norm<Real>(d, d.mlp_norm, layer, own.x);
     activate<Real, Weight>(d, team, layer, own, activated);
     ask_early<Weight>(d.down, layer, hidden, inner, team.begin(hidden));
     team.wait();
-    linear<Real, Weight, true>(d, team, d.down, layer, hidden, inner, activated, d.hidden);
+    linear<Real, Weight, true>(d, team, own, d.down, layer, hidden, inner, activated, d.hidden);
     if (layer + 1 < d.layers)
       ask_early<Weight>(d.qkv, layer + 1, qkv_rows, hidden, team.begin(qkv_rows));
     team.wait();
@@ -1256,7 +1383,7 @@ void work(const Decode& d, const Shared& shared, const Team& team, const Own<Rea
     team.wait();
     if (team.thread == 0) surprise(d, shared);
   } else {
-    linear<Real, Weight, false>(d, team, d.head, 0, d.vocab, hidden, own.x, d.logits);
+    linear<Real, Weight, false>(d, team, own, d.head, 0, d.vocab, hidden, own.x, d.logits);
   }
   blocks.return_mass();
 }
@@ -1280,15 +1407,29 @@ void find_blocks(const Decode& d, Shared& shared) {
   shared.blocks = (seen + shared.span - 1) / shared.span;
 }
 
+// Bytes of weights that a call reads of a matrix.
+template <class Weight>
+double matrix_bytes(const Matrix& m, int64_t layers, int64_t rows, int64_t columns) {
+  if constexpr (std::is_same_v<Weight, InBlocks>) {
+    double bytes = 0;
+    for (const Part* part = parts(m, 0); part < parts(m, layers); ++part)
+      bytes += double(part->rows) * blocks::row_bytes(part->kind, columns);
+    return bytes;
+  } else {
+    return double(layers) * rows * columns * sizeof(Weight);
+  }
+}
+
 // Bytes of weights and of the cache that a call reads.
 template <class Real, class Weight>
 double bytes_read(const Decode& d, const Shared& shared) {
-  const double rows = 2.0 * d.layers * d.kv_heads * d.head_dim * shared.num_seen;
-  const double layer = double(qkv_rows_of(d)) * d.hidden_size +
-                       double(d.heads) * d.head_dim * d.hidden_size +
-                       3.0 * d.intermediate * d.hidden_size;
-  const double weights = d.layers * layer + double(d.vocab) * d.hidden_size;
-  return rows * sizeof(Real) + weights * sizeof(Weight);
+  const int64_t width = d.heads * d.head_dim;
+  return 2.0 * d.layers * d.kv_heads * d.head_dim * shared.num_seen * sizeof(Real) +
+         matrix_bytes<Weight>(d.qkv, d.layers, qkv_rows_of(d), d.hidden_size) +
+         matrix_bytes<Weight>(d.attention_out, d.layers, d.hidden_size, width) +
+         matrix_bytes<Weight>(d.gate_up, d.layers, 2 * d.intermediate, d.hidden_size) +
+         matrix_bytes<Weight>(d.down, d.layers, d.hidden_size, d.intermediate) +
+         matrix_bytes<Weight>(d.head, 1, d.vocab, d.hidden_size);
 }
 
 template <class Real, class Weight>
@@ -1299,8 +1440,8 @@ void decode(const Decode& d) {
   const bool many = d.tokens > 4;  // bound by products, not by memory
   const double bytes = bytes_read<Real, Weight>(d, shared);
   pool->run(d.threads, many, many ? bytes * d.tokens : bytes, [&](const Team& team) {
-    Slices slices{d.workspace, common.used + team.thread * own_size<Real>(d)};
-    work<Real, Weight>(d, shared, team, own_of<Real>(d, slices));
+    Slices slices{d.workspace, common.used + team.thread * own_size<Real, Weight>(d)};
+    work<Real, Weight>(d, shared, team, own_of<Real, Weight>(d, slices));
   });
 }
 
@@ -1314,5 +1455,5 @@ extern "C" int64_t arguments_size() { return sizeof(Decode); }
 
 // Floats that the workspace must hold for this many threads.
 extern "C" int64_t workspace_size(const Decode* d) {
-  return shared_size(*d) + d->threads * own_size<REAL>(*d);
+  return shared_size(*d) + d->threads * own_size<REAL, WEIGHT>(*d);
 }

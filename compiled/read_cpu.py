@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from compiled.attention import Visibility
+from compiled.blocks import Blocks
 from compiled.cpu_library import defined, load
-from compiled.int8 import Int8, Matrix
+from compiled.int8 import Int8
 from compiled.llama import LlamaConfig, Weights
+from compiled.matrix import Matrix
 from compiled.state import State
 
 SOURCE = Path(__file__).with_name("read_cpu.cpp")
@@ -33,6 +35,9 @@ or faster (measured on SmolLM2-135M: as fast at 128, 1.3 to 2 times at 64, 4 to 
 
 _REALS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
 """Model dtypes that the operator knows, and what it calls them."""
+
+_MATRICES: dict[type, str] = {Int8: "int8_t", Blocks: "InBlocks"}
+"""Matrices that are not in the model's dtype, and what the operator calls them."""
 
 
 class Decoded(NamedTuple):
@@ -55,20 +60,22 @@ class Formats(NamedTuple):
     weight: str
 
 
-def formats(dtype: torch.dtype, device: torch.device, *, int8: bool) -> Formats | None:
+def formats(
+    dtype: torch.dtype, device: torch.device, matrices: type[Tensor | Int8 | Blocks]
+) -> Formats | None:
     """Names the formats of a model.
 
     Args:
         dtype: Of activations and cache.
         device: Of the model.
-        int8: Whether its matrices are in eight bits.
+        matrices: What its matrices are.
     Returns:
         None where the operator does not know the device or the number format.
     """
     real = _REALS.get(dtype)
     if device.type != "cpu" or real is None:
         return None
-    return Formats(real, "int8_t" if int8 else real)
+    return Formats(real, _MATRICES.get(matrices, real))
 
 
 def operator(library: Path) -> Decode:
@@ -108,8 +115,10 @@ def operator(library: Path) -> Decode:
                 [state.keys, state.values],
                 [hidden, cos, sin, *([] if targets is None else [targets])],
                 list(visible),
+                [config.intermediate_size, config.num_heads, config.vocab_size],
                 config.rms_norm_eps,
                 per_query,
+                isinstance(weights.qkv, Blocks) and bool(weights.qkv.neighbour_heads),
             )
         )
 
@@ -117,6 +126,9 @@ def operator(library: Path) -> Decode:
 
 
 def _values(matrix: Matrix) -> Tensor:
+    """What the operator reads a matrix by: of blocks their table."""
+    if isinstance(matrix, Blocks):
+        return matrix.table
     return matrix.values if isinstance(matrix, Int8) else matrix
 
 
@@ -128,7 +140,8 @@ def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Te
         library,
         loaded,
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
-        "Tensor[] visible, float eps, bool per_query) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor[] visible, int[] sizes, float eps, bool per_query, bool neighbours) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
         _run,
         _allocated,
     )
@@ -143,8 +156,10 @@ class _Given(NamedTuple):
     cache: Sequence[Tensor]  # keys, values
     inputs: Sequence[Tensor]  # hidden, cos, sin, and targets if there are any
     visible: Sequence[Tensor]  # cached, new, live
+    sizes: Sequence[int]  # intermediate, heads, vocab
     eps: float
     per_query: bool
+    neighbours: bool  # of queries and keys in blocks: whether RoPE turns rows side by side
 
 
 def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +167,7 @@ def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = _Given(*arguments)
     num_tokens, bucket = given.visible[0].shape
     layers, kv_heads, _, head_dim = given.cache[0].shape
-    vocab = given.matrices[4].shape[0]
+    vocab = given.sizes[2]
     width = bucket + num_tokens
     new_rows = (layers, kv_heads, num_tokens, head_dim)
     return (
@@ -164,7 +179,10 @@ def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("values", ctypes.c_void_p), ("scale", ctypes.c_void_p))
+    _fields_ = (
+        *(("values", ctypes.c_void_p), ("scale", ctypes.c_void_p)),
+        ("parts", ctypes.c_int64),
+    )
 
 
 class Arguments(ctypes.Structure):
@@ -174,6 +192,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("layers", "hidden_size", "intermediate")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "vocab")),
         *((name, ctypes.c_int64) for name in ("tokens", "capacity", "bucket", "per_query")),
+        ("neighbours", ctypes.c_int64),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "final_norm")),
         *((name, _Matrix) for name in ("qkv", "attention_out", "gate_up", "down", "head")),
@@ -188,7 +207,10 @@ class Arguments(ctypes.Structure):
 
 def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _allocated(*arguments)
-    norms, matrices, scales, cache, inputs, visible, eps, per_query = _Given(*arguments)
+    norms, matrices, scales, cache, inputs, visible, sizes, eps, per_query, neighbours = _Given(
+        *arguments
+    )
+    intermediate, heads, vocab = sizes
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
     given = [hidden, *map(Tensor.contiguous, (*inputs[1:3], *visible))]
@@ -201,18 +223,22 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     passed = Arguments(
         layers,
         norms[0].shape[1],
-        matrices[3].shape[2],
-        matrices[1].shape[2] // head_dim,
+        intermediate,
+        heads,
         kv_heads,
         head_dim,
-        matrices[4].shape[0],
+        vocab,
         num_tokens,
         capacity,
         bucket,
         per_query,
+        neighbours,
         eps,
         *map(Tensor.data_ptr, norms),
-        *(_Matrix(m.data_ptr(), scale) for m, scale in zip(matrices, scaled, strict=True)),
+        *(
+            _Matrix(matrix.data_ptr(), scale, matrix.shape[1])
+            for matrix, scale in zip(matrices, scaled, strict=True)
+        ),
         *map(Tensor.data_ptr, (*cache, *given)),
         targets[0].data_ptr() if targets else None,
         *map(Tensor.data_ptr, results),

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from compiled import kernel_launch, read_kernels
 from compiled.attention import Visibility
-from compiled.int8 import Int8, Matrix, part
+from compiled.int8 import Int8
 from compiled.kernel_launch import INTERPRETED, Bindings, Launch, Launcher, power_of_two
 from compiled.llama import LlamaConfig, Weights
+from compiled.matrix import Matrix, part
 from compiled.read_cpu import Decode, Decoded
 from compiled.sample import surprises
 from compiled.state import State
@@ -152,7 +153,10 @@ def launches(
     def of(matrix: Matrix, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """A matrix and its scale; where it has none, something that is not looked at."""
         one = matrix if layer is None else part(matrix, layer)
-        return (one.values, one.scale) if isinstance(one, Int8) else (one, given.live)
+        if isinstance(one, Int8):
+            return one.values, one.scale
+        assert isinstance(one, Tensor)  # a GPU is given no blocks
+        return one, given.live
 
     for layer in range(c.num_layers):
         before = given.hidden if layer == 0 else scratch.hidden

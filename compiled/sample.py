@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled.int8 import Matrix, num_rows, part
 from compiled.linear import linear
+from compiled.matrix import Matrix, num_rows, part
 from compiled.philox import uniform
 
 HEAD_BLOCK = 512

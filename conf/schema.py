@@ -240,10 +240,11 @@ class EvalTask:
 
 
 class WeightFormat(Enum):
-    """``weights``: matrices as the model has them, in ``dtype``, or rounded to eight bits."""
+    """``weights``: matrices as the model has them, or rounded to eight or four bits."""
 
-    model = "model"
+    model = "model"  # in dtype; blocks of a GGUF file as they lie, where the CPU's operator runs
     int8 = "int8"
+    int4 = "int4"
 
 
 @dataclass

@@ -54,10 +54,12 @@ def config_json(config: LlamaConfig) -> dict[str, object]:
 
 
 def tokenizer_json() -> str:
-    """256 bytes and one token that ends a text."""
-    alphabet = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    """256 bytes, one pair of them, since GGUF has no vocabulary without, and one token that ends a
+    text.
+    """
+    alphabet = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     vocabulary = {token: index for index, token in enumerate(alphabet)}
-    library = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    library = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens(["<|end|>"])

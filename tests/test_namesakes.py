@@ -8,6 +8,7 @@ TESTS = Path(__file__).parent
 ROOT = Path(brain.__file__).parents[1]
 
 COVERED = (
+    ("compiled/test_blocks.py", "compiled", "matrix"),
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "checkpoint hf_config llama_names"),
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "packing safetensors_file stored"),
     ("brain/checkpoints/test_hub.py", "brain/checkpoints", "sources"),

@@ -19,6 +19,7 @@ from brain.machine.integrity import files_sha256
 from brain.machine.memory import give_back_freed
 from brain.tokens import load_tokenizer
 from compiled.llama import LlamaConfig
+from conf.schema import WeightFormat
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -30,12 +31,14 @@ def open_folder(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    int8: bool = False,
+    weights: WeightFormat = WeightFormat.model,
+    blocks: bool = False,
     name: str | None = None,
 ) -> Checkpoint:
     """Loads a folder of config.json, safetensors files and a tokenizer. Raises Refused, before
     memory is allocated for weights, where one is missing, malformed or not supported. ``dtype`` is
-    float32, bfloat16 or float16, whatever the files hold. ``int8`` rounds matrices to eight bits.
+    float32, bfloat16 or float16, whatever the files hold; ``weights`` and ``blocks`` say what
+    becomes of matrices, as in ``load_weights``.
     ``name`` is for people; None: the folder's.
     """
     path = Path(path)
@@ -44,13 +47,18 @@ def open_folder(
     model = stored_model(path)
     tokenizer = load_tokenizer(path)
     give_back_freed()  # before weights are allocated above it
-    weights = load_weights(
-        model.config, model.tensors, dtype=dtype, device=torch.device(device), int8=int8
+    loaded = load_weights(
+        model.config,
+        model.tensors,
+        dtype=dtype,
+        device=torch.device(device),
+        weights=weights,
+        blocks=blocks,
     )
     return Checkpoint(
         name=name or path.resolve().name,
         config=model.config,
-        weights=weights,
+        weights=loaded,
         tokenizer=tokenizer,
         hash_weights=lambda: files_sha256(model.paths, progress=True),
     )

@@ -22,7 +22,7 @@ from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.gguf_header import GgufFile, StoredTensor
 from brain.checkpoints.hf_config import CONVERTED_FROM, parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
-from brain.checkpoints.packing import load_weights
+from brain.checkpoints.packing import BYTES, load_weights
 from brain.checkpoints.safetensors_file import write_safetensors
 from brain.errors import Refused, shown, warn
 from brain.machine.integrity import files_sha256
@@ -30,8 +30,10 @@ from brain.machine.memory import give_back_freed
 from brain.machine.progress import progress_bar
 from brain.tokenizers.gguf_vocabulary import tokenizer_files
 from brain.tokens import gguf_tokenizer
+from compiled.blocks import KINDS, Rows
 from compiled.llama import LlamaConfig
 from compiled.rope import inverse_frequencies
+from conf.schema import WeightFormat
 
 RENAMED = {
     EMBEDDING: "token_embd.weight",
@@ -76,12 +78,14 @@ def open_gguf(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    int8: bool = False,
+    weights: WeightFormat = WeightFormat.model,
+    blocks: bool = False,
 ) -> Checkpoint:
     """Loads a GGUF file with the tokenizer in it, and writes nothing. Raises Refused, before memory
     is allocated for weights, where something is missing, malformed or not supported. One warning
-    tells what its numbers take in memory, where that is more than in the file. ``dtype`` and
-    ``int8`` are those of :func:`brain.checkpoints.folder.open_folder`.
+    tells what its numbers take in memory, where that is more than in the file. ``dtype``,
+    ``weights`` and ``blocks`` are those of :func:`brain.checkpoints.folder.open_folder`; with
+    ``blocks`` matrices stay where they lie in the file, mapped.
     """
     model = _model(path)
     file, config = model.file, model.config
@@ -89,25 +93,27 @@ def open_gguf(
     if (factors := _rope_factors(file, config)) is not None:
         frequencies /= factors
     tokenizer = gguf_tokenizer(file.fields, str(path))
-    _warn_of_size(model, dtype, int8=int8)
+    _warn_of_size(model, dtype, weights, blocks=blocks)
     give_back_freed()  # before weights are allocated above it
     with progress_bar(f"reading {path.name}", len(model.parts), "tensor", leave=False) as bar:
         tensors = {
             name: Dequantized(file, file.tensors[gguf_name(name)], _heads(name, config), bar.update)
             for name, _ in model.parts
         }
-        weights = load_weights(
+        loaded = load_weights(
             config,
             tensors,
             dtype=dtype,
             device=torch.device(device),
-            int8=int8,
+            weights=weights,
+            blocks=blocks,
             frequencies=frequencies,
+            neighbour_heads=(config.num_heads, config.num_kv_heads),
         )
     return Checkpoint(
         name=path.name,
         config=config,
-        weights=weights,
+        weights=loaded,
         tokenizer=tokenizer,
         hash_weights=lambda: files_sha256([path], progress=True),
     )
@@ -175,6 +181,13 @@ class Dequantized(NamedTuple):
                 values = dequantize(part, self.stored.kind)
             yield torch.from_numpy(np.array(values, dtype=np.float32)).view(len(part), -1)
 
+    def blocks(self) -> Rows | None:
+        """Its bytes where they lie, in llama.cpp's order of rows, if they can be multiplied so."""
+        kind = self.stored.kind.name
+        if kind not in KINDS or len(self.shape) != 2:
+            return None
+        return Rows(torch.from_numpy(self.file.stored(self.stored)), kind)
+
     def release(self) -> None:
         """Lets go of its resident pages."""
         self.file.release(self.stored)
@@ -239,18 +252,28 @@ def _rope_factors(file: GgufFile, config: LlamaConfig) -> Tensor | None:
     return factors
 
 
-def _warn_of_size(model: _Model, dtype: torch.dtype, *, int8: bool) -> None:
+def _warn_of_size(
+    model: _Model, dtype: torch.dtype, weights: WeightFormat, *, blocks: bool
+) -> None:
     """Says what the numbers take in memory, where that is more than the file has."""
-    size = model.file.path.stat().st_size
-    needed = 0
-    for _, shape in model.parts:
-        rounded = int8 and len(shape) > 1
-        needed += prod(shape) + 4 * shape[0] if rounded else prod(shape) * dtype.itemsize
-    if needed > size:
-        stored, made = _format(model.file), "int8" if int8 else str(dtype).removeprefix("torch.")
+    size, needed, made = model.file.path.stat().st_size, 0.0, set()
+    for name, shape in model.parts:
+        stored = model.file.tensors[gguf_name(name)]
+        form, each = str(dtype).removeprefix("torch."), float(dtype.itemsize)
+        if len(shape) > 1 and (blocks or weights is WeightFormat.int8):
+            form, each = weights.value, BYTES[weights]
+            if weights is WeightFormat.model:
+                form = "bfloat16"
+                if stored.kind.name in KINDS:  # stays as it is
+                    needed += stored.end - stored.start
+                    continue
+        needed += prod(shape) * each
+        if len(shape) > 1:
+            made.add(form)
+    if needed > 1.02 * size:
         warn(
-            f"{model.file.path}: its {size / 1e6:,.0f} MB, mostly {stored}, are "
-            f"{needed / 1e6:,.0f} MB of {made} in memory"
+            f"{model.file.path}: its {size / 1e6:,.0f} MB, mostly {_format(model.file)}, are "
+            f"{needed / 1e6:,.0f} MB of {' and '.join(sorted(made))} in memory"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import INDEX, SINGLE, open_folder, weight_files
 from brain.errors import Refused, one_line
+from conf.schema import WeightFormat
 
 PATTERNS = [
     *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json"),
@@ -25,14 +26,17 @@ def open_hub(
     cache_dir: Path | None = None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    int8: bool = False,
+    weights: WeightFormat = WeightFormat.model,
+    blocks: bool = False,
 ) -> Checkpoint:
     """Loads a model from the hub as :func:`open_folder` does, downloading what is not cached.
     Raises Refused. ``repo`` is ``owner/name``. ``revision`` is a branch, tag or commit; None: main.
     ``cache_dir`` defaults to the Hugging Face cache.
     """
     folder = hub_folder(repo, revision=revision, cache_dir=cache_dir)
-    return open_folder(folder, dtype=dtype, device=device, int8=int8, name=repo)
+    return open_folder(
+        folder, dtype=dtype, device=device, weights=weights, blocks=blocks, name=repo
+    )
 
 
 def hub_folder(repo: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:

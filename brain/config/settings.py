@@ -15,15 +15,18 @@ from pathlib import Path
 
 import torch
 
+from brain.checkpoints import has_blocks
 from brain.errors import Refused, did_you_mean, shown, unknown
 from brain.files import given_path
 from brain.machine.compiler import require_capture
 from brain.machine.memory import free_bytes
 from brain.mirror import SOURCES
 from brain.policies import CustomPolicy, policy
+from compiled.blocks import Blocks
 from compiled.choose import Eviction
 from compiled.chunk import MOST_IN_CHUNK
 from compiled.graphs import GraphSpec
+from compiled.int8 import Int8
 from compiled.llama import LlamaConfig
 from compiled.lookup import Lookup
 from compiled.read_cpu import Formats, formats
@@ -103,7 +106,20 @@ def known_formats(conf: Conf, dtype: torch.dtype, device: torch.device) -> Forma
     """What the CPU's operators are built for; None where they do not know the number format or the
     device.
     """
-    return formats(dtype, device, int8=conf.weights is WeightFormat.int8)
+    if conf.weights is WeightFormat.int8:
+        return formats(dtype, device, Int8)
+    return formats(dtype, device, Blocks if keeps_blocks(conf, device) else torch.Tensor)
+
+
+def keeps_blocks(conf: Conf, device: torch.device) -> bool:
+    """Whether matrices are kept in blocks: where they are, or are rounded to four bits, and the
+    operator for the CPU can multiply them.
+    """
+    if device.type != "cpu" or conf.engine.native is False:
+        return False
+    if conf.weights is WeightFormat.model:
+        return has_blocks(conf.model)
+    return conf.weights is WeightFormat.int4
 
 
 def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:

@@ -15,7 +15,7 @@ from brain import Append, Brain, Refused
 from brain.diagnosis import damaged_tensor
 from brain.errors import NotFinite
 from brain.measure.evaluation.reading import feed
-from compiled.int8 import Matrix
+from compiled.matrix import Matrix
 from fixture_types import OpenTiny, SaveLlama
 from histories import IDS, everything, said
 from toy_models import PARROT_OPTIONS, PARROT_TEXT

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from compiled.int8 import Int8, dequantize
+from compiled.int8 import Int8
+from compiled.matrix import dequantize
 from fixture_types import OpenTiny
 
 IDS = [(7 * token) % 300 for token in range(40)]

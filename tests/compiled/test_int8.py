@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compiled.int8 import Int8, dequantize, num_rows, part, quantize
+from compiled.int8 import Int8, quantize
 from compiled.linear import embed, linear
 from compiled.llama import LayerWeights, Weights, layer_weights
+from compiled.matrix import dequantize, num_rows, part
 from compiled.read import read, scored_prefill
 from toys import toy_config, toy_state, toy_weights
 
@@ -30,7 +31,7 @@ def in_eight_bits(weights: Weights) -> Weights:
 
 def told_again(weights: Weights) -> Weights:
     """The same numbers, as float32 matrices."""
-    fields = {
+    fields: dict[str, Any] = {
         name: dequantize(value) if isinstance(value, Int8) else value
         for name, value in zip(Weights._fields, weights, strict=True)
     }

@@ -8,8 +8,9 @@ import torch._inductor.test_operators
 
 import compiled.linear
 from compiled import torch_private
-from compiled.int8 import Matrix, dequantize, quantize
+from compiled.int8 import quantize
 from compiled.linear import dot_rows, linear, streams_rows
+from compiled.matrix import Matrix, dequantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brain.machine.cpu_operator import native_libraries
-from compiled.int8 import dequantize
 from compiled.llama import LlamaConfig, Weights
+from compiled.matrix import dequantize
 from compiled.read import Reading, read, scored_prefill, trimmed
 from compiled.read_cpu import Formats, operator
 from compiled.sample import surprises

@@ -27,7 +27,7 @@ from brain.errors import Refused
 from brain.machine.cpu_operator import native_libraries
 from compiled import draw_cpu, read_cpu
 from compiled.cpu_library import load
-from compiled.int8 import Int8, quantize
+from compiled.int8 import quantize
 from compiled.llama import LlamaConfig, Weights
 from compiled.read import read, read_ahead, read_chunk
 from compiled.read_cpu import Decode, Formats, formats, operator
@@ -179,8 +179,7 @@ def compared(
 
 
 def formats_of(weights: Weights) -> Formats | None:
-    int8 = isinstance(weights.head, Int8)
-    return formats(weights.dtype, weights.device, int8=int8)
+    return formats(weights.dtype, weights.device, type(weights.head))
 
 
 def built(weights: Weights) -> Decode:
@@ -337,7 +336,9 @@ def test_an_operator_that_pytorch_may_compile() -> None:
         [state.keys, state.values],
         [hidden, torch.ones(2, 4), torch.zeros(2, 4)],
         list(visible),
+        [config.intermediate_size, config.num_heads, config.vocab_size],
         1e-5,
+        False,
         False,
     )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")

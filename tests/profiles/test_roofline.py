@@ -9,8 +9,8 @@ import torch
 from roofline_model import FORMATS, SMOLLM2, Format, row_bytes, tick, weight_bytes
 
 from brain.measure.golden.seeded import TOY
-from compiled.int8 import dequantize
 from compiled.llama import Weights
+from compiled.matrix import dequantize
 from compiled.state import allocate_state
 from toys import CPU, toy_config, toy_weights
 

@@ -132,7 +132,7 @@ class Brains:
                 del self._checkpoints[other]
                 self._brains = {k: v for k, v in self._brains.items() if k[0] != other}
             return SEEDED[seeded].checkpoint(dtype, device)
-        return open_checkpoint(self.conf.model, self.conf.cache_dir, dtype, device, int8=False)
+        return open_checkpoint(self.conf.model, self.conf.cache_dir, dtype, device)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

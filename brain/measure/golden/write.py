@@ -39,7 +39,7 @@ def write(conf: Conf, folder: Path, names: Sequence[str]) -> list[str]:
     """
     library = transformers()
     cpu = torch.device("cpu")
-    checkpoint = open_checkpoint(conf.model, conf.cache_dir, torch.float32, cpu, int8=False)
+    checkpoint = open_checkpoint(conf.model, conf.cache_dir, torch.float32, cpu)
     passage, ids = _passage(folder, checkpoint)
     here = environment(cpu)
     made = {

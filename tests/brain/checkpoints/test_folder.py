@@ -19,8 +19,9 @@ from brain.checkpoints import open_folder
 from brain.checkpoints.llama_names import packed_parts
 from brain.checkpoints.safetensors_file import TensorFile, write_safetensors
 from brain.errors import BrainWarning, Refused
-from compiled.int8 import dequantize
 from compiled.llama import Weights, weight_shapes
+from compiled.matrix import dequantize
+from conf.schema import WeightFormat
 
 SaveLlama = Callable[..., dict[str, Tensor]]
 EditJson = Callable[[Path, dict[str, Any]], None]
@@ -594,7 +595,9 @@ def test_a_stored_head_of_its_own_counts(save_llama: SaveLlama, tmp_path: Path, 
     head = torch.randn_like(state["lm_head.weight"])
     rewrite(tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": head.clone()}))
     with pytest.warns(BrainWarning, match=r"lm_head.weight is stored .* tie_word_embeddings true"):
-        checkpoint = open_folder(tmp_path, dtype=torch.float32, int8=int8)
+        checkpoint = open_folder(
+            tmp_path, dtype=torch.float32, weights=WeightFormat.int8 if int8 else WeightFormat.model
+        )
     assert not checkpoint.config.tie_word_embeddings
     tolerance = 0.02 if int8 else 0.0
     torch.testing.assert_close(dequantize(checkpoint.weights.head), head, rtol=0, atol=tolerance)

@@ -35,8 +35,10 @@ from brain.errors import BrainWarning, Refused
 from brain.measure.bench.gguf_writer import write_gguf as write
 from brain.measure.bench.job import Job
 from brain.measure.bench.llama_cpp_peer import LlamaCpp
-from compiled.int8 import Int8, dequantize
+from compiled.int8 import Int8
+from compiled.matrix import dequantize
 from compiled.rope import RopeScaling, inverse_frequencies
+from conf.schema import WeightFormat
 from gguf_files import Change, Fields, Tensors, byte_level_fields, write_gguf
 from texts import TEXTS
 
@@ -258,8 +260,8 @@ def test_a_file_is_the_same_model_as_its_folder(
 
 def test_a_file_s_matrices_are_rounded_as_its_folder_s(twins: Twins) -> None:
     folder, path = twins()
-    ours = open_gguf(path, dtype=torch.bfloat16, int8=True).weights
-    original = open_folder(folder, dtype=torch.bfloat16, int8=True).weights
+    ours = open_gguf(path, dtype=torch.bfloat16, weights=WeightFormat.int8).weights
+    original = open_folder(folder, dtype=torch.bfloat16, weights=WeightFormat.int8).weights
     for field in ("embedding", "qkv", "attention_out", "gate_up", "down", "head"):
         matrix, theirs = getattr(ours, field), getattr(original, field)
         assert isinstance(matrix, Int8)

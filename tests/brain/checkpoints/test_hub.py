@@ -16,7 +16,7 @@ from brain.checkpoints import Checkpoint, model_folder, open_checkpoint, open_fo
 from brain.config.compose import compose_conf
 from brain.config.overrides import literal_arguments
 from brain.errors import BrainWarning, Refused
-from compiled.int8 import dequantize
+from compiled.matrix import dequantize
 from fixture_types import EditJson
 
 SaveLlama = Callable[..., dict[str, Tensor]]
@@ -56,9 +56,7 @@ def test_the_cache_folder_that_is_named_is_the_hub_s_too(
 ) -> None:
     given = given or literal_arguments(["model=someone/tiny"])
     conf = compose_conf([*given, f"cache_dir={hub_cache}"])
-    checkpoint = open_checkpoint(
-        conf.model, conf.cache_dir, torch.float32, torch.device("cpu"), int8=False
-    )
+    checkpoint = open_checkpoint(conf.model, conf.cache_dir, torch.float32, torch.device("cpu"))
     assert checkpoint.name == "someone/tiny"
     assert (model_folder(conf.model, conf.cache_dir) / "config.json").exists()
 

@@ -29,6 +29,7 @@ from brain.measure.bench.job import Failed, Job, Waiting, result_of
 from brain.measure.bench.progress import Progress
 from brain.measure.bench.results import command_rows, engine_rows, limit_rows, scaling_rows
 from brain.measure.bench.tables import command_table, decode_table, flatness, scaling_table
+from conf.schema import WeightFormat
 from fixture_types import CommandLine
 
 SaveLlama = Callable[..., dict[str, Tensor]]
@@ -114,7 +115,9 @@ def test_bytes_of_a_token_are_those_of_the_tensors(
         ("bfloat16", torch.bfloat16, False),
         ("int8", torch.bfloat16, True),
     ):
-        weights = open_folder(tmp_path, dtype=dtype, int8=int8).weights
+        weights = open_folder(
+            tmp_path, dtype=dtype, weights=WeightFormat.int8 if int8 else WeightFormat.model
+        ).weights
         needed = weights._replace(embedding=weights.final_norm).tensors()[1:-1]
         assert weight_bytes(config, precision) == sum(tensor.nbytes for tensor in needed)
     assert row_bytes(config, "float32") == 2 * row_bytes(config, "int8") == 2 * 3 * 2 * 8 * 4

@@ -41,7 +41,7 @@ from brain.measure.golden.script import Cull, Feed, Label, Observed, Prime, Read
 from brain.measure.golden.seeded import SEEDED
 from brain.tasks import golden as task
 from brain.tasks.golden import Mismatch
-from compiled.int8 import dequantize
+from compiled.matrix import dequantize
 from conf.schema import Conf
 from fixture_types import CommandLine
 

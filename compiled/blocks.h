@@ -1,0 +1,418 @@
+// Rows of a matrix in the blocks of a GGUF file: as numbers, or times one vector as they lie.
+//
+// A block holds some whole numbers q >= 0 with a scale and a minimum for every 16 or 32 of them:
+// a weight is scale * q - minimum. Its layout is ggml's (ggml-common.h of llama.cpp). The vector
+// is made whole numbers too, of fifteen bits with a scale for every 32, so that a product is one of
+// bytes by bytes and yet as good as one of floats: bfloat16 would lose a hundred times as much.
+// Twin: blocks.py. read_cpu.cpp includes this behind its own vectors.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace blocks {
+
+// As ggml numbers them.
+enum Kind : int64_t {
+  F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
+  Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30,
+};
+
+constexpr int64_t GROUP = 32, SUPER = 256;  // weights with one scale, and of a block of several
+
+constexpr int64_t weights_of(int64_t kind) {
+  return kind >= Q4_K && kind <= Q6_K ? SUPER : kind == F32 || kind == F16 || kind == BF16 ? 1 : GROUP;
+}
+
+constexpr int64_t bytes_of(int64_t kind) {
+  switch (kind) {
+    case F32: return 4;
+    case F16: case BF16: return 2;
+    case Q4_0: return 2 + 16;
+    case Q4_1: return 4 + 16;
+    case Q5_0: return 2 + 4 + 16;
+    case Q5_1: return 4 + 4 + 16;
+    case Q8_0: return 2 + 32;
+    case Q4_K: return 4 + 12 + 128;
+    case Q5_K: return 4 + 12 + 32 + 128;
+    default: return 128 + 64 + 16 + 2;  // Q6_K
+  }
+}
+
+inline int64_t row_bytes(int64_t kind, int64_t columns) {
+  return columns / weights_of(kind) * bytes_of(kind);
+}
+
+inline float of_bits(uint32_t bits) {
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+inline uint32_t word(const uint8_t* from) {
+  uint32_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+
+inline uint16_t short_word(const uint8_t* from) {
+  uint16_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+
+// A number of sixteen bits, IEEE's.
+inline float half(const uint8_t* from) {
+  const uint32_t bits = short_word(from);
+#if defined(__F16C__)
+  return _cvtsh_ss(uint16_t(bits));
+#else
+  const uint32_t sign = bits >> 15 << 31, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(fraction) * 0x1p-24f;
+  return of_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
+#endif
+}
+
+// Eight scales and eight minima of six bits each, in the twelve bytes of a Q4_K or Q5_K block.
+struct Sixes {
+  uint8_t scales[8], minima[8];
+};
+
+inline Sixes sixes(const uint8_t* from) {
+  const uint32_t a = word(from), b = word(from + 4), c = word(from + 8);
+  const uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
+  const uint32_t told[4] = {a & six, (c & four) | (a >> 6 & two) << 4,
+                            b & six, (c >> 4 & four) | (b >> 6 & two) << 4};
+  Sixes both;
+  std::memcpy(both.scales, told, 8);
+  std::memcpy(both.minima, told + 2, 8);
+  return both;
+}
+
+// One block as numbers -----------------------------------------------------------------------------
+
+template <int64_t KIND>
+inline void unpack_block(const uint8_t* block, float* out) {
+  if constexpr (KIND == F32) {
+    *out = of_bits(word(block));
+  } else if constexpr (KIND == F16) {
+    *out = half(block);
+  } else if constexpr (KIND == BF16) {
+    *out = of_bits(uint32_t(short_word(block)) << 16);
+  } else if constexpr (KIND == Q8_0) {
+    const float d = half(block);
+    for (int i = 0; i < 32; ++i) out[i] = d * int8_t(block[2 + i]);
+  } else if constexpr (KIND == Q4_0 || KIND == Q4_1 || KIND == Q5_0 || KIND == Q5_1) {
+    constexpr bool FIVE = KIND == Q5_0 || KIND == Q5_1, LEAST = KIND == Q4_1 || KIND == Q5_1;
+    const float d = half(block), m = LEAST ? half(block + 2) : d * (FIVE ? -16.0f : -8.0f);
+    const uint8_t* rest = block + (LEAST ? 4 : 2);
+    const uint32_t high = FIVE ? word(rest) : 0;
+    const uint8_t* nibbles = rest + (FIVE ? 4 : 0);
+    for (int i = 0; i < 16; ++i) {
+      const int low = (nibbles[i] & 15) | (FIVE ? int(high >> i & 1) << 4 : 0);
+      const int up = nibbles[i] >> 4 | (FIVE ? int(high >> (i + 16) & 1) << 4 : 0);
+      out[i] = d * float(low) + m;
+      out[i + 16] = d * float(up) + m;
+    }
+  } else if constexpr (KIND == Q4_K || KIND == Q5_K) {
+    const float d = half(block), least = half(block + 2);
+    const Sixes both = sixes(block + 4);
+    const uint8_t* high = block + 16;
+    const uint8_t* nibbles = high + (KIND == Q5_K ? 32 : 0);
+    for (int g = 0; g < 8; ++g) {
+      const float scale = d * float(both.scales[g]), m = least * float(both.minima[g]);
+      const uint8_t* from = nibbles + g / 2 * 32;
+      for (int i = 0; i < 32; ++i) {
+        const int fifth = KIND == Q5_K ? (high[i] >> g & 1) << 4 : 0;
+        out[g * 32 + i] = scale * float((from[i] >> g % 2 * 4 & 15) | fifth) - m;
+      }
+    }
+  } else {
+    const float d = half(block + 208);
+    for (int g = 0; g < 8; ++g) {  // of 32, with two scales
+      const uint8_t* low = block + g / 4 * 64 + g % 2 * 32;
+      const uint8_t* high = block + 128 + g / 4 * 32;
+      for (int i = 0; i < 32; ++i) {
+        const float scale = d * float(int8_t(block[192 + g * 2 + i / 16]));
+        const int q = (low[i] >> g % 4 / 2 * 4 & 15) | (high[i] >> g % 4 * 2 & 3) << 4;
+        out[g * 32 + i] = scale * float(q - 32);
+      }
+    }
+  }
+}
+
+template <int64_t KIND>
+void unpack_row(const uint8_t* row, int64_t columns, float* out) {
+  for (int64_t i = 0; i < columns; i += weights_of(KIND), row += bytes_of(KIND))
+    unpack_block<KIND>(row, out + i);
+}
+
+// Calls with the kind as a constant.
+template <class Call>
+inline void dispatch(int64_t kind, Call call) {
+  switch (kind) {
+#define KIND_OF(NAME) case NAME: return call(std::integral_constant<int64_t, NAME>{});
+    KIND_OF(F32) KIND_OF(F16) KIND_OF(BF16) KIND_OF(Q4_0) KIND_OF(Q4_1) KIND_OF(Q5_0)
+    KIND_OF(Q5_1) KIND_OF(Q8_0) KIND_OF(Q4_K) KIND_OF(Q5_K) KIND_OF(Q6_K)
+#undef KIND_OF
+  }
+}
+
+// A vector as whole numbers ------------------------------------------------------------------------
+
+// x[i] = scale[i / 32] * (128 * high[i] + low[i]), as near as fifteen bits come. Both halves are
+// less than 65 in size: 255 times one and 255 times the next fit in sixteen bits.
+struct Factors {
+  int8_t *high, *low;       // [columns]
+  float *scale, *sum;       // [columns / 32]: the sum of the x that this holds
+  float *half_sum;          // [columns / 16]
+};
+
+constexpr float MOST = 63 * 128 + 63;
+
+// Floats that a vector's factors take.
+constexpr int64_t factors_size(int64_t columns) {
+  return columns / 2 + columns / GROUP * 4 + 64;
+}
+
+inline Factors factors_at(float* room, int64_t columns) {
+  int8_t* bytes = reinterpret_cast<int8_t*>(room);
+  float* floats = room + (columns / 2 + 15) / 16 * 16;
+  const int64_t groups = columns / GROUP;
+  return {bytes, bytes + columns, floats, floats + groups, floats + 2 * groups};
+}
+
+inline void make_factors(const float* x, int64_t columns, const Factors& to) {
+  for (int64_t g = 0; g < columns / GROUP; ++g) {
+    const float* from = x + g * GROUP;
+    float most = 0, unlike = 0;
+#pragma omp simd reduction(max : most) reduction(+ : unlike)
+    for (int i = 0; i < GROUP; ++i) {
+      const float size = from[i] < 0 ? -from[i] : from[i];
+      most = most > size ? most : size;
+      unlike += from[i] * 0.0f;  // NaN if one is NaN or infinite, which `most` may miss
+    }
+    const float scale = most / MOST + unlike, factor = most > 0 ? MOST / most : 0.0f;
+    int32_t numbers[GROUP], sums[2] = {};
+#pragma omp simd
+    for (int i = 0; i < GROUP; ++i) {
+      const float whole = from[i] * factor;
+      numbers[i] = int32_t(whole + (whole < 0 ? -0.5f : 0.5f));
+    }
+#pragma omp simd
+    for (int i = 0; i < GROUP; ++i) {
+      const int32_t high = (numbers[i] + 64) >> 7;
+      to.high[g * GROUP + i] = int8_t(high);
+      to.low[g * GROUP + i] = int8_t(numbers[i] - high * 128);
+    }
+    for (int part = 0; part < 2; ++part)
+      for (int i = 0; i < 16; ++i) sums[part] += numbers[part * 16 + i];
+    to.scale[g] = scale;
+    to.sum[g] = scale * float(sums[0] + sums[1]);
+    to.half_sum[2 * g] = scale * float(sums[0]);
+    to.half_sum[2 * g + 1] = scale * float(sums[1]);
+  }
+}
+
+// A row times the vector ---------------------------------------------------------------------------
+
+#if defined(__AVX2__)
+#define BLOCKS_MULTIPLY 1
+
+inline __m256i load32(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+// Lane i: 128 * sum q * high + sum q * low of the i-th four of 32.
+inline __m256i times(__m256i q, const int8_t* high, const int8_t* low) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  const __m256i upper = _mm256_dpbusd_epi32(_mm256_setzero_si256(), q, load32(high));
+  return _mm256_dpbusd_epi32(_mm256_slli_epi32(upper, 7), q, load32(low));
+#elif defined(__AVXVNNI__)
+  const __m256i upper = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), q, load32(high));
+  return _mm256_dpbusd_avx_epi32(_mm256_slli_epi32(upper, 7), q, load32(low));
+#else
+  const __m256i upper = _mm256_maddubs_epi16(q, load32(high));
+  const __m256i lower = _mm256_maddubs_epi16(q, load32(low));
+  return _mm256_add_epi32(_mm256_madd_epi16(upper, _mm256_set1_epi16(128)),
+                          _mm256_madd_epi16(lower, _mm256_set1_epi16(1)));
+#endif
+}
+
+inline __m256 scaled(__m256 sum, __m256i product, __m256 scale) {
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), scale, sum);
+}
+
+inline float lanes_sum(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// The bits of a word as bytes, 16 where a bit is set.
+inline __m256i sixteens(uint32_t bits) {
+  const __m256i spread = _mm256_shuffle_epi8(
+      _mm256_set1_epi32(int(bits)), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                                       0x0303030303030303));
+  const __m256i one = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+  return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, one), one),
+                          _mm256_set1_epi8(16));
+}
+
+// Blocks of 32: q of one as bytes.
+template <int64_t KIND>
+inline __m256i whole(const uint8_t* block) {
+  if constexpr (KIND == Q8_0) {
+    return _mm256_xor_si256(load32(block + 2), _mm256_set1_epi8(int8_t(0x80)));
+  } else {
+    constexpr bool FIVE = KIND == Q5_0 || KIND == Q5_1;
+    const uint8_t* rest = block + (KIND == Q4_1 || KIND == Q5_1 ? 4 : 2);
+    const __m128i both = _mm_loadu_si128((const __m128i*)(rest + (FIVE ? 4 : 0)));
+    const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both),
+                                             _mm256_set1_epi8(15));
+    return FIVE ? _mm256_or_si256(nibbles, sixteens(word(rest))) : nibbles;
+  }
+}
+
+constexpr int64_t AHEAD_BYTES = 8192;  // as AHEAD of read_cpu.cpp
+
+template <int64_t KIND>
+inline void ask_ahead(const uint8_t* block) {
+  for (int64_t line = 0; line < bytes_of(KIND); line += 64)
+    __builtin_prefetch(block + AHEAD_BYTES + line, 0, 3);
+}
+
+template <int64_t KIND>
+inline float dot_of_groups(const uint8_t* row, const Factors& x, int64_t columns) {
+  constexpr bool LEAST = KIND == Q4_1 || KIND == Q5_1;
+  constexpr float BIAS = KIND == Q8_0 ? 128 : KIND == Q5_0 ? 16 : 8;
+  constexpr int CHAINS = 2;  // so that one sum need not wait for another
+  __m256 sums[CHAINS] = {};
+  float rest[CHAINS] = {};
+  const int64_t groups = columns / GROUP;
+  auto one = [&](int64_t g, int chain) {
+    const uint8_t* block = row + g * bytes_of(KIND);
+    const float d = half(block);
+    const __m256i product = times(whole<KIND>(block), x.high + g * GROUP, x.low + g * GROUP);
+    sums[chain] = scaled(sums[chain], product, _mm256_set1_ps(d * x.scale[g]));
+    rest[chain] += (LEAST ? half(block + 2) : d) * x.sum[g];
+  };
+  int64_t g = 0;
+  for (; g + CHAINS <= groups; g += CHAINS) {
+    ask_ahead<KIND>(row + g * bytes_of(KIND));
+    ask_ahead<KIND>(row + (g + 1) * bytes_of(KIND));
+#pragma GCC unroll 2
+    for (int chain = 0; chain < CHAINS; ++chain) one(g + chain, chain);
+  }
+  if (g < groups) one(g, 0);
+  return lanes_sum(_mm256_add_ps(sums[0], sums[1])) +
+         (rest[0] + rest[1]) * (LEAST ? 1.0f : -BIAS);
+}
+
+inline __m256 lane(__m256 v, int index) {
+  return _mm256_permutevar8x32_ps(v, _mm256_set1_epi32(index));
+}
+
+inline __m256 bytes_as_floats(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+
+// Q4_K, Q5_K
+template <int64_t KIND>
+inline float dot_of_fours(const uint8_t* row, const Factors& x, int64_t columns) {
+  __m256 sums[2] = {}, rest = {};
+  const __m256i four = _mm256_set1_epi8(15), bit = _mm256_set1_epi8(16);
+  for (int64_t b = 0; b < columns / SUPER; ++b) {
+    const uint8_t* block = row + b * bytes_of(KIND);
+    ask_ahead<KIND>(block);
+    const Sixes both = sixes(block + 4);
+    const __m256 scale = _mm256_mul_ps(
+        _mm256_mul_ps(bytes_as_floats(both.scales), _mm256_set1_ps(half(block))),
+        _mm256_loadu_ps(x.scale + b * 8));
+    rest = _mm256_fmadd_ps(
+        _mm256_mul_ps(bytes_as_floats(both.minima), _mm256_set1_ps(half(block + 2))),
+        _mm256_loadu_ps(x.sum + b * 8), rest);
+    const int8_t *high = x.high + b * SUPER, *low = x.low + b * SUPER;
+    __m256i fifth = KIND == Q5_K ? load32(block + 16) : _mm256_setzero_si256();
+    const uint8_t* nibbles = block + (KIND == Q5_K ? 48 : 16);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      const __m256i packed = load32(nibbles + pair * 32);
+      __m256i q[2] = {_mm256_and_si256(packed, four),
+                      _mm256_and_si256(_mm256_srli_epi16(packed, 4), four)};
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const int g = pair * 2 + i;
+        if (KIND == Q5_K) {
+          const __m256i moved = g < 4 ? _mm256_slli_epi16(fifth, 4 - g) : _mm256_srli_epi16(fifth, g - 4);
+          q[i] = _mm256_or_si256(q[i], _mm256_and_si256(moved, bit));
+        }
+        sums[i] = scaled(sums[i], times(q[i], high + g * GROUP, low + g * GROUP), lane(scale, g));
+      }
+    }
+  }
+  return lanes_sum(_mm256_sub_ps(_mm256_add_ps(sums[0], sums[1]), rest));
+}
+
+inline float dot_of_sixes(const uint8_t* row, const Factors& x, int64_t columns) {
+  __m256 sums[2] = {}, rest = {};
+  const __m256i four = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30);
+  const __m256i twice[2] = {_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3),
+                            _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)};
+  for (int64_t b = 0; b < columns / SUPER; ++b) {
+    const uint8_t* block = row + b * bytes_of(Q6_K);
+    ask_ahead<Q6_K>(block);
+    const __m256 d = _mm256_set1_ps(half(block + 208));
+    const __m256 scale_of_x = _mm256_loadu_ps(x.scale + b * 8);
+    const int8_t *high = x.high + b * SUPER, *low = x.low + b * SUPER;
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {  // of 128
+      const __m128i eight = _mm_loadl_epi64((const __m128i*)(block + 192 + part * 8));
+      __m256 scale = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), d);
+      rest = _mm256_fmadd_ps(scale, _mm256_loadu_ps(x.half_sum + b * 16 + part * 8), rest);
+      scale = _mm256_mul_ps(scale, _mm256_permutevar8x32_ps(scale_of_x, twice[part]));
+      const __m256i upper = load32(block + 128 + part * 32);
+      const __m256i packed[2] = {load32(block + part * 64), load32(block + part * 64 + 32)};
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        const __m256i nibbles = g < 2 ? packed[g % 2] : _mm256_srli_epi16(packed[g % 2], 4);
+        const __m256i pair = g == 0   ? _mm256_slli_epi16(upper, 4)
+                             : g == 1 ? _mm256_slli_epi16(upper, 2)
+                             : g == 2 ? upper
+                                      : _mm256_srli_epi16(upper, 2);
+        const __m256i q = _mm256_or_si256(_mm256_and_si256(nibbles, four), _mm256_and_si256(pair, two));
+        const int64_t at = (part * 4 + g) * GROUP;
+        const __m256i lanes = _mm256_setr_epi32(g * 2, g * 2, g * 2, g * 2, g * 2 + 1, g * 2 + 1,
+                                                g * 2 + 1, g * 2 + 1);
+        sums[g % 2] = scaled(sums[g % 2], times(q, high + at, low + at),
+                             _mm256_permutevar8x32_ps(scale, lanes));
+      }
+    }
+  }
+  return lanes_sum(_mm256_fmadd_ps(rest, _mm256_set1_ps(-32.0f), _mm256_add_ps(sums[0], sums[1])));
+}
+
+// Whether rows of a kind are multiplied as they lie.
+constexpr bool multiplies(int64_t kind) { return weights_of(kind) > 1; }
+
+template <int64_t KIND>
+inline float dot(const uint8_t* row, const Factors& x, int64_t columns) {
+  if constexpr (KIND == Q4_K || KIND == Q5_K)
+    return dot_of_fours<KIND>(row, x, columns);
+  else if constexpr (KIND == Q6_K)
+    return dot_of_sixes(row, x, columns);
+  else
+    return dot_of_groups<KIND>(row, x, columns);
+}
+#else
+constexpr bool multiplies(int64_t) { return false; }
+template <int64_t KIND>
+inline float dot(const uint8_t*, const Factors&, int64_t) { return 0; }
+#endif
+
+}  // namespace blocks
