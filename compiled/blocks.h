@@ -2,8 +2,8 @@
 //
 // A block holds some whole numbers q >= 0 with a scale and a minimum for every 16 or 32 of them:
 // a weight is scale * q - minimum. Its layout is ggml's (ggml-common.h of llama.cpp). The vector
-// is made whole numbers too, of fifteen bits with a scale for every 32, so that a product is one of
-// bytes by bytes and yet as good as one of floats: bfloat16 would lose a hundred times as much.
+// is made whole numbers too, of sixteen bits with a scale for every 32, so that a product is one of
+// whole numbers and yet nearly as good as one of floats: bfloat16 would lose a hundred times as much.
 // Twin: blocks.py. read_cpu.cpp includes this behind its own vectors.
 
 #pragma once
@@ -165,15 +165,22 @@ inline void dispatch(int64_t kind, Call call) {
 
 // A vector as whole numbers ------------------------------------------------------------------------
 
-// x[i] = scale[i / 32] * (128 * high[i] + low[i]), as near as fifteen bits come. Both halves are
-// less than 65 in size: 255 times one and 255 times the next fit in sixteen bits.
+// Whether a processor multiplies four bytes by four at a time. Others multiply pairs of sixteen bits.
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+constexpr bool BY_BYTES = true;
+#else
+constexpr bool BY_BYTES = false;
+#endif
+
+// x[i] = scale[i / 32] * number[i], as near as sixteen bits come.
 struct Factors {
-  int8_t *high, *low;       // [columns]
-  float *scale, *sum;       // [columns / 32]: the sum of the x that this holds
-  float *half_sum;          // [columns / 16]
+  int16_t* number;         // [columns]
+  int8_t *high, *low;      // BY_BYTES, in place of that: number = 256 * high + low
+  float *scale, *sum;      // [columns / 32]: the sum of the x that this holds
+  float* half_sum;         // [columns / 16]
 };
 
-constexpr float MOST = 63 * 128 + 63;
+constexpr float MOST = 127 * 256 + 127;
 
 // Floats that a vector's factors take.
 constexpr int64_t factors_size(int64_t columns) {
@@ -181,10 +188,11 @@ constexpr int64_t factors_size(int64_t columns) {
 }
 
 inline Factors factors_at(float* room, int64_t columns) {
+  int16_t* numbers = reinterpret_cast<int16_t*>(room);
   int8_t* bytes = reinterpret_cast<int8_t*>(room);
   float* floats = room + (columns / 2 + 15) / 16 * 16;
   const int64_t groups = columns / GROUP;
-  return {bytes, bytes + columns, floats, floats + groups, floats + 2 * groups};
+  return {numbers, bytes, bytes + columns, floats, floats + groups, floats + 2 * groups};
 }
 
 inline void make_factors(const float* x, int64_t columns, const Factors& to) {
@@ -206,9 +214,13 @@ inline void make_factors(const float* x, int64_t columns, const Factors& to) {
     }
 #pragma omp simd
     for (int i = 0; i < GROUP; ++i) {
-      const int32_t high = (numbers[i] + 64) >> 7;
-      to.high[g * GROUP + i] = int8_t(high);
-      to.low[g * GROUP + i] = int8_t(numbers[i] - high * 128);
+      const int32_t high = (numbers[i] + 128) >> 8;
+      if (BY_BYTES) {
+        to.high[g * GROUP + i] = int8_t(high);
+        to.low[g * GROUP + i] = int8_t(numbers[i] - high * 256);
+      } else {
+        to.number[g * GROUP + i] = int16_t(numbers[i]);
+      }
     }
     for (int part = 0; part < 2; ++part)
       for (int i = 0; i < 16; ++i) sums[part] += numbers[part * 16 + i];
@@ -228,21 +240,42 @@ inline __m256i load32(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
 
-// Lane i: 128 * sum q * high + sum q * low of the i-th four of 32.
-inline __m256i times(__m256i q, const int8_t* high, const int8_t* low) {
+// 32 of q times those of x, from `at` on, added up to eight: by lane, those of the first 16 where
+// FIRST says, and those of the others.
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+constexpr bool FIRST[8] = {true, true, true, true, false, false, false, false};
+
+inline __m256i times_bytes(__m256i sum, __m256i q, const int8_t* x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  const __m256i upper = _mm256_dpbusd_epi32(_mm256_setzero_si256(), q, load32(high));
-  return _mm256_dpbusd_epi32(_mm256_slli_epi32(upper, 7), q, load32(low));
-#elif defined(__AVXVNNI__)
-  const __m256i upper = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), q, load32(high));
-  return _mm256_dpbusd_avx_epi32(_mm256_slli_epi32(upper, 7), q, load32(low));
+  return _mm256_dpbusd_epi32(sum, q, load32(x));
 #else
-  const __m256i upper = _mm256_maddubs_epi16(q, load32(high));
-  const __m256i lower = _mm256_maddubs_epi16(q, load32(low));
-  return _mm256_add_epi32(_mm256_madd_epi16(upper, _mm256_set1_epi16(128)),
-                          _mm256_madd_epi16(lower, _mm256_set1_epi16(1)));
+  return _mm256_dpbusd_avx_epi32(sum, q, load32(x));
 #endif
 }
+
+inline __m256i times(__m256i q, const Factors& x, int64_t at) {
+  const __m256i upper = times_bytes(_mm256_setzero_si256(), q, x.high + at);
+  return times_bytes(_mm256_slli_epi32(upper, 8), q, x.low + at);
+}
+
+inline __m256i times_apart(__m256i q, const Factors& x, int64_t at) { return times(q, x, at); }
+#else
+constexpr bool FIRST[8] = {true, true, false, false, true, true, false, false};
+
+inline __m256i times_half(__m128i q, const int16_t* x) {
+  return _mm256_madd_epi16(_mm256_cvtepu8_epi16(q), load32(x));
+}
+
+inline __m256i times(__m256i q, const Factors& x, int64_t at) {  // of which no lane is of one half
+  return _mm256_add_epi32(times_half(_mm256_castsi256_si128(q), x.number + at),
+                          times_half(_mm256_extracti128_si256(q, 1), x.number + at + 16));
+}
+
+inline __m256i times_apart(__m256i q, const Factors& x, int64_t at) {
+  return _mm256_hadd_epi32(times_half(_mm256_castsi256_si128(q), x.number + at),
+                           times_half(_mm256_extracti128_si256(q, 1), x.number + at + 16));
+}
+#endif
 
 inline __m256 scaled(__m256 sum, __m256i product, __m256 scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), scale, sum);
@@ -298,7 +331,7 @@ inline float dot_of_groups(const uint8_t* row, const Factors& x, int64_t columns
   auto one = [&](int64_t g, int chain) {
     const uint8_t* block = row + g * bytes_of(KIND);
     const float d = half(block);
-    const __m256i product = times(whole<KIND>(block), x.high + g * GROUP, x.low + g * GROUP);
+    const __m256i product = times(whole<KIND>(block), x, g * GROUP);
     sums[chain] = scaled(sums[chain], product, _mm256_set1_ps(d * x.scale[g]));
     rest[chain] += (LEAST ? half(block + 2) : d) * x.sum[g];
   };
@@ -337,7 +370,6 @@ inline float dot_of_fours(const uint8_t* row, const Factors& x, int64_t columns)
     rest = _mm256_fmadd_ps(
         _mm256_mul_ps(bytes_as_floats(both.minima), _mm256_set1_ps(half(block + 2))),
         _mm256_loadu_ps(x.sum + b * 8), rest);
-    const int8_t *high = x.high + b * SUPER, *low = x.low + b * SUPER;
     __m256i fifth = KIND == Q5_K ? load32(block + 16) : _mm256_setzero_si256();
     const uint8_t* nibbles = block + (KIND == Q5_K ? 48 : 16);
 #pragma GCC unroll 4
@@ -352,7 +384,7 @@ inline float dot_of_fours(const uint8_t* row, const Factors& x, int64_t columns)
           const __m256i moved = g < 4 ? _mm256_slli_epi16(fifth, 4 - g) : _mm256_srli_epi16(fifth, g - 4);
           q[i] = _mm256_or_si256(q[i], _mm256_and_si256(moved, bit));
         }
-        sums[i] = scaled(sums[i], times(q[i], high + g * GROUP, low + g * GROUP), lane(scale, g));
+        sums[i] = scaled(sums[i], times(q[i], x, b * SUPER + g * GROUP), lane(scale, g));
       }
     }
   }
@@ -369,7 +401,6 @@ inline float dot_of_sixes(const uint8_t* row, const Factors& x, int64_t columns)
     ask_ahead<Q6_K>(block);
     const __m256 d = _mm256_set1_ps(half(block + 208));
     const __m256 scale_of_x = _mm256_loadu_ps(x.scale + b * 8);
-    const int8_t *high = x.high + b * SUPER, *low = x.low + b * SUPER;
 #pragma GCC unroll 2
     for (int part = 0; part < 2; ++part) {  // of 128
       const __m128i eight = _mm_loadl_epi64((const __m128i*)(block + 192 + part * 8));
@@ -386,11 +417,10 @@ inline float dot_of_sixes(const uint8_t* row, const Factors& x, int64_t columns)
                              : g == 2 ? upper
                                       : _mm256_srli_epi16(upper, 2);
         const __m256i q = _mm256_or_si256(_mm256_and_si256(nibbles, four), _mm256_and_si256(pair, two));
-        const int64_t at = (part * 4 + g) * GROUP;
-        const __m256i lanes = _mm256_setr_epi32(g * 2, g * 2, g * 2, g * 2, g * 2 + 1, g * 2 + 1,
-                                                g * 2 + 1, g * 2 + 1);
-        sums[g % 2] = scaled(sums[g % 2], times(q, high + at, low + at),
-                             _mm256_permutevar8x32_ps(scale, lanes));
+        const int64_t at = b * SUPER + (part * 4 + g) * GROUP;
+        auto of = [g](int i) { return g * 2 + !FIRST[i]; };
+        const __m256i lanes = _mm256_setr_epi32(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7));
+        sums[g % 2] = scaled(sums[g % 2], times_apart(q, x, at), _mm256_permutevar8x32_ps(scale, lanes));
       }
     }
   }

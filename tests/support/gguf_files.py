@@ -13,7 +13,8 @@ from torch import Tensor
 from brain.checkpoints.gguf_file import RENAMED, RENAMED_IN_LAYER
 
 Fields = dict[str, Any]
-Tensors = dict[str, np.ndarray[Any, Any]]
+Tensors = dict[str, Any]
+"""Arrays; or the blocks of a matrix [rows, bytes] uint8, with their kind."""
 Change = Callable[[Fields, Tensors], None]
 """What is done to the metadata and the tensors before they are written."""
 
@@ -84,7 +85,9 @@ def write_fields(
         else:
             writer.add_uint32(key, value)
     for name, data in tensors.items():
-        if kind is None or data.ndim == 1:
+        if isinstance(data, tuple):
+            writer.add_tensor(name, data[0], raw_dtype=data[1])
+        elif kind is None or data.ndim == 1:
             writer.add_tensor(name, np.ascontiguousarray(data))
         else:
             writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
