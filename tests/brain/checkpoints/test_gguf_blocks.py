@@ -54,7 +54,8 @@ def file_of(save_llama: SaveLlama, tmp_path: Path, byte_level_json: str) -> Any:
             matrices = [name for name, data in tensors.items() if data.ndim > 1]
             for index, name in enumerate(matrices):
                 kind = kinds[index % len(kinds)]
-                rows = random_rows(kind, *tensors[name].shape, index)
+                height, width = tensors[name].shape
+                rows = random_rows(kind, height, width, index)
                 tensors[name] = (rows.bytes.numpy(), gguf.GGMLQuantizationType[kind])
 
         write_gguf(tmp_path / "x.gguf", state, fields, in_blocks)
