@@ -3,8 +3,8 @@
 // A block holds some whole numbers q >= 0 with a scale and a minimum for every 16 or 32 of them:
 // a weight is scale * q - minimum. Its layout is ggml's (ggml-common.h of llama.cpp). The vector
 // is made whole numbers too, of sixteen bits with a scale for every 32, so that a product is one of
-// whole numbers and yet nearly as good as one of floats: bfloat16 would lose a hundred times as much.
-// Twin: blocks.py. read_cpu.cpp includes this behind its own vectors.
+// whole numbers and yet nearly as good as one of floats: bfloat16 would lose a hundred times as
+// much. Twin: blocks.py. read_cpu.cpp includes this behind its own vectors.
 
 #pragma once
 
@@ -19,28 +19,50 @@ namespace blocks {
 
 // As ggml numbers them.
 enum Kind : int64_t {
-  F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
-  Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30,
+  F32 = 0,
+  F16 = 1,
+  Q4_0 = 2,
+  Q4_1 = 3,
+  Q5_0 = 6,
+  Q5_1 = 7,
+  Q8_0 = 8,
+  Q4_K = 12,
+  Q5_K = 13,
+  Q6_K = 14,
+  BF16 = 30,
 };
 
 constexpr int64_t GROUP = 32, SUPER = 256;  // weights with one scale, and of a block of several
 
 constexpr int64_t weights_of(int64_t kind) {
-  return kind >= Q4_K && kind <= Q6_K ? SUPER : kind == F32 || kind == F16 || kind == BF16 ? 1 : GROUP;
+  return kind >= Q4_K && kind <= Q6_K                 ? SUPER
+         : kind == F32 || kind == F16 || kind == BF16 ? 1
+                                                      : GROUP;
 }
 
 constexpr int64_t bytes_of(int64_t kind) {
   switch (kind) {
-    case F32: return 4;
-    case F16: case BF16: return 2;
-    case Q4_0: return 2 + 16;
-    case Q4_1: return 4 + 16;
-    case Q5_0: return 2 + 4 + 16;
-    case Q5_1: return 4 + 4 + 16;
-    case Q8_0: return 2 + 32;
-    case Q4_K: return 4 + 12 + 128;
-    case Q5_K: return 4 + 12 + 32 + 128;
-    default: return 128 + 64 + 16 + 2;  // Q6_K
+    case F32:
+      return 4;
+    case F16:
+    case BF16:
+      return 2;
+    case Q4_0:
+      return 2 + 16;
+    case Q4_1:
+      return 4 + 16;
+    case Q5_0:
+      return 2 + 4 + 16;
+    case Q5_1:
+      return 4 + 4 + 16;
+    case Q8_0:
+      return 2 + 32;
+    case Q4_K:
+      return 4 + 12 + 128;
+    case Q5_K:
+      return 4 + 12 + 32 + 128;
+    default:
+      return 128 + 64 + 16 + 2;  // Q6_K
   }
 }
 
@@ -86,15 +108,16 @@ struct Sixes {
 inline Sixes sixes(const uint8_t* from) {
   const uint32_t a = word(from), b = word(from + 4), c = word(from + 8);
   const uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x03030303;
-  const uint32_t told[4] = {a & six, (c & four) | (a >> 6 & two) << 4,
-                            b & six, (c >> 4 & four) | (b >> 6 & two) << 4};
+  const uint32_t told[4] = {a & six, (c & four) | (a >> 6 & two) << 4, b & six,
+                            (c >> 4 & four) | (b >> 6 & two) << 4};
   Sixes both;
   std::memcpy(both.scales, told, 8);
   std::memcpy(both.minima, told + 2, 8);
   return both;
 }
 
-// One block as numbers -----------------------------------------------------------------------------
+// One block as numbers
+// -----------------------------------------------------------------------------
 
 template <int64_t KIND>
 inline void unpack_block(const uint8_t* block, float* out) {
@@ -156,16 +179,21 @@ void unpack_row(const uint8_t* row, int64_t columns, float* out) {
 template <class Call>
 inline void dispatch(int64_t kind, Call call) {
   switch (kind) {
-#define KIND_OF(NAME) case NAME: return call(std::integral_constant<int64_t, NAME>{});
-    KIND_OF(F32) KIND_OF(F16) KIND_OF(BF16) KIND_OF(Q4_0) KIND_OF(Q4_1) KIND_OF(Q5_0)
-    KIND_OF(Q5_1) KIND_OF(Q8_0) KIND_OF(Q4_K) KIND_OF(Q5_K) KIND_OF(Q6_K)
+#define KIND_OF(NAME) \
+  case NAME:          \
+    return call(std::integral_constant<int64_t, NAME>{});
+    KIND_OF(F32)
+    KIND_OF(F16) KIND_OF(BF16) KIND_OF(Q4_0) KIND_OF(Q4_1) KIND_OF(Q5_0) KIND_OF(Q5_1) KIND_OF(Q8_0)
+        KIND_OF(Q4_K) KIND_OF(Q5_K) KIND_OF(Q6_K)
 #undef KIND_OF
   }
 }
 
-// A vector as whole numbers ------------------------------------------------------------------------
+// A vector as whole numbers
+// ------------------------------------------------------------------------
 
-// Whether a processor multiplies four bytes by four at a time. Others multiply pairs of sixteen bits.
+// Whether a processor multiplies four bytes by four at a time. Others multiply pairs of sixteen
+// bits.
 #if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
 constexpr bool BY_BYTES = true;
 #else
@@ -174,25 +202,30 @@ constexpr bool BY_BYTES = false;
 
 // x[i] = scale[i / 32] * number[i], as near as sixteen bits come.
 struct Factors {
-  int16_t* number;         // [columns]
-  int8_t *high, *low;      // BY_BYTES, in place of that: number = 256 * high + low
-  float *scale, *sum;      // [columns / 32]: the sum of the x that this holds
-  float* half_sum;         // [columns / 16]
+  int16_t* number;     // [columns]
+  int8_t *high, *low;  // BY_BYTES, in place of that: number = 256 * high + low
+  float *scale, *sum;  // [columns / 32]: the sum of the x that this holds
+  float* half_sum;     // [columns / 16]
+  float* pairs;        // [columns / 32, 2]: scale and sum
 };
 
 constexpr float MOST = 127 * 256 + 127;
 
 // Floats that a vector's factors take.
-constexpr int64_t factors_size(int64_t columns) {
-  return columns / 2 + columns / GROUP * 4 + 64;
-}
+constexpr int64_t factors_size(int64_t columns) { return columns / 2 + columns / GROUP * 6 + 64; }
 
 inline Factors factors_at(float* room, int64_t columns) {
   int16_t* numbers = reinterpret_cast<int16_t*>(room);
   int8_t* bytes = reinterpret_cast<int8_t*>(room);
   float* floats = room + (columns / 2 + 15) / 16 * 16;
   const int64_t groups = columns / GROUP;
-  return {numbers, bytes, bytes + columns, floats, floats + groups, floats + 2 * groups};
+  return {numbers,
+          bytes,
+          bytes + columns,
+          floats,
+          floats + groups,
+          floats + 2 * groups,
+          floats + 4 * groups};
 }
 
 inline void make_factors(const float* x, int64_t columns, const Factors& to) {
@@ -226,12 +259,15 @@ inline void make_factors(const float* x, int64_t columns, const Factors& to) {
       for (int i = 0; i < 16; ++i) sums[part] += numbers[part * 16 + i];
     to.scale[g] = scale;
     to.sum[g] = scale * float(sums[0] + sums[1]);
+    to.pairs[2 * g] = scale;
+    to.pairs[2 * g + 1] = to.sum[g];
     to.half_sum[2 * g] = scale * float(sums[0]);
     to.half_sum[2 * g + 1] = scale * float(sums[1]);
   }
 }
 
-// A row times the vector ---------------------------------------------------------------------------
+// A row times the vector
+// ---------------------------------------------------------------------------
 
 #if defined(__AVX2__)
 #define BLOCKS_MULTIPLY 1
@@ -290,8 +326,8 @@ inline float lanes_sum(__m256 v) {
 // The bits of a word as bytes, 16 where a bit is set.
 inline __m256i sixteens(uint32_t bits) {
   const __m256i spread = _mm256_shuffle_epi8(
-      _mm256_set1_epi32(int(bits)), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
-                                                       0x0303030303030303));
+      _mm256_set1_epi32(int(bits)),
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
   const __m256i one = _mm256_set1_epi64x(int64_t(0x8040201008040201));
   return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, one), one),
                           _mm256_set1_epi8(16));
@@ -306,8 +342,8 @@ inline __m256i whole(const uint8_t* block) {
     constexpr bool FIVE = KIND == Q5_0 || KIND == Q5_1;
     const uint8_t* rest = block + (KIND == Q4_1 || KIND == Q5_1 ? 4 : 2);
     const __m128i both = _mm_loadu_si128((const __m128i*)(rest + (FIVE ? 4 : 0)));
-    const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both),
-                                             _mm256_set1_epi8(15));
+    const __m256i nibbles =
+        _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15));
     return FIVE ? _mm256_or_si256(nibbles, sixteens(word(rest))) : nibbles;
   }
 }
@@ -343,8 +379,7 @@ inline float dot_of_groups(const uint8_t* row, const Factors& x, int64_t columns
     for (int chain = 0; chain < CHAINS; ++chain) one(g + chain, chain);
   }
   if (g < groups) one(g, 0);
-  return lanes_sum(_mm256_add_ps(sums[0], sums[1])) +
-         (rest[0] + rest[1]) * (LEAST ? 1.0f : -BIAS);
+  return lanes_sum(_mm256_add_ps(sums[0], sums[1])) + (rest[0] + rest[1]) * (LEAST ? 1.0f : -BIAS);
 }
 
 inline __m256 lane(__m256 v, int index) {
@@ -364,9 +399,9 @@ inline float dot_of_fours(const uint8_t* row, const Factors& x, int64_t columns)
     const uint8_t* block = row + b * bytes_of(KIND);
     ask_ahead<KIND>(block);
     const Sixes both = sixes(block + 4);
-    const __m256 scale = _mm256_mul_ps(
-        _mm256_mul_ps(bytes_as_floats(both.scales), _mm256_set1_ps(half(block))),
-        _mm256_loadu_ps(x.scale + b * 8));
+    const __m256 scale =
+        _mm256_mul_ps(_mm256_mul_ps(bytes_as_floats(both.scales), _mm256_set1_ps(half(block))),
+                      _mm256_loadu_ps(x.scale + b * 8));
     rest = _mm256_fmadd_ps(
         _mm256_mul_ps(bytes_as_floats(both.minima), _mm256_set1_ps(half(block + 2))),
         _mm256_loadu_ps(x.sum + b * 8), rest);
@@ -381,7 +416,8 @@ inline float dot_of_fours(const uint8_t* row, const Factors& x, int64_t columns)
       for (int i = 0; i < 2; ++i) {
         const int g = pair * 2 + i;
         if (KIND == Q5_K) {
-          const __m256i moved = g < 4 ? _mm256_slli_epi16(fifth, 4 - g) : _mm256_srli_epi16(fifth, g - 4);
+          const __m256i moved =
+              g < 4 ? _mm256_slli_epi16(fifth, 4 - g) : _mm256_srli_epi16(fifth, g - 4);
           q[i] = _mm256_or_si256(q[i], _mm256_and_si256(moved, bit));
         }
         sums[i] = scaled(sums[i], times(q[i], x, b * SUPER + g * GROUP), lane(scale, g));
@@ -416,33 +452,215 @@ inline float dot_of_sixes(const uint8_t* row, const Factors& x, int64_t columns)
                              : g == 1 ? _mm256_slli_epi16(upper, 2)
                              : g == 2 ? upper
                                       : _mm256_srli_epi16(upper, 2);
-        const __m256i q = _mm256_or_si256(_mm256_and_si256(nibbles, four), _mm256_and_si256(pair, two));
+        const __m256i q =
+            _mm256_or_si256(_mm256_and_si256(nibbles, four), _mm256_and_si256(pair, two));
         const int64_t at = b * SUPER + (part * 4 + g) * GROUP;
         auto of = [g](int i) { return g * 2 + !FIRST[i]; };
-        const __m256i lanes = _mm256_setr_epi32(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7));
-        sums[g % 2] = scaled(sums[g % 2], times_apart(q, x, at), _mm256_permutevar8x32_ps(scale, lanes));
+        const __m256i lanes =
+            _mm256_setr_epi32(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7));
+        sums[g % 2] =
+            scaled(sums[g % 2], times_apart(q, x, at), _mm256_permutevar8x32_ps(scale, lanes));
       }
     }
   }
   return lanes_sum(_mm256_fmadd_ps(rest, _mm256_set1_ps(-32.0f), _mm256_add_ps(sums[0], sums[1])));
 }
 
+// The same of two groups at a time, with vectors of 64 bytes.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define BLOCKS_WIDE 1
+
+inline __m512i load64(const void* from) { return _mm512_loadu_si512(from); }
+
+inline __m512i both(__m256i first, __m256i second) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+inline __m512i twice(const void* from) { return _mm512_broadcast_i64x4(load32(from)); }
+
+// By 16 bits, those of the first half by one number, of the second by another.
+inline __m512i shifts(int first, int second) {
+  return both(_mm256_set1_epi16(int16_t(first)), _mm256_set1_epi16(int16_t(second)));
+}
+
+inline __m512i times64(__m512i q, const Factors& x, int64_t at) {
+  const __m512i upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, load64(x.high + at));
+  return _mm512_dpbusd_epi32(_mm512_slli_epi32(upper, 8), q, load64(x.low + at));
+}
+
+inline __m512 scaled(__m512 sum, __m512i product, __m512 scale) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, sum);
+}
+
+// a where the mask has bits, with what b has beside it.
+inline __m512i beside(__m512i a, __m512i mask, __m512i b) {
+  return _mm512_ternarylogic_epi32(a, mask, b, 0xea);  // (a & mask) | b
+}
+
+// Of eight numbers, two: each for half of the lanes.
+inline __m512 lanes(__m512 v, int first, int second) {
+  return _mm512_permutexvar_ps(both(_mm256_set1_epi32(first), _mm256_set1_epi32(second)), v);
+}
+
+template <int64_t KIND>
+inline __m512i whole64(const uint8_t* block) {
+  constexpr int64_t SIZE = bytes_of(KIND);
+  if constexpr (KIND == Q8_0) {
+    return _mm512_xor_si512(both(load32(block + 2), load32(block + SIZE + 2)),
+                            _mm512_set1_epi8(int8_t(0x80)));
+  } else {
+    constexpr bool FIVE = KIND == Q5_0 || KIND == Q5_1;
+    constexpr int64_t HIGH = KIND == Q4_1 || KIND == Q5_1 ? 4 : 2, LOW = HIGH + (FIVE ? 4 : 0);
+    auto nibbles = [](const uint8_t* from) {
+      return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+    };
+    const __m256i shift = _mm256_set_m128i(_mm_set1_epi16(4), _mm_setzero_si128());
+    const __m512i moved = _mm512_srlv_epi16(both(nibbles(block + LOW), nibbles(block + SIZE + LOW)),
+                                            both(shift, shift));
+    const __m512i four = _mm512_and_si512(moved, _mm512_set1_epi8(15));
+    if (!FIVE) return four;
+    const uint64_t bits = word(block + HIGH) | uint64_t(word(block + SIZE + HIGH)) << 32;
+    return _mm512_or_si512(four, _mm512_maskz_set1_epi8(bits, 16));
+  }
+}
+
+template <int64_t KIND>
+inline float wide_dot_of_groups(const uint8_t* row, const Factors& x, int64_t columns) {
+  constexpr bool LEAST = KIND == Q4_1 || KIND == Q5_1;
+  constexpr float BIAS = KIND == Q8_0 ? 128 : KIND == Q5_0 ? 16 : 8;
+  constexpr int64_t SIZE = bytes_of(KIND);
+  __m512 sums[2] = {};
+  __m128 rest = {};
+  auto halves = [](const uint8_t* from) {  // of four blocks
+    __m128i four = _mm_cvtsi32_si128(short_word(from));
+    four = _mm_insert_epi16(four, short_word(from + SIZE), 1);
+    four = _mm_insert_epi16(four, short_word(from + 2 * SIZE), 2);
+    return _mm_cvtph_ps(_mm_insert_epi16(four, short_word(from + 3 * SIZE), 3));
+  };
+  const int64_t groups = columns / GROUP;
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) {
+    const uint8_t* block = row + g * SIZE;
+    for (int64_t line = 0; line < 4 * SIZE; line += 64)
+      __builtin_prefetch(block + AHEAD_BYTES + line, 0, 3);
+    const __m128 d = halves(block);
+    rest = _mm_fmadd_ps(LEAST ? halves(block + 2) : d, _mm_loadu_ps(x.sum + g), rest);
+    const __m512 scale = _mm512_castps128_ps512(_mm_mul_ps(d, _mm_loadu_ps(x.scale + g)));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      sums[i] =
+          scaled(sums[i], times64(whole64<KIND>(block + 2 * i * SIZE), x, (g + 2 * i) * GROUP),
+                 lanes(scale, 2 * i, 2 * i + 1));
+  }
+  const float sum = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1])) +
+                    (rest[0] + rest[1] + rest[2] + rest[3]) * (LEAST ? 1.0f : -BIAS);
+  if (g == groups) return sum;
+  Factors last = x;
+  last.high += g * GROUP, last.low += g * GROUP, last.scale += g, last.sum += g;
+  return sum + dot_of_groups<KIND>(row + g * SIZE, last, columns - g * GROUP);
+}
+
+// Q4_K, Q5_K
+template <int64_t KIND>
+inline float wide_dot_of_fours(const uint8_t* row, const Factors& x, int64_t columns) {
+  __m512 sums[2] = {}, rest = {};
+  const __m512i four = _mm512_set1_epi8(15), bit = _mm512_set1_epi8(16), nibble = shifts(0, 4);
+  // Numbers in the upper half of a byte stay there, and their scale is a sixteenth.
+  const __m512i either = both(_mm256_set1_epi8(15), _mm256_set1_epi8(int8_t(0xf0)));
+  const float less = KIND == Q4_K ? 0.0625f : 1.0f;
+  const __m512 factors = _mm512_setr_ps(1, 1, less, 1, 1, 1, less, 1, 1, 1, less, 1, 1, 1, less, 1);
+  for (int64_t b = 0; b < columns / SUPER; ++b) {
+    const uint8_t* block = row + b * bytes_of(KIND);
+    ask_ahead<KIND>(block);
+    const Sixes told = sixes(block + 4);
+    const __m128i mixed = _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i*)told.scales),
+                                            _mm_loadl_epi64((const __m128i*)told.minima));
+    const __m512 d = _mm512_cvtph_ps(_mm256_set1_epi32(int(word(block))));
+    // Scale and minimum of one group after another, times the scale and the sum of its x.
+    const __m512 scale = _mm512_mul_ps(
+        _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(mixed)), _mm512_mul_ps(d, factors)),
+        _mm512_loadu_ps(x.pairs + b * 16));
+    rest = _mm512_add_ps(rest, scale);
+    const uint8_t* nibbles = block + (KIND == Q5_K ? 48 : 16);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {
+      const int g = pair * 2;
+      __m512i q = twice(nibbles + pair * 32);
+      if constexpr (KIND == Q5_K) {
+        const __m512i fifth = twice(block + 16);
+        const __m512i moved = pair < 2 ? _mm512_sllv_epi16(fifth, shifts(4 - g, 3 - g))
+                                       : _mm512_srlv_epi16(fifth, shifts(g - 4, g - 3));
+        q = beside(_mm512_srlv_epi16(q, nibble), four, _mm512_and_si512(moved, bit));
+      } else {
+        q = _mm512_and_si512(q, either);
+      }
+      sums[pair % 2] = scaled(sums[pair % 2], times64(q, x, b * SUPER + g * GROUP),
+                              lanes(scale, 2 * g, 2 * g + 2));
+    }
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1])) -
+         _mm512_mask_reduce_add_ps(0xaaaa, rest);
+}
+
+inline float wide_dot_of_sixes(const uint8_t* row, const Factors& x, int64_t columns) {
+  __m512 sums[2] = {}, rest = {};
+  const __m512i four = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30);
+  const __m512i each = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  for (int64_t b = 0; b < columns / SUPER; ++b) {
+    const uint8_t* block = row + b * bytes_of(Q6_K);
+    ask_ahead<Q6_K>(block);
+    const __m128i told = _mm_loadu_si128((const __m128i*)(block + 192));
+    const __m512 unscaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(told)),
+                                          _mm512_set1_ps(half(block + 208)));  // of each 16
+    rest = _mm512_fmadd_ps(unscaled, _mm512_loadu_ps(x.half_sum + b * 16), rest);
+    const __m512 of_x = _mm512_castps256_ps512(_mm256_loadu_ps(x.scale + b * 8));
+    const __m512 scale = _mm512_mul_ps(unscaled, _mm512_permutexvar_ps(each, of_x));
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; ++pair) {  // of groups
+      const __m512i packed = load64(block + pair / 2 * 64),
+                    upper = twice(block + 128 + pair / 2 * 32);
+      const __m512i nibbles = pair % 2 ? _mm512_srli_epi16(packed, 4) : packed;
+      const __m512i moved = pair % 2 ? _mm512_srlv_epi16(upper, shifts(0, 2))
+                                     : _mm512_sllv_epi16(upper, shifts(4, 2));
+      const __m512i q = beside(nibbles, four, _mm512_and_si512(moved, two));
+      auto of = [pair](int i) { return _mm_set1_epi32(pair * 4 + i); };
+      const __m512i lanes = both(_mm256_set_m128i(of(1), of(0)), _mm256_set_m128i(of(3), of(2)));
+      sums[pair % 2] = scaled(sums[pair % 2], times64(q, x, b * SUPER + pair * 64),
+                              _mm512_permutexvar_ps(lanes, scale));
+    }
+  }
+  return _mm512_reduce_add_ps(
+      _mm512_fmadd_ps(rest, _mm512_set1_ps(-32.0f), _mm512_add_ps(sums[0], sums[1])));
+}
+#endif
+
 // Whether rows of a kind are multiplied as they lie.
 constexpr bool multiplies(int64_t kind) { return weights_of(kind) > 1; }
 
 template <int64_t KIND>
 inline float dot(const uint8_t* row, const Factors& x, int64_t columns) {
+#if defined(BLOCKS_WIDE)
+  if constexpr (KIND == Q4_K || KIND == Q5_K)
+    return wide_dot_of_fours<KIND>(row, x, columns);
+  else if constexpr (KIND == Q6_K)
+    return wide_dot_of_sixes(row, x, columns);
+  else
+    return wide_dot_of_groups<KIND>(row, x, columns);
+#else
   if constexpr (KIND == Q4_K || KIND == Q5_K)
     return dot_of_fours<KIND>(row, x, columns);
   else if constexpr (KIND == Q6_K)
     return dot_of_sixes(row, x, columns);
   else
     return dot_of_groups<KIND>(row, x, columns);
+#endif
 }
 #else
 constexpr bool multiplies(int64_t) { return false; }
 template <int64_t KIND>
-inline float dot(const uint8_t*, const Factors&, int64_t) { return 0; }
+inline float dot(const uint8_t*, const Factors&, int64_t) {
+  return 0;
+}
 #endif
 
 }  // namespace blocks

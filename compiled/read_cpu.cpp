@@ -454,8 +454,8 @@ struct Matrix {
 struct Decode {
   int64_t layers, hidden_size, intermediate, heads, kv_heads, head_dim, vocab;
   int64_t tokens, capacity, bucket;
-  int64_t per_query;  // whether the attention mass of every token is wanted apart
-  int64_t neighbours; // whether rows of queries and keys that are turned together lie side by side
+  int64_t per_query;   // whether the attention mass of every token is wanted apart
+  int64_t neighbours;  // whether rows of queries and keys that are turned together lie side by side
   double eps;
   const void* attention_norm;  // [layers, hidden]
   const void* mlp_norm;        // [layers, hidden]
@@ -823,7 +823,8 @@ struct Vectors<Real, InBlocks> {
   }
 };
 
-// Rows of one kind. Of one vector they are multiplied as they lie; of several each is unpacked once.
+// Rows of one kind. Of one vector they are multiplied as they lie; of several each is unpacked
+// once.
 template <int64_t KIND, class Real, class Into>
 void multiply_part(const uint8_t* bytes, int64_t size, int64_t columns,
                    const Vectors<Real, InBlocks>& vectors, int64_t tokens, int64_t end, Into& into) {
@@ -869,11 +870,12 @@ void multiply_rows(const Decode& d, const Matrix& m, int64_t layer, int64_t, int
                    const Vectors<Real, InBlocks>& vectors, int64_t row, int64_t last, Into into) {
   const Part* part = parts(m, layer);
   for (int64_t begin = -row; begin < last; begin += part->rows, ++part) {
-    const int64_t end = std::min(last, begin + part->rows), size = blocks::row_bytes(part->kind, columns);
+    const int64_t end = std::min(last, begin + part->rows);
     if (end <= into.row) continue;
+    const int64_t size = blocks::row_bytes(part->kind, columns);
+    const uint8_t* bytes = part->bytes + (into.row - begin) * size;
     blocks::dispatch(part->kind, [&](auto kind) {
-      constexpr int64_t KIND = decltype(kind)::value;
-      multiply_part<KIND>(part->bytes + (into.row - begin) * size, size, columns, vectors, d.tokens, end, into);
+      multiply_part<decltype(kind)::value>(bytes, size, columns, vectors, d.tokens, end, into);
     });
   }
 }
@@ -893,7 +895,8 @@ void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, in
   if constexpr (std::is_same_v<Weight, InBlocks>) {
     const Part* part = parts(m, layer);
     for (; row >= part->rows; ++part) row -= part->rows;
-    start = reinterpret_cast<const char*>(part->bytes) + row * blocks::row_bytes(part->kind, columns);
+    const int64_t size = blocks::row_bytes(part->kind, columns);
+    start = reinterpret_cast<const char*>(part->bytes) + row * size;
   } else {
     start = reinterpret_cast<const char*>(matrix<Weight>(m, layer, rows, columns) + row * columns);
   }
