@@ -79,7 +79,7 @@ def operator(library: Path) -> Decode:
     Returns:
         ``decode(config, weights, state, hidden, cos, sin, visible, *, per_query, targets=None)``,
         which a compiler may trace. ``hidden`` [T, hidden] float32 are the embedded tokens; ``cos``
-        and ``sin`` [T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a
+        and ``sin`` [kinds, T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a
         bucket; ``per_query`` asks for the attention mass [T, bucket + T] of every token apart. With
         ``targets`` [T] int64, what follows each token, logits are never kept.
     Raises:
@@ -108,8 +108,14 @@ def operator(library: Path) -> Decode:
                 [state.keys, state.values],
                 [hidden, cos, sin, *([] if targets is None else [targets])],
                 list(visible),
-                config.rms_norm_eps,
+                config.stream_eps,
                 per_query,
+                [] if weights.qkv_bias is None else [weights.qkv_bias],
+                [] if weights.qk_gain is None else [weights.qk_gain],
+                config.layer_kinds,
+                config.rms_norm_eps,
+                config.attention_scale or 0.0,
+                config.logit_divisor,
             )
         )
 
@@ -128,7 +134,9 @@ def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Te
         library,
         loaded,
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
-        "Tensor[] visible, float eps, bool per_query) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor[] visible, float eps, bool per_query, Tensor[] qkv_bias, Tensor[] qk_gain, "
+        "int[] kinds, float head_eps, float attention_scale, float logit_divisor) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
         _run,
         _allocated,
     )
@@ -145,6 +153,12 @@ class _Given(NamedTuple):
     visible: Sequence[Tensor]  # cached, new, live
     eps: float
     per_query: bool
+    qkv_bias: Sequence[Tensor]  # one, or none
+    qk_gain: Sequence[Tensor]  # one, or none
+    kinds: Sequence[int]  # of each layer, which of cos and sin turn it
+    head_eps: float
+    attention_scale: float  # 0: head_dim ** -0.5
+    logit_divisor: float
 
 
 def _allocated(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,20 +197,24 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("logits", "new_keys", "new_values", "mass")),
         ("workspace", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("qkv_bias", "qk_gain", "kinds")),
+        *((name, ctypes.c_double) for name in ("head_eps", "attention_scale", "logit_divisor")),
     )
 
 
 def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _allocated(*arguments)
-    norms, matrices, scales, cache, inputs, visible, eps, per_query = _Given(*arguments)
+    norms, matrices, scales, cache, inputs, visible, eps, per_query, *optional = _Given(*arguments)
+    bias, gain, kinds, *constants = optional
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
     given = [hidden, *map(Tensor.contiguous, (*inputs[1:3], *visible))]
     targets = [tensor.contiguous() for tensor in inputs[3:]]
-    if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache))):
+    if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache, *bias, *gain))):
         raise ValueError("weights and cache must lie in one piece")
     num_tokens, bucket = visible[0].shape
     layers, kv_heads, capacity, head_dim = cache[0].shape
+    of_layers = (ctypes.c_int64 * layers)(*kinds)  # lives as long as the call
     scaled: list[int | None] = [*map(Tensor.data_ptr, scales)] or [None] * len(matrices)
     passed = Arguments(
         layers,
@@ -218,6 +236,10 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         *map(Tensor.data_ptr, results),
         None,
         torch.get_num_threads(),
+        bias[0].data_ptr() if bias else None,
+        gain[0].data_ptr() if gain else None,
+        ctypes.addressof(of_layers),
+        *constants,
     )
     reference = ctypes.byref(passed)
     workspace = hidden.new_empty(library.workspace_size(reference))

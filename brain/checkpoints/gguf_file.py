@@ -30,8 +30,7 @@ from brain.machine.memory import give_back_freed
 from brain.machine.progress import progress_bar
 from brain.tokenizers.gguf_vocabulary import tokenizer_files
 from brain.tokens import gguf_tokenizer
-from compiled.llama import LlamaConfig
-from compiled.rope import inverse_frequencies
+from compiled.llama import LlamaConfig, frequency_table
 
 RENAMED = {
     EMBEDDING: "token_embd.weight",
@@ -85,7 +84,7 @@ def open_gguf(
     """
     model = _model(path)
     file, config = model.file, model.config
-    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    frequencies = frequency_table(config)
     if (factors := _rope_factors(file, config)) is not None:
         frequencies /= factors
     tokenizer = gguf_tokenizer(file.fields, str(path))

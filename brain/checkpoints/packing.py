@@ -16,8 +16,7 @@ from brain.errors import Refused
 from brain.machine.memory import free_bytes
 from compiled import large_pages
 from compiled.int8 import Int8, Matrix, quantize
-from compiled.llama import LlamaConfig, Weights, weight_shapes
-from compiled.rope import inverse_frequencies
+from compiled.llama import LlamaConfig, Weights, frequency_table, weight_shapes
 
 CACHE_LINE = 64
 
@@ -51,7 +50,8 @@ def load_weights(
 ) -> Weights:
     """The packed weights: views of the mapped files where possible, else one copy each. Raises
     Refused, before allocating, where they do not fit. ``config`` is that of ``tensors``, which are
-    called as in ``llama_names``. ``frequencies``: [head_dim / 2] float64; None: by ``config``.
+    called as in ``llama_names``. ``frequencies``: [kinds, head_dim / 2] float64; None: by
+    ``config``.
 
     A packed tensor is a view where its parts lie one after the other in one file, in ``dtype``,
     and ``device`` is the CPU. Otherwise it is allocated once and filled part by part, each part's
@@ -75,7 +75,7 @@ def load_weights(
         packed[field] = _quantized(stored, shapes[field], device)
     packed.setdefault("head", packed["embedding"])
     if frequencies is None:
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies = frequency_table(config)
     return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
 
 

@@ -29,7 +29,7 @@ from compiled.read import Reading, read, read_ahead
 from compiled.read_cpu import Decoded
 from compiled.state import State, allocate_state
 from fixture_types import OpenTiny
-from toys import digest, toy_config, toy_cursor, toy_weights
+from toys import EVERYTHING, digest, toy_config, toy_cursor, toy_weights
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -58,7 +58,7 @@ def model(config: LlamaConfig, dtype: torch.dtype, *, int8: bool) -> Weights:
     scaled = {
         name: (1.0 + tensor.float() if name.endswith("norm") else 0.3 * tensor).to(DEVICE, dtype)
         for name, tensor in toy_weights(config)._asdict().items()
-        if name != "inverse_frequencies"
+        if isinstance(tensor, Tensor) and name != "inverse_frequencies"
     }
     scaled["inverse_frequencies"] = toy_weights(config).inverse_frequencies.to(DEVICE)
     matrices = {name: quantize(scaled[name]) if int8 else scaled[name] for name in MATRICES}
@@ -122,6 +122,7 @@ def reads(draw: st.DrawFn) -> dict[str, Any]:
             hidden_size=draw(st.sampled_from([24, 71])),
             intermediate_size=draw(st.sampled_from([20, 37])),
             vocab_size=draw(st.sampled_from([40, 101])),
+            **draw(st.sampled_from([{}, EVERYTHING])),
         ),
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         "int8": draw(st.booleans()),
@@ -379,8 +380,8 @@ def described(
     state = allocate_state(one, slots, dtype, meta)
     given_ = Given(
         hidden=torch.empty(tokens, one.hidden_size, device=meta),
-        cos=torch.empty(tokens, one.head_dim // 2, device=meta),
-        sin=torch.empty(tokens, one.head_dim // 2, device=meta),
+        cos=torch.empty(1, tokens, one.head_dim // 2, device=meta),
+        sin=torch.empty(1, tokens, one.head_dim // 2, device=meta),
         seen=torch.empty(tokens, slots, dtype=torch.bool, device=meta),
         seen_new=torch.empty(tokens, tokens, dtype=torch.bool, device=meta),
         live=torch.empty(tokens, device=meta),

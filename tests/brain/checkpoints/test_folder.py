@@ -31,8 +31,10 @@ def assert_same(weights: Weights, state: dict[str, Tensor], folder: Path) -> Non
     config = open_folder(folder, dtype=torch.float32).config
     shapes = weight_shapes(config)
     fields = packed_parts(config)
-    for field, tensor in weights._asdict().items():
-        assert tensor.shape == shapes[field]
+    assert {field for field, tensor in weights._asdict().items() if tensor is not None} == {*shapes}
+    for field, shape in shapes.items():
+        tensor = getattr(weights, field)
+        assert tensor.shape == shape
         if field in fields:
             parts = [state[name].reshape(-1) for name, _ in fields[field]]
             assert torch.equal(tensor.float().reshape(-1), torch.cat(parts)), field
