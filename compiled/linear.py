@@ -113,7 +113,8 @@ def _takes_packed(x: Tensor, weight: Int8) -> bool:
 
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
-    """Computes ``x @ weight.T + bias`` in the form that is fastest for this device and this many rows.
+    """Computes ``x @ weight.T + bias`` in the form that is fastest for this device and this many
+    rows.
 
     Args:
         x: [T, in] in the model's dtype.

@@ -147,7 +147,7 @@ class LayerWeights(NamedTuple):
         matrices: Sequence[Matrix] = rest
         if len(rest) != 4:
             matrices = [Int8(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
-        return cls(*norms, *matrices, bias, gain)
+        return cls(*norms, *matrices, qkv_bias=bias, qk_gain=gain)
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -269,9 +269,7 @@ def decoder_layer(
     new_keys = key.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     new_values = value.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
-    attended, mass = attention(
-        query, keys, values, new_keys, new_values, visible, score_divisor
-    )
+    attended, mass = attention(query, keys, values, new_keys, new_values, visible, score_divisor)
     hidden = hidden + linear(attended, weights.attention_out).float()
     x = rms_norm(hidden, weights.mlp_norm, eps)
     gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)

@@ -79,9 +79,9 @@ def operator(library: Path) -> Decode:
     Returns:
         ``decode(config, weights, state, hidden, cos, sin, visible, *, per_query, targets=None)``,
         which a compiler may trace. ``hidden`` [T, hidden] float32 are the embedded tokens; ``cos``
-        and ``sin`` [kinds, T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a
-        bucket; ``per_query`` asks for the attention mass [T, bucket + T] of every token apart. With
-        ``targets`` [T] int64, what follows each token, logits are never kept.
+        and ``sin`` [kinds, T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and
+        a bucket; ``per_query`` asks for the attention mass [T, bucket + T] of every token apart.
+        With ``targets`` [T] int64, what follows each token, logits are never kept.
     Raises:
         OSError: The library cannot be loaded, or takes other arguments than this module passes.
     """
@@ -204,17 +204,18 @@ class Arguments(ctypes.Structure):
 
 def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _allocated(*arguments)
-    norms, matrices, scales, cache, inputs, visible, eps, per_query, *optional = _Given(*arguments)
-    bias, gain, kinds, *constants = optional
+    asked = _Given(*arguments)
+    norms, matrices, scales, cache, inputs, visible = asked[:6]
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
     given = [hidden, *map(Tensor.contiguous, (*inputs[1:3], *visible))]
     targets = [tensor.contiguous() for tensor in inputs[3:]]
-    if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache, *bias, *gain))):
+    optional = (*asked.qkv_bias, *asked.qk_gain)
+    if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache, *optional))):
         raise ValueError("weights and cache must lie in one piece")
     num_tokens, bucket = visible[0].shape
     layers, kv_heads, capacity, head_dim = cache[0].shape
-    of_layers = (ctypes.c_int64 * layers)(*kinds)  # lives as long as the call
+    of_layers = (ctypes.c_int64 * layers)(*asked.kinds)  # lives as long as the call
     scaled: list[int | None] = [*map(Tensor.data_ptr, scales)] or [None] * len(matrices)
     passed = Arguments(
         layers,
@@ -227,8 +228,8 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         num_tokens,
         capacity,
         bucket,
-        per_query,
-        eps,
+        asked.per_query,
+        asked.eps,
         *map(Tensor.data_ptr, norms),
         *(_Matrix(m.data_ptr(), scale) for m, scale in zip(matrices, scaled, strict=True)),
         *map(Tensor.data_ptr, (*cache, *given)),
@@ -236,10 +237,9 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         *map(Tensor.data_ptr, results),
         None,
         torch.get_num_threads(),
-        bias[0].data_ptr() if bias else None,
-        gain[0].data_ptr() if gain else None,
+        *(some[0].data_ptr() if some else None for some in (asked.qkv_bias, asked.qk_gain)),
         ctypes.addressof(of_layers),
-        *constants,
+        *(asked.head_eps, asked.attention_scale, asked.logit_divisor),
     )
     reference = ctypes.byref(passed)
     workspace = hidden.new_empty(library.workspace_size(reference))

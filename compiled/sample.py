@@ -134,9 +134,7 @@ def surprises(logits: Tensor, targets: Tensor) -> Tensor:
     return -torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
 
 
-def head_surprises(
-    final: Tensor, head: Matrix, targets: Tensor, divisor: float = 1.0
-) -> Tensor:
+def head_surprises(final: Tensor, head: Matrix, targets: Tensor, divisor: float = 1.0) -> Tensor:
     """The same without logits: they are made block by block and dropped. The normaliser is the
     log-sum-exp of the blocks' log-sum-exps.
 

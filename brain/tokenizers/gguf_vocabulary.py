@@ -354,7 +354,8 @@ def _tokenizer_config(fields: Mapping[str, Any], listed: _Listed) -> bytes:
         index = fields.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(index, int) and 0 <= index < len(tokens):
             config[f"{role}_token"] = tokens[index]
-    if isinstance(context := fields.get("llama.context_length"), int):
+    architecture = fields.get("general.architecture")
+    if isinstance(context := fields.get(f"{architecture}.context_length"), int):
         config["model_max_length"] = context
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         config["chat_template"] = template

@@ -30,7 +30,7 @@ def in_eight_bits(weights: Weights) -> Weights:
 
 def told_again(weights: Weights) -> Weights:
     """The same numbers, as float32 matrices."""
-    fields = {
+    fields: dict[str, Any] = {
         name: dequantize(value) if isinstance(value, Int8) else value
         for name, value in zip(Weights._fields, weights, strict=True)
     }

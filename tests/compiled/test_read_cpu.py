@@ -56,7 +56,7 @@ def threads() -> Iterator[None]:
 def model(config: LlamaConfig, precision: Precision) -> Weights:
     dtype, int8 = precision
     # Products of some sixty terms: a spread that keeps activations of order 1.
-    scaled = {
+    scaled: dict[str, Any] = {
         name: (1.0 + tensor.float() if name.endswith("norm") else 0.3 * tensor).to(dtype)
         for name, tensor in toy_weights(config)._asdict().items()
         if isinstance(tensor, torch.Tensor) and name != "inverse_frequencies"
@@ -331,7 +331,7 @@ def test_an_operator_that_pytorch_may_compile() -> None:
     )
     qualified = getattr(torch.ops.positronic_brain, library.stem.replace("-", "_")).default
     matrices = [getattr(weights, field) for field in MATRICES[1:]]
-    called = (
+    called: tuple[Any, ...] = (
         [weights.attention_norm, weights.mlp_norm, weights.final_norm],
         [matrix.values for matrix in matrices],
         [matrix.scale for matrix in matrices],

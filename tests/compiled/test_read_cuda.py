@@ -55,7 +55,7 @@ on_a_device = KernelTests()
 
 def model(config: LlamaConfig, dtype: torch.dtype, *, int8: bool) -> Weights:
     # Products of some sixty terms: a spread that keeps activations of order 1.
-    scaled = {
+    scaled: dict[str, Any] = {
         name: (1.0 + tensor.float() if name.endswith("norm") else 0.3 * tensor).to(DEVICE, dtype)
         for name, tensor in toy_weights(config)._asdict().items()
         if isinstance(tensor, Tensor) and name != "inverse_frequencies"
