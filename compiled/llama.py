@@ -147,7 +147,7 @@ class LayerWeights(NamedTuple):
         matrices: Sequence[Matrix] = rest
         if len(rest) != 4:
             matrices = [Int8(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
-        return cls(*norms, *matrices, qkv_bias=bias, qk_gain=gain)
+        return cls(*norms, *matrices)._replace(qkv_bias=bias, qk_gain=gain)
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -258,8 +258,9 @@ def decoder_layer(
     query_key, value = torch.split(projected, widths, dim=-1)
     query_key = query_key.view(num_tokens, num_heads + num_kv_heads, head_dim)
     if weights.qk_gain is not None:
-        of_query, of_key = weights.qk_gain
-        gain = torch.cat([of_query.expand(num_heads, -1), of_key.expand(num_kv_heads, -1)])
+        of_query = weights.qk_gain[0].expand(num_heads, head_dim)
+        of_key = weights.qk_gain[1].expand(num_kv_heads, head_dim)
+        gain = torch.cat([of_query, of_key])
         query_key = rms_norm(query_key.float(), gain, head_eps)
     turned = rotate(query_key, cos, sin)
     query, key = torch.split(turned, [num_heads, num_kv_heads], dim=1)
