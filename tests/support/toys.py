@@ -62,6 +62,14 @@ def toy_weights(config: LlamaConfig, seed: int = 0) -> Weights:
     return Weights(**tensors)
 
 
+def assert_same_weights(ours: Weights, theirs: Weights) -> None:
+    """To the bit, and the same are absent."""
+    for field in Weights._fields:
+        one, other = getattr(ours, field), getattr(theirs, field)
+        assert (one is None) == (other is None), field
+        assert one is None or torch.equal(one, other), field
+
+
 def toy_state(
     config: LlamaConfig, capacity: int, rows: Mapping[int, int], *, seed: int = 1
 ) -> State:

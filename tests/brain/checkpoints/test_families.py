@@ -26,10 +26,11 @@ from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.errors import Refused
 from compiled.int8 import Int8
-from compiled.llama import UNROTATED, Weights
+from compiled.llama import UNROTATED
 from gguf_files import write_fields
 from plain import plain_read
 from small_families import MODELS, NEW, SHAPE, save_as_gguf, save_family
+from toys import assert_same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -229,13 +230,6 @@ def test_I11_a_save_goes_on(family_folder: Folder, tmp_path: Path, name: str) ->
 # What it opens -----------------------------------------------------------------------------------
 
 
-def same_weights(ours: Weights, theirs: Weights) -> None:
-    for field in Weights._fields:
-        one, other = getattr(ours, field), getattr(theirs, field)
-        assert (one is None) == (other is None), field
-        assert one is None or torch.equal(one, other), field
-
-
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama"])
 def test_a_gguf_file_is_the_same_model(family_folder: Folder, tmp_path: Path, name: str) -> None:
     """Opened where it lies, and written as a folder, which transformers reads."""
@@ -243,11 +237,11 @@ def test_a_gguf_file_is_the_same_model(family_folder: Folder, tmp_path: Path, na
     original = open_folder(folder, dtype=torch.float32)
     opened = open_gguf(folder / "x.gguf", dtype=torch.float32)
     assert opened.config == original.config
-    same_weights(opened.weights, original.weights)
+    assert_same_weights(opened.weights, original.weights)
     convert_gguf(folder / "x.gguf", tmp_path)
     converted = open_folder(tmp_path, dtype=torch.float32)
     assert converted.config == original.config
-    same_weights(converted.weights, original.weights)
+    assert_same_weights(converted.weights, original.weights)
     if name != "mistral":  # which is a llama there
         assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name
     assert torch.equal(expected(reference(tmp_path), IDS), expected(reference(folder), IDS))

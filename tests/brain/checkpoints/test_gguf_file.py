@@ -36,20 +36,13 @@ from brain.measure.bench.gguf_writer import write_gguf as write
 from brain.measure.bench.job import Job
 from brain.measure.bench.llama_cpp_peer import LlamaCpp
 from compiled.int8 import Int8, dequantize
-from compiled.llama import Weights
 from compiled.rope import RopeScaling, inverse_frequencies
 from gguf_files import Change, Fields, Tensors, byte_level_fields, write_gguf
 from texts import TEXTS
+from toys import assert_same_weights
 
 Twins = Callable[..., tuple[Path, Path]]
 SaveLlama = Callable[..., dict[str, Tensor]]
-
-
-def assert_same_weights(ours: Checkpoint, original: Checkpoint) -> None:
-    """To the bit, and the same are absent."""
-    for field in Weights._fields:
-        one, other = (getattr(checkpoint.weights, field) for checkpoint in (ours, original))
-        assert one is other is None or torch.equal(one, other), field
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -69,7 +62,7 @@ def test_conversion_restores_the_original(
 
     ours, original = (open_folder(f, dtype=torch.float32) for f in (folder, tmp_path / "hf"))
     assert ours.config == original.config
-    assert_same_weights(ours, original)
+    assert_same_weights(ours.weights, original.weights)
     assert ours.tokenizer.encode("hello 12") == original.tokenizer.encode("hello 12")
     a, b = (AutoModelForCausalLM.from_pretrained(f) for f in (folder, tmp_path / "hf"))
     ids = torch.tensor([[1, 2, 3, 4, 5]])
@@ -172,7 +165,7 @@ def test_metadata_count_as_in_llama_cpp(
     assert all(part in str(caught[0].message) for part in said)
     assert len(caught) == bool(said)
     ours, original = (open_folder(tmp_path / f, dtype=torch.float32) for f in ("out", "hf"))
-    assert_same_weights(ours, original)
+    assert_same_weights(ours.weights, original.weights)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, 2000, -100])
@@ -251,7 +244,7 @@ def test_a_file_is_the_same_model_as_its_folder(
     before = sorted(path.parent.rglob("*"))
     ours, original = open_gguf(path, dtype=dtype), open_folder(folder, dtype=dtype)
     assert ours.config == original.config
-    assert_same_weights(ours, original)
+    assert_same_weights(ours.weights, original.weights)
     assert (ours.weights.head is ours.weights.embedding) == tied
     for text in TEXTS:
         assert ours.tokenizer.encode(text) == original.tokenizer.encode(text)
@@ -454,8 +447,7 @@ def test_numbers_are_those_that_llama_cpp_reads(twins: Twins, tmp_path: Path, ki
     ours, theirs, exact = (
         open_gguf(file, dtype=torch.float32).weights for file in (small, back, path)
     )
-    for field in ours._fields:
-        assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
+    assert_same_weights(ours, theirs)
     found, original = dequantize(ours.qkv), dequantize(exact.qkv)
     assert not torch.equal(found, original)
     error = (found - original).norm() / original.norm()
@@ -499,4 +491,4 @@ def test_rows_are_dequantized_as_whole_tensors_are(
     ours, plain = (
         open_gguf(tmp_path / name, dtype=torch.float32) for name in ("x.gguf", "plain.gguf")
     )
-    assert_same_weights(ours, plain)
+    assert_same_weights(ours.weights, plain.weights)
