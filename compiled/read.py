@@ -340,8 +340,8 @@ def _through_layers(
     keys, values = [], []
     for layer, kind in enumerate(config.layer_kinds):
         hidden, key, value, layer_mass = layer_of(
-            config.qkv_bias,
-            config.qk_norm,
+            weights.qkv_bias is not None,
+            weights.qk_gain is not None,
             config.stream_eps,
             config.rms_norm_eps,
             config.score_divisor,
