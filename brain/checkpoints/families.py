@@ -76,7 +76,7 @@ FAMILIES = {
 }
 """By ``model_type`` of config.json."""
 
-ARCHITECTURES = {family.architecture: family for family in reversed(FAMILIES.values())}
+ARCHITECTURES = {f.architecture: f for f in FAMILIES.values() if f.model_type != "mistral"}
 """By ``general.architecture`` of GGUF files; a Mistral is a ``llama`` there."""
 
 _GEMMA = "norms that multiply by 1 + weight, GeGLU"
