@@ -23,6 +23,7 @@ from brain.tokenizers.folder import (
     LIBRARY,
     LISTED,
     LLAMA,
+    QWEN2,
     SENTENCEPIECE,
     Folder,
     Stated,
@@ -167,6 +168,14 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+REMADE = {
+    LLAMA: tokenizer_json.as_llama,
+    GPT2: tokenizer_json.as_gpt2,
+    QWEN2: tokenizer_json.as_qwen2,
+}
+"""What the classes of transformers make of a ``tokenizer.json``."""
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder, as transformers reads it. What a folder says twice is
     decided in ``brain.tokenizers.folder``, with a warning where it differs. Raises Refused.
@@ -198,9 +207,8 @@ def _from_library(
     """The vocabulary of a folder whose ``tokenizer.json``, parsed as ``spec``, counts."""
     prefix, made = prefix_space(said, reader), spec
     if reader:
-        remake = tokenizer_json.as_llama if reader == LLAMA else tokenizer_json.as_gpt2
-        made = remake(spec, prefix)
-        other_kind = reader == GPT2 and not tokenizer_json.is_byte_level(spec, where)
+        made = REMADE[reader](spec, prefix)
+        other_kind = reader != LLAMA and not tokenizer_json.is_byte_level(spec, where)
         if other_kind or not isinstance(made["model"]["vocab"], dict):
             raise Refused(
                 f"{where}: not the vocabulary that {reader} of the folder's settings needs; name "
@@ -266,7 +274,7 @@ def _from_sentencepiece(
     except Refused as refusal:
         raise Refused(f"{refusal}; if it is a list for tiktoken, put {LIBRARY} there") from None
     prefix = prefix_space(said, reader)
-    if reader == GPT2:
+    if reader in (GPT2, QWEN2):
         raise Refused(f"{where}: {reader}, which the folder's settings name, does not read it")
     if reader == LLAMA:
         model = sentencepiece_model.changing_nothing(model, space=prefix != "never")

@@ -70,6 +70,7 @@ def definition(
     new_keys: Tensor,
     new_values: Tensor,
     visible: Visibility,
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention (Ainslie et al. 2023) in plain terms; for arguments see ``attend``.
 
@@ -79,7 +80,7 @@ def definition(
     all_keys = torch.cat([keys, new_keys], 1).repeat_interleave(group, 0)  # [heads, N, head_dim]
     all_values = torch.cat([values, new_values], 1).repeat_interleave(group, 0)
     seen = torch.cat([visible.cached, visible.new], 1)  # [T, N], where N is bucket + T
-    scores = torch.einsum("thd,hnd->htn", query, all_keys) / math.sqrt(query.shape[2])
+    scores = torch.einsum("thd,hnd->htn", query, all_keys) / (divisor or math.sqrt(query.shape[2]))
     probabilities = scores.masked_fill(~seen, -math.inf).softmax(-1)  # [heads, T, N]
     attended = torch.einsum("htn,hnd->thd", probabilities, all_values)
     mass = torch.einsum("htn,t->n", probabilities, visible.live)
@@ -87,7 +88,8 @@ def definition(
 
 
 Attention = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Visibility], tuple[Tensor, Tensor | None]
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Visibility, float | None],
+    tuple[Tensor, Tensor | None],
 ]
 """``attend``, or one of the two functions that differ from it in the mass."""
 
@@ -99,6 +101,7 @@ def attend(
     new_keys: Tensor,
     new_values: Tensor,
     visible: Visibility,
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lets T new tokens attend to the cache and to each other.
 
@@ -111,6 +114,7 @@ def attend(
         new_keys: [kv_heads, T, head_dim].
         new_values: Of the same shape.
         visible: Who sees whom.
+        divisor: What scores are divided by; None: sqrt(head_dim).
     Returns:
         The attended values [T, heads * head_dim] in the query's dtype, and the attention mass
         [bucket + T] float32: probabilities summed over heads and live queries, of every slot and
@@ -119,12 +123,14 @@ def attend(
         hides it.
     """
     if streams_rows(query, query.shape[0]):
-        return _attend_streaming(query, keys, values, new_keys, new_values, visible)
+        return _attend_streaming(query, keys, values, new_keys, new_values, visible, divisor)
 
     def mass(probabilities: Tensor, queries: slice) -> Tensor:
         return summed_probabilities(probabilities.flatten(0, 1), visible.live[queries])
 
-    attended, masses = _attend_in_tiles(query, keys, values, new_keys, new_values, visible, mass)
+    attended, masses = _attend_in_tiles(
+        query, keys, values, new_keys, new_values, visible, mass, divisor
+    )
     return attended, _added(masses)
 
 
@@ -135,6 +141,7 @@ def attend_per_query(
     new_keys: Tensor,
     new_values: Tensor,
     visible: Visibility,
+    divisor: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``attend`` with the mass that each query gave, summed over heads: [T, bucket + T] float32."""
     num_tokens = query.shape[0]
@@ -143,7 +150,9 @@ def attend_per_query(
         other_queries = (0, 0, queries.start, num_tokens - queries.stop)
         return F.pad(probabilities.sum((0, 1)), other_queries)
 
-    attended, masses = _attend_in_tiles(query, keys, values, new_keys, new_values, visible, mass)
+    attended, masses = _attend_in_tiles(
+        query, keys, values, new_keys, new_values, visible, mass, divisor
+    )
     return attended, _added(masses)
 
 
@@ -154,11 +163,14 @@ def attend_causally(
     new_keys: Tensor,
     new_values: Tensor,
     visible: Visibility,
+    divisor: float | None = None,
 ) -> tuple[Tensor, None]:
     """``attend`` without a mass, for new tokens that come in text order: no live token sees a later
     one, so what a tile of queries cannot see is not computed.
     """
-    attended, _ = _attend_in_tiles(query, keys, values, new_keys, new_values, visible, None)
+    attended, _ = _attend_in_tiles(
+        query, keys, values, new_keys, new_values, visible, None, divisor
+    )
     return attended, None
 
 
@@ -174,6 +186,7 @@ def _attend_in_tiles(
     new_values: Tensor,
     visible: Visibility,
     mass: Callable[[Tensor, slice], Tensor] | None,
+    divisor: float | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """``attend``, tile by tile: the attended values [T, heads * head_dim], and for every tile what
     ``mass`` makes of its probabilities [kv_heads, group, tile, bucket + T] and its queries. Without
@@ -184,7 +197,7 @@ def _attend_in_tiles(
     group = num_heads // num_kv_heads
     # Query heads that share a key head lie side by side, so no key is ever repeated.
     grouped = query.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    grouped = grouped / math.sqrt(head_dim)  # [kv_heads, group, T, head_dim]
+    grouped = grouped / (divisor or math.sqrt(head_dim))  # [kv_heads, group, T, head_dim]
 
     tiles, masses = [], []
     for queries in _slices(num_tokens, _queries_at_once(query)):
@@ -283,13 +296,14 @@ def _attend_streaming(
     new_keys: Tensor,
     new_values: Tensor,
     visible: Visibility,
+    divisor: float | None,
 ) -> tuple[Tensor, Tensor]:
     """``attend`` for one token, in the form that a compiler turns into one loop over the slots
     after another: nothing is joined; cached scores and the token's own share a maximum and a sum.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[0]
-    grouped = query.float().view(num_kv_heads, -1, head_dim) / math.sqrt(head_dim)
+    grouped = query.float().view(num_kv_heads, -1, head_dim) / (divisor or math.sqrt(head_dim))
     grouped = torch_private.materialise(grouped)  # [kv_heads, group, head_dim]
     scores = (grouped[:, :, None] * keys.float()[:, None]).sum(-1)  # [kv_heads, group, bucket]
     scores = scores.masked_fill(~visible.cached, -math.inf)

@@ -177,6 +177,7 @@ class Graphs:
             lookup=spec.lookup,  # type: ignore[arg-type]  # never called without one
             ends=tuple(sorted(ends)),
         )
+        self._rebase = partial(rebase, config.layer_kinds)
         self.table: dict[Key, Graph] = {}
         self._of_edits: set[Key] = set()
         if spec.compiled:
@@ -186,7 +187,7 @@ class Graphs:
             functions |= edits
             # Captured on CUDA, it would keep room for a second cache of keys; called, for a layer.
             if spec.rebases and self.device.type != "cuda":
-                functions[REBASE] = rebase
+                functions[REBASE] = self._rebase
             self.table = {
                 # Beside kernels of our own, what is left is many small ones.
                 key: Graph(_name(key), function, self.device, capturing, joined=kernels)
@@ -414,7 +415,7 @@ class Graphs:
         """Renumbers positions densely and turns the keys; does nothing where it is not wanted."""
         flag = torch.full((), wanted, dtype=torch.bool, device=self.device)
         with self.ranges(REBASE[0]):
-            self.table.get(REBASE, rebase)(
+            self.table.get(REBASE, self._rebase)(
                 self.state, self.cursor, self.weights.inverse_frequencies, flag
             )
 

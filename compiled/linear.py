@@ -75,15 +75,24 @@ def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([_product(wide, some.float()) for some in torch.split(weight, WIDE_ROWS)], -1)
 
 
-def _product(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + addend`` by a library: [N, in] × [out, in] + [N, out] → [N, out]."""
+def _product(
+    x: Tensor, weight: Tensor, addend: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias + addend`` by a library: [N, in] × [out, in] + [out] + [N, out] →
+    [N, out]. A bias is added before the sum is rounded.
+    """
     if x.shape[0] >= FEW_ROWS and _multiplies_wide(x):
-        product = _wide_product(x, weight).to(x.dtype)
+        product = _biased(_wide_product(x, weight), bias).to(x.dtype)
         return product if addend is None else product + addend
     if _names_onednn(x):
-        return torch_private.onednn_linear(x, weight, addend)
-    product = F.linear(x, weight)
+        return torch_private.onednn_linear(x, weight, addend, bias)
+    product = F.linear(x, weight, bias)
     return product if addend is None else product + addend
+
+
+def _biased(sums: Tensor, bias: Tensor | None) -> Tensor:
+    """[N, out] float32, with what every row adds, if it adds anything."""
+    return sums if bias is None else sums + bias.float()
 
 
 def _takes_packed(x: Tensor, weight: Int8) -> bool:
@@ -105,37 +114,39 @@ def _takes_packed(x: Tensor, weight: Int8) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Matrix) -> Tensor:
-    """Computes ``x @ weight.T`` in the form that is fastest for this device and this many rows.
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """Computes ``x @ weight.T + bias`` in the form that is fastest for this device and this many
+    rows.
 
     Args:
         x: [T, in] in the model's dtype.
         weight: [out, in] in the same dtype, in eight bits, or in blocks.
+        bias: [out] in the same dtype, added before the sum is rounded; None: nothing.
     Returns:
         [T, out] in the dtype of ``x``.
     """
     if isinstance(weight, Blocks):  # whose numbers need float32
-        return _product(x.float(), blocks.dequantize(weight)).to(x.dtype)
+        return _biased(_product(x.float(), blocks.dequantize(weight)), bias).to(x.dtype)
     if isinstance(weight, Int8):
         # Eight bits are exact in every floating dtype; the scale comes after the sum.
         if _streams_eight_bits(x):
             row = torch_private.materialise(x.float())
-            return ((row * weight.values.float()).sum(-1) * weight.scale).to(x.dtype)[None]
+            sums = (row * weight.values.float()).sum(-1) * weight.scale
+            return _biased(sums, bias).to(x.dtype)[None]
         if _takes_packed(x, weight):
             ones = torch.ones_like(weight.scale, dtype=x.dtype)  # a scale in bfloat16 is too coarse
             sums = torch_private.int8_linear(x, weight.values, ones)
         elif _multiplies_wide(x):
             sums = _wide_product(x, weight.values)
         elif x.dtype == torch.float16:  # a sum of unscaled numbers may be more than it can hold
-            return _product(x, dequantize(weight).to(x.dtype))
+            return _product(x, dequantize(weight).to(x.dtype), bias=bias)
         else:
             sums = _product(x, weight.values.to(x.dtype))
-        return (sums.float() * weight.scale).to(x.dtype)
+        return _biased(sums.float() * weight.scale, bias).to(x.dtype)
     if streams_rows(x, x.shape[0]):
-        return (
-            (torch_private.materialise(x.float()) * weight.float()).sum(-1).to(weight.dtype)[None]
-        )
-    return _product(x, weight)
+        sums = (torch_private.materialise(x.float()) * weight.float()).sum(-1)
+        return _biased(sums, bias).to(weight.dtype)[None]
+    return _product(x, weight, bias=bias)
 
 
 def embed(tokens: Tensor, embedding: Matrix) -> Tensor:

@@ -2,7 +2,7 @@
 for the plan of a tick, in ``tick_cpu.cpp`` and in ``carry_out`` of ``tick_kernels.py``.
 
     patch(state, cursor, plan) → None
-    rebase(state, cursor, inverse_frequencies, wanted) → None
+    rebase(kinds, state, cursor, inverse_frequencies, wanted) → None
 
 The patch culls, erases, appends and replaces. Keys, values and mirror columns of a slot are written
 by the same graph. Culling clears ``valid``, O(1) per row; appending takes the lowest free slots and
@@ -33,7 +33,7 @@ forward: the room it needs is taken before it writes, any of its steps may be do
 one be interrupted, it and the rest are done before that is passed on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -226,7 +226,13 @@ def dense_positions(valid: Tensor, position: Tensor) -> Tensor:
     return torch.where(valid, torch.empty_like(place).scatter(0, order, place), position)
 
 
-def rebase(state: State, cursor: Cursor, inverse_frequencies: Tensor, wanted: Tensor) -> None:
+def rebase(
+    kinds: Sequence[int],
+    state: State,
+    cursor: Cursor,
+    inverse_frequencies: Tensor,
+    wanted: Tensor,
+) -> None:
     """Renumbers all rows densely, in place; does nothing where ``wanted`` [] bool is false.
 
     Every key is turned once, by the whole difference, in float32 from float64 angles: one rounding
@@ -234,27 +240,30 @@ def rebase(state: State, cursor: Cursor, inverse_frequencies: Tensor, wanted: Te
     to stand on the newest row, or behind it if its token has no row yet.
 
     Args:
+        kinds: Of each layer, which of the frequencies turn its keys.
         state: The memory.
         cursor: Its cursor.
-        inverse_frequencies: [head_dim / 2] float64, radians per position.
+        inverse_frequencies: [kinds, head_dim / 2] float64, radians per position.
         wanted: [] bool.
     """
     moving = state.valid & wanted  # [capacity]
     dense = torch.where(moving, dense_positions(state.valid, state.position), state.position)
-    cos, sin = rotation(dense - state.position, inverse_frequencies)  # [capacity, head_dim / 2]
+    cos, sin = rotation(dense - state.position, inverse_frequencies)  # [kinds, capacity, …]
     behind = state.valid.sum() - 1 + cursor.uncommitted
     at = torch.where(wanted, behind, cursor.position)
     layers = list(state.keys)  # [kv_heads, capacity, head_dim] each, views: never a second cache
     if torch.compiler.is_compiling():
-        for keys in layers:
-            keys.copy_(torch.where(moving[:, None], rotate_rows(keys, cos, sin), keys))
+        for keys, kind in zip(layers, kinds, strict=True):
+            turned = rotate_rows(keys, cos[kind], sin[kind])
+            keys.copy_(torch.where(moving[:, None], turned, keys))
         state.position.copy_(dense)
         cursor.position.copy_(at)
         return
     room = _room_to_turn(layers[0])
     steps: list[Callable[[], object]] = []
-    for keys in layers:
-        steps += [partial(_turn, keys, cos, sin, moving, room), partial(keys.copy_, room.turned)]
+    for keys, kind in zip(layers, kinds, strict=True):
+        steps.append(partial(_turn, keys, cos[kind], sin[kind], moving, room))
+        steps.append(partial(keys.copy_, room.turned))
     steps += [partial(state.position.copy_, dense), partial(cursor.position.copy_, at)]
     _to_the_end(steps)
 

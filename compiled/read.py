@@ -117,11 +117,11 @@ def read(
         bucket: Slots that are read: past the highest occupied one, and at most the capacity.
         decode: The operator that stands for the layers, if any.
     """
-    start = _start(weights, state, tokens, positions, length, bucket)
+    start = _start(config, weights, state, tokens, positions, length, bucket)
     if decode is None:
         nothing = torch.zeros((bucket + len(tokens),), dtype=torch.float32, device=tokens.device)
         layers = _through_layers(config, weights, state, start, _layer, nothing)
-        decoded = layers.decoded(weights)
+        decoded = layers.decoded(config, weights)
     else:
         decoded = decode(config, weights, state, *start, per_query=False)
     mass = decoded.mass / (config.num_layers * config.num_heads)
@@ -163,12 +163,12 @@ def read_ahead(
     tokens = torch.cat([cursor.token, proposed])
     num_tokens = len(tokens)
     positions = cursor.position + torch.arange(num_tokens, device=tokens.device)
-    start = _start(weights, state, tokens, positions, length + 1, bucket)
+    start = _start(config, weights, state, tokens, positions, length + 1, bucket)
     if decode is None:
         shape = (num_tokens, bucket + num_tokens)
         nothing = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
         layers = _through_layers(config, weights, state, start, _layer_per_query, nothing)
-        decoded = layers.decoded(weights)
+        decoded = layers.decoded(config, weights)
     else:
         decoded = decode(config, weights, state, *start, per_query=True)
     mass = decoded.mass / (config.num_layers * config.num_heads)
@@ -208,12 +208,12 @@ def scored_prefill(
         bucket: See ``read``.
         decode: See ``read``.
     """
-    start = _start(weights, state, tokens, positions, length, bucket)
+    start = _start(config, weights, state, tokens, positions, length, bucket)
     if decode is not None:
         decoded = decode(config, weights, state, *start, per_query=False, targets=targets)
         return ScoredPrefill(*decoded[:3])
     layers = _through_layers(config, weights, state, start, _causal_layer, None)
-    surprises = head_surprises(layers.final, weights.head, targets)
+    surprises = head_surprises(layers.final, weights.head, targets, config.logit_divisor)
     return ScoredPrefill(surprises, layers.new_keys, layers.new_values)
 
 
@@ -242,13 +242,13 @@ def read_chunk(
         decode: See ``read``.
     """
     length = torch.full((), len(tokens), dtype=torch.int64, device=tokens.device)
-    start = _start(weights, state, tokens, positions, length, bucket)
+    start = _start(config, weights, state, tokens, positions, length, bucket)
     if decode is None:
         shape = (len(tokens), bucket + len(tokens))
         nothing = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
         layers = _through_layers(config, weights, state, start, _layer_per_query, nothing)
-        nats, keys, values = head_surprises(layers.final, weights.head, targets), *layers[1:3]
-        mass = layers.mass
+        nats = head_surprises(layers.final, weights.head, targets, config.logit_divisor)
+        _, keys, values, mass = layers
     else:
         nats, keys, values, mass = decode(
             config, weights, state, *start, per_query=True, targets=targets
@@ -278,18 +278,27 @@ class _Start(NamedTuple):
     """What goes into the first layer, and what every layer is given."""
 
     hidden: Tensor  # [T, hidden] float32
-    cos: Tensor  # [T, head_dim / 2]
-    sin: Tensor  # [T, head_dim / 2]
+    cos: Tensor  # [kinds, T, head_dim / 2]
+    sin: Tensor  # [kinds, T, head_dim / 2]
     visible: Visibility
 
 
 def _start(
-    weights: Weights, state: State, tokens: Tensor, positions: Tensor, length: Tensor, bucket: int
+    config: LlamaConfig,
+    weights: Weights,
+    state: State,
+    tokens: Tensor,
+    positions: Tensor,
+    length: Tensor,
+    bucket: int,
 ) -> _Start:
     """Tokens embedded, positions as angles, and who sees whom."""
     cos, sin = rotation(positions, weights.inverse_frequencies)
     visible = visibility(state.valid[:bucket], state.position[:bucket], positions, length)
-    return _Start(embed(tokens, weights.embedding), cos, sin, visible)
+    hidden = embed(tokens, weights.embedding)
+    if config.stream_scale != 1:
+        hidden = hidden * config.stream_scale
+    return _Start(hidden, cos, sin, visible)
 
 
 class _Layers(NamedTuple):
@@ -300,10 +309,12 @@ class _Layers(NamedTuple):
     new_values: Tensor  # [layers, kv_heads, T, head_dim]
     mass: Tensor | None  # float32, summed over layers and heads
 
-    def decoded(self, weights: Weights) -> Decoded:
+    def decoded(self, config: LlamaConfig, weights: Weights) -> Decoded:
         """With the logits: what the operator returns."""
         assert self.mass is not None
         logits = linear(self.final, weights.head).float()
+        if config.logit_divisor != 1:
+            logits = logits / config.logit_divisor
         return Decoded(logits, self.new_keys, self.new_values, self.mass)
 
 
@@ -328,12 +339,14 @@ def _through_layers(
     hidden, cos, sin, visible = start
     bucket = visible.cached.shape[1]
     keys, values = [], []
-    for layer in range(config.num_layers):
+    for layer, kind in enumerate(config.layer_kinds):
         hidden, key, value, layer_mass = layer_of(
+            config.stream_eps,
             config.rms_norm_eps,
+            config.score_divisor,
             hidden,
-            cos,
-            sin,
+            cos[kind],
+            sin[kind],
             *visible,
             state.keys[layer, :, :bucket],  # [kv_heads, bucket, head_dim], a view
             state.values[layer, :, :bucket],
@@ -347,7 +360,7 @@ def _through_layers(
     keys.clear()  # a long text's rows are held once, not twice
     new_values = torch.stack(values)
     values.clear()
-    final = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
+    final = rms_norm(hidden, weights.final_norm, config.stream_eps)
     return _Layers(final, new_keys, new_values, mass)
 
 
@@ -358,22 +371,48 @@ def _region(attention: Attention) -> Any:
     """
 
     def layer(
-        eps: float, inputs: Sequence[Tensor], weights: LayerWeights
+        eps: float,
+        head_eps: float,
+        score_divisor: float,
+        inputs: Sequence[Tensor],
+        weights: LayerWeights,
     ) -> tuple[Tensor | None, ...]:
         hidden, cos, sin, cached, new, live, keys, values = inputs
-        visible = Visibility(cached, new, live)
-        return tuple(
-            decoder_layer(hidden, weights, keys, values, cos, sin, visible, eps, attention)
+        reading = decoder_layer(
+            hidden,
+            weights,
+            keys,
+            values,
+            cos,
+            sin,
+            Visibility(cached, new, live),
+            eps,
+            attention,
+            head_eps=head_eps,
+            score_divisor=score_divisor,
         )
+        return tuple(reading)
 
     @torch.compiler.nested_compile_region
-    def region(eps: float, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return layer(eps, tensors[:8], LayerWeights.from_tensors(tensors[8:]))
+    def region(
+        qkv_bias: bool,
+        qk_norm: bool,
+        eps: float,
+        head_eps: float,
+        score_divisor: float,
+        *tensors: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        weights = LayerWeights.from_tensors(tensors[8:], qkv_bias=qkv_bias, qk_norm=qk_norm)
+        return layer(eps, head_eps, score_divisor, tensors[:8], weights)
 
-    def either(eps: float, *inputs: Tensor, weights: LayerWeights) -> tuple[Tensor | None, ...]:
+    def either(
+        eps: float, head_eps: float, score_divisor: float, *inputs: Tensor, weights: LayerWeights
+    ) -> tuple[Tensor | None, ...]:
         if isinstance(weights.qkv, Blocks):
-            return layer(eps, inputs, weights)
-        return region(eps, *inputs, *weights.tensors())  # type: ignore[no-any-return]
+            return layer(eps, head_eps, score_divisor, inputs, weights)
+        given = (weights.qkv_bias is not None, weights.qk_gain is not None)
+        numbers = (eps, head_eps, score_divisor)
+        return region(*given, *numbers, *inputs, *weights.tensors())  # type: ignore[no-any-return]
 
     return either
 

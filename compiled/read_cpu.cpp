@@ -455,7 +455,6 @@ struct Decode {
   int64_t layers, hidden_size, intermediate, heads, kv_heads, head_dim, vocab;
   int64_t tokens, capacity, bucket;
   int64_t per_query;   // whether the attention mass of every token is wanted apart
-  int64_t neighbours;  // whether rows of queries and keys that are turned together lie side by side
   double eps;
   const void* attention_norm;  // [layers, hidden]
   const void* mlp_norm;        // [layers, hidden]
@@ -464,7 +463,7 @@ struct Decode {
   const void* keys;    // [layers, kv_heads, capacity, head_dim]
   const void* values;  // [layers, kv_heads, capacity, head_dim]
   float* hidden;       // [T, hidden], written over
-  const float* cos;    // [T, head_dim / 2]
+  const float* cos;    // [kinds, T, head_dim / 2]
   const float* sin;
   const uint8_t* visible_cached;  // [T, bucket]
   const uint8_t* visible_new;     // [T, T]
@@ -476,6 +475,13 @@ struct Decode {
   float* mass;            // [per_query ? T : 1, bucket + T], zeros before
   float* workspace;       // see read_cpu.py
   int64_t threads;        // at most
+  const void* qkv_bias;   // [layers, qkv rows], or null
+  const void* qk_gain;    // [layers, 2, head_dim], of queries and of keys, or null
+  const int64_t* kinds;   // [layers]: which of cos and sin turn a layer
+  double head_eps;        // of the norms of queries and keys
+  double attention_scale; // of scores; 0: 1 / sqrt(head_dim)
+  double logit_divisor;   // of logits
+  int64_t neighbours;     // whether rows of queries and keys that turn together lie side by side
 };
 
 namespace {
@@ -546,6 +552,7 @@ struct Own {
   float* value;        // [kv_heads, T, head_dim]
   float* new_weights;  // [heads, T, T]: of the new tokens
   float* attended;     // [head_dim]
+  float* head;         // [head_dim]: a query, key or value on its way
   float *gates, *ups;  // [T, GATES]
   float* floats;       // where matrices are in blocks: [T, widest], what they are multiplied by
   float* factors;      // … as whole numbers
@@ -569,6 +576,7 @@ Own<Real> own_of(const Decode& d, Slices& slices) {
   own.value = slices.take(d.kv_heads * d.tokens * d.head_dim);
   own.new_weights = slices.take(d.heads * d.tokens * d.tokens);
   own.attended = slices.take(d.head_dim);
+  own.head = slices.take(d.head_dim);
   own.gates = slices.take(d.tokens * GATES);
   own.ups = slices.take(d.tokens * GATES);
   if constexpr (std::is_same_v<Weight, InBlocks>) {
@@ -758,7 +766,9 @@ Pool* const pool = new (pool_room) Pool;  // never destroyed: its threads may ou
 inline int64_t queries_of(const Decode& d) { return d.heads * d.tokens; }
 inline int64_t masses_of(const Decode& d) { return d.per_query ? d.tokens : 1; }
 inline int64_t qkv_rows_of(const Decode& d) { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
-inline float score_scale(const Decode& d) { return 1.0f / std::sqrt(float(d.head_dim)); }
+inline float score_scale(const Decode& d) {
+  return d.attention_scale ? float(d.attention_scale) : 1.0f / std::sqrt(float(d.head_dim));
+}
 
 // Norm --------------------------------------------------------------------------------------------
 //
@@ -880,11 +890,11 @@ void multiply_rows(const Decode& d, const Matrix& m, int64_t layer, int64_t, int
   }
 }
 
-template <class Real, class Weight, bool ADDS>
+template <class Real, class Weight, bool ADDS, class Held = Real>
 void linear(const Decode& d, const Team& team, const Own<Real>& own, const Matrix& m, int64_t layer,
             int64_t rows, int64_t columns, const Input<Real>* x, float* to) {
   const Vectors<Real, Weight> vectors(d, own, x, columns);
-  const Rows<Real, ADDS> into{to, rows, scale(m, layer, rows), team.begin(rows)};
+  const Rows<Held, ADDS> into{to, rows, scale(m, layer, rows), team.begin(rows)};
   multiply_rows(d, m, layer, rows, columns, vectors, 0, team.end(rows), into);
 }
 
@@ -903,44 +913,90 @@ void ask_early(const Matrix& m, int64_t layer, int64_t rows, int64_t columns, in
   for (int64_t line = 0; line < AHEAD; line += 64) __builtin_prefetch(start + line, 0, 3);
 }
 
-// Rotation ----------------------------------------------------------------------------------------
+// Queries, keys and values ------------------------------------------------------------------------
 //
+// A sum that gets a bias is rounded with it. A query or key may be normalised: x / sqrt(mean(x^2) +
+// eps) * gain. Then it is rotated:
 // (x[i], x[i + half]) = (x[i] cos - x[i + half] sin, x[i + half] cos + x[i] sin), by the angles of
 // the token's position. Twin: `rotate` in rope.py.
 
-template <class Real, bool NEIGHBOURS>
-void rotate(const Decode& d, const float* from, int64_t t, Input<Real>* to) {
-  const int64_t half = d.head_dim / 2;
-  const float *cos = d.cos + t * half, *sin = d.sin + t * half;
+template <class Real>
+void rotate(const Decode& d, const float* from, int64_t t, int64_t kind, Input<Real>* to) {
+  const int64_t half = d.head_dim / 2, at = (kind * d.tokens + t) * half;
+  const float *cos = d.cos + at, *sin = d.sin + at;
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    const float first = from[NEIGHBOURS ? 2 * i : i];
-    const float second = from[NEIGHBOURS ? 2 * i + 1 : i + half];
-    hold<Real>(first * cos[i] - second * sin[i], to + i);
-    hold<Real>(second * cos[i] + first * sin[i], to + i + half);
+    hold<Real>(from[i] * cos[i] - from[i + half] * sin[i], to + i);
+    hold<Real>(from[i + half] * cos[i] + from[i] * sin[i], to + i + half);
   }
 }
 
-template <class Real>
-void rotate(const Decode& d, const float* from, int64_t t, Input<Real>* to) {
-  if (d.neighbours)
-    rotate<Real, true>(d, from, t, to);
+// The product for them. Where a bias is to come, sums are not rounded.
+template <class Real, class Weight>
+void project(const Decode& d, const Team& team, const Own<Real>& own, int64_t layer, float* to) {
+  const int64_t rows = qkv_rows_of(d), columns = d.hidden_size;
+  if (d.qkv_bias)
+    linear<Real, Weight, false, float>(d, team, own, d.qkv, layer, rows, columns, own.x, to);
   else
-    rotate<Real, false>(d, from, t, to);
+    linear<Real, Weight, false>(d, team, own, d.qkv, layer, rows, columns, own.x, to);
+}
+
+// Rows of one head of which neighbours are turned together, as `rotate` wants them: in `room`.
+inline const float* apart(const Decode& d, const float* from, float* room) {
+  const int64_t half = d.head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) room[i] = from[2 * i], room[i + half] = from[2 * i + 1];
+  return room;
+}
+
+// Rows of one head with their bias, as the model's dtype holds them: in `room`, if there is one.
+template <class Real>
+const float* biased(const Decode& d, const float* from, int64_t layer, int64_t row, float* room) {
+  if (!d.qkv_bias) return from;
+  const Real* bias = static_cast<const Real*>(d.qkv_bias) + layer * qkv_rows_of(d) + row;
+#pragma omp simd
+  for (int64_t i = 0; i < d.head_dim; ++i) room[i] = rounded<Real>(from[i] + number(bias[i]));
+  return room;
+}
+
+// A query (which = 0) or key (1), normalised: in `room`, if there are norms. Twin: `rms_norm`.
+template <class Real>
+const float* normalised(const Decode& d, const float* from, int64_t layer, int64_t which,
+                        float* room) {
+  if (!d.qk_gain) return from;
+  const Real* gain = static_cast<const Real*>(d.qk_gain) + (2 * layer + which) * d.head_dim;
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < d.head_dim; ++i) squares += from[i] * from[i];
+  const float factor = 1.0f / std::sqrt(squares / d.head_dim + float(d.head_eps));
+#pragma omp simd
+  for (int64_t i = 0; i < d.head_dim; ++i)
+    room[i] = rounded<Real>(rounded<Real>(from[i] * factor) * number(gain[i]));
+  return room;
 }
 
 // The packed projection apart: queries [heads, T, head_dim] and keys [kv_heads, T, head_dim],
 // rotated, and values, as many.
 template <class Real>
-void split(const Decode& d, const float* projected, const Own<Real>& own) {
+void split(const Decode& d, int64_t layer, const float* projected, const Own<Real>& own) {
+  const int64_t width = d.head_dim, kind = d.kinds[layer];
   for (int64_t t = 0; t < d.tokens; ++t) {
-    const float* from = projected + t * qkv_rows_of(d);
-    for (int64_t h = 0; h < d.heads; ++h, from += d.head_dim)
-      rotate<Real>(d, from, t, own.query + (h * d.tokens + t) * d.head_dim);
-    for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
-      rotate<Real>(d, from, t, own.key + (h * d.tokens + t) * d.head_dim);
-    for (int64_t h = 0; h < d.kv_heads; ++h, from += d.head_dim)
-      std::memcpy(own.value + (h * d.tokens + t) * d.head_dim, from, sizeof(float) * d.head_dim);
+    int64_t row = 0;
+    auto next = [&](bool turns = false) {
+      const float* from = projected + t * qkv_rows_of(d) + row;
+      if (turns && d.neighbours) from = apart(d, from, own.head);
+      from = biased<Real>(d, from, layer, row, own.head);
+      row += width;
+      return from;
+    };
+    auto turn = [&](int64_t heads, int64_t which, Input<Real>* to) {
+      for (int64_t h = 0; h < heads; ++h)
+        rotate<Real>(d, normalised<Real>(d, next(true), layer, which, own.head), t, kind,
+                     to + (h * d.tokens + t) * width);
+    };
+    turn(d.heads, 0, own.query);
+    turn(d.kv_heads, 1, own.key);
+    for (int64_t h = 0; h < d.kv_heads; ++h)
+      std::memcpy(own.value + (h * d.tokens + t) * width, next(), sizeof(float) * width);
   }
 }
 
@@ -1310,6 +1366,15 @@ void activate(const Decode& d, const Team& team, int64_t layer, const Own<Real>&
   }
 }
 
+// Logits ------------------------------------------------------------------------------------------
+
+// Some of them, in place.
+inline void divide(const Decode& d, float* logits, int64_t begin, int64_t end) {
+  const float divisor = float(d.logit_divisor);
+  if (divisor == 1.0f) return;
+  for (int64_t i = begin; i < end; ++i) logits[i] /= divisor;
+}
+
 // Surprise ----------------------------------------------------------------------------------------
 //
 // nats[t] = log(sum_row e^logit[t, row]) - logit[t, target[t]], of which no row is ever whole. Twin:
@@ -1327,6 +1392,7 @@ void sum_head(const Decode& d, const Shared& shared, const Team& team, const Own
     multiply_rows(d, d.head, 0, d.vocab, width, vectors, first, count, into);
     for (int64_t t = 0; t < d.tokens; ++t) {
       float* logits = own.gates + t * GATES;
+      divide(d, logits, 0, count);
       const int64_t target = d.targets[t] - first;
       if (0 <= target && target < count) shared.chosen[t] = logits[target];
       shared.sums[part * d.tokens + t] = exponentiate(logits, count);
@@ -1359,10 +1425,10 @@ void work(const Decode& d, const Shared& shared, const Team& team, const Own<Rea
   Combination<Real> combination(d, shared, own);
   for (int64_t layer = 0; layer < d.layers; ++layer) {
     norm<Real>(d, d.attention_norm, layer, own.x);
-    linear<Real, Weight, false>(d, team, own, d.qkv, layer, qkv_rows, hidden, own.x, shared.projected);
+    project<Real, Weight>(d, team, own, layer, shared.projected);
     blocks.ask_for_cache(layer);
     team.wait();
-    split(d, shared.projected, own);
+    split(d, layer, shared.projected, own);
     if (team.thread == 0) return_new_rows(d, layer, own);
     blocks.attend(layer, own.query);
     ask_early<Weight>(d.attention_out, layer, hidden, width, team.begin(hidden));
@@ -1387,6 +1453,8 @@ void work(const Decode& d, const Shared& shared, const Team& team, const Own<Rea
     if (team.thread == 0) surprise(d, shared);
   } else {
     linear<Real, Weight, false>(d, team, own, d.head, 0, d.vocab, hidden, own.x, d.logits);
+    for (int64_t t = 0; t < d.tokens; ++t)
+      divide(d, d.logits + t * d.vocab, team.begin(d.vocab), team.end(d.vocab));
   }
   blocks.return_mass();
 }

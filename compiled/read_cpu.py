@@ -86,9 +86,9 @@ def operator(library: Path) -> Decode:
     Returns:
         ``decode(config, weights, state, hidden, cos, sin, visible, *, per_query, targets=None)``,
         which a compiler may trace. ``hidden`` [T, hidden] float32 are the embedded tokens; ``cos``
-        and ``sin`` [T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and a
-        bucket; ``per_query`` asks for the attention mass [T, bucket + T] of every token apart. With
-        ``targets`` [T] int64, what follows each token, logits are never kept.
+        and ``sin`` [kinds, T, head_dim / 2] float32 their angles; ``visible`` is over T tokens and
+        a bucket; ``per_query`` asks for the attention mass [T, bucket + T] of every token apart.
+        With ``targets`` [T] int64, what follows each token, logits are never kept.
     Raises:
         OSError: The library cannot be loaded, or takes other arguments than this module passes.
     """
@@ -116,8 +116,14 @@ def operator(library: Path) -> Decode:
                 [hidden, cos, sin, *([] if targets is None else [targets])],
                 list(visible),
                 [config.intermediate_size, config.num_heads, config.vocab_size],
-                config.rms_norm_eps,
+                config.stream_eps,
                 per_query,
+                [] if weights.qkv_bias is None else [weights.qkv_bias],
+                [] if weights.qk_gain is None else [weights.qk_gain],
+                config.layer_kinds,
+                config.rms_norm_eps,
+                config.attention_scale or 0.0,
+                config.logit_divisor,
                 isinstance(weights.qkv, Blocks) and bool(weights.qkv.neighbour_heads),
             )
         )
@@ -140,7 +146,9 @@ def _registered(library: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor, Te
         library,
         loaded,
         "(Tensor[] norms, Tensor[] matrices, Tensor[] scales, Tensor[] cache, Tensor[] inputs, "
-        "Tensor[] visible, int[] sizes, float eps, bool per_query, bool neighbours) "
+        "Tensor[] visible, int[] sizes, float eps, bool per_query, Tensor[] qkv_bias, "
+        "Tensor[] qk_gain, int[] kinds, float head_eps, float attention_scale, "
+        "float logit_divisor, bool neighbours) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
         _run,
         _allocated,
@@ -159,6 +167,12 @@ class _Given(NamedTuple):
     sizes: Sequence[int]  # intermediate, heads, vocab
     eps: float
     per_query: bool
+    qkv_bias: Sequence[Tensor]  # one, or none
+    qk_gain: Sequence[Tensor]  # one, or none
+    kinds: Sequence[int]  # of each layer, which of cos and sin turn it
+    head_eps: float
+    attention_scale: float  # 0: head_dim ** -0.5
+    logit_divisor: float
     neighbours: bool  # of queries and keys in blocks: whether RoPE turns rows side by side
 
 
@@ -192,7 +206,6 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("layers", "hidden_size", "intermediate")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "vocab")),
         *((name, ctypes.c_int64) for name in ("tokens", "capacity", "bucket", "per_query")),
-        ("neighbours", ctypes.c_int64),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "final_norm")),
         *((name, _Matrix) for name in ("qkv", "attention_out", "gate_up", "down", "head")),
@@ -202,23 +215,27 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("logits", "new_keys", "new_values", "mass")),
         ("workspace", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("qkv_bias", "qk_gain", "kinds")),
+        *((name, ctypes.c_double) for name in ("head_eps", "attention_scale", "logit_divisor")),
+        ("neighbours", ctypes.c_int64),
     )
 
 
 def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results = _allocated(*arguments)
-    norms, matrices, scales, cache, inputs, visible, sizes, eps, per_query, neighbours = _Given(
-        *arguments
-    )
+    asked = _Given(*arguments)
+    norms, matrices, scales, cache, inputs, visible, sizes = asked[:7]
     intermediate, heads, vocab = sizes
     # The residual stream is worked on in place; the rest is copied only if it lies in pieces.
     hidden = inputs[0].clone(memory_format=torch.contiguous_format)
     given = [hidden, *map(Tensor.contiguous, (*inputs[1:3], *visible))]
     targets = [tensor.contiguous() for tensor in inputs[3:]]
-    if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache))):
+    optional = (*asked.qkv_bias, *asked.qk_gain)
+    if not all(map(Tensor.is_contiguous, (*norms, *matrices, *scales, *cache, *optional))):
         raise ValueError("weights and cache must lie in one piece")
     num_tokens, bucket = visible[0].shape
     layers, kv_heads, capacity, head_dim = cache[0].shape
+    of_layers = (ctypes.c_int64 * layers)(*asked.kinds)  # lives as long as the call
     scaled: list[int | None] = [*map(Tensor.data_ptr, scales)] or [None] * len(matrices)
     passed = Arguments(
         layers,
@@ -231,9 +248,8 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         num_tokens,
         capacity,
         bucket,
-        per_query,
-        neighbours,
-        eps,
+        asked.per_query,
+        asked.eps,
         *map(Tensor.data_ptr, norms),
         *(
             _Matrix(matrix.data_ptr(), scale, matrix.shape[1])
@@ -244,6 +260,10 @@ def _run(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
         *map(Tensor.data_ptr, results),
         None,
         torch.get_num_threads(),
+        *(some[0].data_ptr() if some else None for some in (asked.qkv_bias, asked.qk_gain)),
+        ctypes.addressof(of_layers),
+        *(asked.head_eps, asked.attention_scale, asked.logit_divisor),
+        asked.neighbours,
     )
     reference = ctypes.byref(passed)
     workspace = hidden.new_empty(library.workspace_size(reference))

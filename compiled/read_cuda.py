@@ -9,6 +9,7 @@ writes nothing but its results and scratch of its own.
 A layer is
 
     1. norm, packed projection, rotation: queries to scratch, new keys and values to the results
+       (where queries and keys have norms of their own, these and the rotation are a seventh kernel)
     2. attention over splits of the slots: per split a maximum, a sum, a weighted sum of values, and
        for every slot its weight exp(score - maximum so far)
     3. the splits put together, with what the new tokens give each other
@@ -143,7 +144,7 @@ def launches(
     common = {"T": tokens, "TP": power_of_two(tokens)}
     attention = {"T": tokens, "HEADS": heads, "KV": kv, "D": c.head_dim}
     padded = _padded(c)
-    scale = c.head_dim**-0.5
+    scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
     out = []
 
     def columns(size: int, rows: int) -> int:
@@ -158,7 +159,8 @@ def launches(
         assert isinstance(one, Tensor)  # a GPU is given no blocks
         return one, given.live
 
-    for layer in range(c.num_layers):
+    for layer, kind in enumerate(c.layer_kinds):
+        bias = None if weights.qkv_bias is None else weights.qkv_bias[layer]
         before = given.hidden if layer == 0 else scratch.hidden
         new_keys, new_values = results.new_keys[layer], results.new_values[layer]
         rows = 8
@@ -169,16 +171,31 @@ def launches(
                 ((heads + 2 * kv) * pairs,),
                 (
                     *(before, weights.attention_norm[layer], *of(weights.qkv, layer)),
-                    *(given.cos, given.sin, scratch.queries, new_keys, new_values),
+                    *(given.cos[kind], given.sin[kind], scratch.queries, new_keys, new_values),
+                    given.live if bias is None else bias,
                 ),
                 {
                     **(common | attention),
-                    **{"H": c.hidden_size, "EPS": c.rms_norm_eps, "INT8": int8},
+                    **{"H": c.hidden_size, "EPS": c.stream_eps, "INT8": int8},
+                    **{"BIAS": bias is not None, "TURNS": weights.qk_gain is None},
                     **{"BN": rows, "BK": columns(c.hidden_size, rows)},
                 },
                 4,
             )
         )
+        if weights.qk_gain is not None:
+            out.append(
+                Launch(
+                    read_kernels.turn,
+                    (tokens * (heads + kv),),
+                    (
+                        *(given.cos[kind], given.sin[kind], weights.qk_gain[layer]),
+                        *(scratch.queries, new_keys),
+                    ),
+                    {**attention, "DP": padded // 2, "EPS": c.rms_norm_eps},
+                    1,
+                )
+            )
         out.append(
             Launch(
                 read_kernels.attend,
@@ -243,7 +260,7 @@ def launches(
                 ),
                 {
                     **common,
-                    **{"H": c.hidden_size, "INNER": c.intermediate_size, "EPS": c.rms_norm_eps},
+                    **{"H": c.hidden_size, "INNER": c.intermediate_size, "EPS": c.stream_eps},
                     **{"BN": rows, "BK": columns(c.hidden_size, rows), "INT8": int8},
                 },
                 4,
@@ -271,7 +288,8 @@ def launches(
             (scratch.hidden, weights.final_norm, *of(weights.head), results.logits),
             {
                 **common,
-                **{"H": c.hidden_size, "V": c.vocab_size, "EPS": c.rms_norm_eps, "INT8": int8},
+                **{"H": c.hidden_size, "V": c.vocab_size, "EPS": c.stream_eps, "INT8": int8},
+                "DIVISOR": c.logit_divisor,
                 **{"BN": rows, "BK": columns(c.hidden_size, rows)},
             },
             4,
@@ -287,8 +305,8 @@ class Given(NamedTuple):
     """What is read, each in one piece."""
 
     hidden: Tensor  # [T, hidden] float32, the embedded tokens
-    cos: Tensor  # [T, head_dim / 2] float32
-    sin: Tensor  # [T, head_dim / 2] float32
+    cos: Tensor  # [kinds, T, head_dim / 2] float32
+    sin: Tensor  # [kinds, T, head_dim / 2] float32
     seen: Tensor  # [T, bucket] bool
     seen_new: Tensor  # [T, T] bool
     live: Tensor  # [T] float32

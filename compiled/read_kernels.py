@@ -94,6 +94,7 @@ def project(
     queries,  # [T, HEADS, D] model dtype
     new_keys,  # [KV, T, D] model dtype
     new_values,
+    bias,  # [(HEADS + 2 * KV) * D], if BIAS
     T: tl.constexpr,
     TP: tl.constexpr,
     H: tl.constexpr,
@@ -104,9 +105,13 @@ def project(
     BN: tl.constexpr,
     BK: tl.constexpr,
     INT8: tl.constexpr,
+    BIAS: tl.constexpr,
+    TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm, projection, rotation. A program has BN / 2 pairs of one head, partners side by side."""
+    """Norm, projection, and rotation if it TURNS. A program has BN / 2 pairs of one head, partners
+    side by side.
+    """
     _begin(PDL)
     HALF: tl.constexpr = D // 2
     PAIRS: tl.constexpr = BN // 2
@@ -119,12 +124,14 @@ def project(
     y = _product(
         weight, scale, rows, of_rows < HALF, hidden, gain, T, TP, H, BK, True, EPS, INT8, PDL
     )
+    if BIAS:
+        y += tl.load(bias + rows, mask=of_rows < HALF, other=0).to(tl.float32)[None, :]
     low, high = tl.split(tl.reshape(y, [TP, PAIRS, 2]))
     t = tl.arange(0, TP)
     pair = first + tl.arange(0, PAIRS)
     real = (t < T)[:, None] & (pair < HALF)[None, :]
     angle = t[:, None] * HALF + pair[None, :]
-    turned = real & (head < HEADS + KV)
+    turned = real & (head < (HEADS + KV if TURNS else 0))
     c = tl.load(cos + angle, mask=turned, other=1)
     s = tl.load(sin + angle, mask=turned, other=0)
     a = low * c - high * s
@@ -137,6 +144,47 @@ def project(
         to = new_values + ((head - HEADS - KV) * T + t[:, None]) * D + pair[None, :]
     tl.store(to, a.to(queries.dtype.element_ty), mask=real)
     tl.store(to + HALF, b.to(queries.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def turn(
+    cos,  # [T, D / 2] float32
+    sin,
+    gain,  # [2, D], of queries and of keys
+    queries,  # [T, HEADS, D], in place
+    new_keys,  # [KV, T, D], in place
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    EPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Norm of a query or key, rotation. A program has one, of one token."""
+    _begin(PDL)
+    HALF: tl.constexpr = D // 2
+    token = tl.program_id(0) // (HEADS + KV)
+    head = tl.program_id(0) % (HEADS + KV)
+    pair = tl.arange(0, DP)
+    real = pair < HALF
+    c = tl.load(cos + token * HALF + pair, mask=real, other=1)
+    s = tl.load(sin + token * HALF + pair, mask=real, other=0)
+    of = gain + pair + tl.where(head < HEADS, 0, D)
+    low_gain = tl.load(of, mask=real, other=0).to(tl.float32)
+    high_gain = tl.load(of + HALF, mask=real, other=0).to(tl.float32)
+    if head < HEADS:
+        at = queries + (token * HEADS + head) * D + pair
+    else:
+        at = new_keys + ((head - HEADS) * T + token) * D + pair
+    _await(PDL)
+    low = tl.load(at, mask=real, other=0).to(tl.float32)
+    high = tl.load(at + HALF, mask=real, other=0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(low * low + high * high, 0) / D + EPS)
+    low *= factor * low_gain
+    high *= factor * high_gain
+    tl.store(at, (low * c - high * s).to(queries.dtype.element_ty), mask=real)
+    tl.store(at + HALF, (high * c + low * s).to(queries.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -476,12 +524,15 @@ def head(
     BN: tl.constexpr,
     BK: tl.constexpr,
     INT8: tl.constexpr,
+    DIVISOR: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm and head."""
+    """Norm and head, whose products are divided by DIVISOR."""
     _begin(PDL)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     y = _product(weight, scale, n, n < V, hidden, gain, T, TP, H, BK, True, EPS, INT8, PDL)
+    if DIVISOR != 1:
+        y /= DIVISOR
     t = tl.arange(0, TP)
     real = (t < T)[:, None] & (n < V)[None, :]
     tl.store(logits + t[:, None] * V + n[None, :], y, mask=real)

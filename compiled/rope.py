@@ -62,11 +62,11 @@ def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         positions: [T] int64.
-        frequencies: [head_dim / 2] float64, radians per position.
+        frequencies: [..., head_dim / 2] float64, radians per position.
     Returns:
-        Two tensors [T, head_dim / 2] float32.
+        Two tensors [..., T, head_dim / 2] float32.
     """
-    angles = positions.to(torch.float64)[:, None] * frequencies  # [T, head_dim / 2]
+    angles = positions.to(torch.float64)[:, None] * frequencies[..., None, :]
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
 
 

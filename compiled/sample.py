@@ -134,7 +134,7 @@ def surprises(logits: Tensor, targets: Tensor) -> Tensor:
     return -torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
 
 
-def head_surprises(final: Tensor, head: Matrix, targets: Tensor) -> Tensor:
+def head_surprises(final: Tensor, head: Matrix, targets: Tensor, divisor: float = 1.0) -> Tensor:
     """The same without logits: they are made block by block and dropped. The normaliser is the
     log-sum-exp of the blocks' log-sum-exps.
 
@@ -142,12 +142,15 @@ def head_surprises(final: Tensor, head: Matrix, targets: Tensor) -> Tensor:
         final: [T, hidden], what the head takes.
         head: [vocab, hidden].
         targets: [T] int64.
+        divisor: What logits are divided by.
     Returns:
         [T] float32, nats.
     """
     normalisers, chosen = [], []
     for first in range(0, num_rows(head), HEAD_BLOCK):
         logits = linear(final, part(head, slice(first, first + HEAD_BLOCK)))  # [T, block]
+        if divisor != 1:
+            logits = logits.float() / divisor
         # One fused pass; a logit less its log-probability is the log-sum-exp of its row, and most
         # exactly so where both are largest.
         scores = torch.log_softmax(logits, -1, dtype=torch.float32)

@@ -148,14 +148,18 @@ def multiplies_in(dtype: torch.dtype) -> bool:
     return supported
 
 
-def onednn_linear(x: Tensor, weight: Tensor, addend: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + addend`` by oneDNN: [N, in] × [out, in] + [N, out] → [N, out]."""
+def onednn_linear(
+    x: Tensor, weight: Tensor, addend: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias + addend`` by oneDNN: [N, in] × [out, in] + [out] + [N, out] →
+    [N, out].
+    """
     onednn = torch.ops.mkldnn._linear_pointwise
     product: Tensor
     if addend is not None:
-        product = onednn.binary(x, addend, weight, None, "add")
+        product = onednn.binary(x, addend, weight, bias, "add")
     else:
-        product = onednn(x, weight, None, "none", [], "")
+        product = onednn(x, weight, bias, "none", [], "")
     return product
 
 

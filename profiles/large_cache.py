@@ -33,7 +33,7 @@ from compiled.attention import attend, visibility
 from compiled.capture import Graph
 from compiled.choose import Choice, Forced, choose
 from compiled.graphs import Graphs
-from compiled.llama import LlamaConfig, Weights
+from compiled.llama import LlamaConfig, Weights, weight_shapes
 from compiled.philox import key_of
 from compiled.plan import Plan
 from compiled.read import Reading
@@ -77,7 +77,7 @@ class Subject:
         number = torch.tensor(1.0, device=device)
         sampling = Sampling(number, number, number * 0, number, key_of(0).to(device))
         nothing = torch.zeros(1, device=device)
-        weights = Weights(*(nothing for _ in Weights._fields))
+        weights = Weights(*(nothing for _ in weight_shapes(config)))
         spec = dataclasses.replace(settings.graphs, compiled=True)
         self.graphs = Graphs(spec, config, weights, self.state, cursor, sampling)
         chosen = partial(choose, method=spec.method, eviction=spec.eviction)

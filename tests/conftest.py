@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the default model, and tiny random ones."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -27,9 +28,11 @@ from brain.errors import Refused
 from brain.measure.golden.reference import load_reference, seeded_reference
 from brain.measure.golden.seeded import SEEDED
 from brain.opening import checkpoint_of
+from compiled.llama import frequency_table, weight_shapes
 from fixture_types import CommandLine, EditJson, OpenTiny, Reference, RoomyBrain, SaveLlama
 from precompiled_headers import precompile_headers
 from toy_models import PARROT_OPTIONS, TRAINED
+from toys import EVERYTHING
 
 # The same examples on every run, however slow the machine.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
@@ -211,9 +214,33 @@ def native_brain(open_tiny: OpenTiny) -> brain.Brain:
     return open_tiny(engine="native")
 
 
+@pytest.fixture(scope="session")
+def everything_brain(native_brain: brain.Brain) -> brain.Brain:
+    """The native one with all that a Llama has not: a bias, norms of queries and keys, a layer that
+    does not rotate, four scales; shared: prime it before use.
+    """
+    config = dataclasses.replace(native_brain.checkpoint.config, **EVERYTHING)
+    shapes, generator = weight_shapes(config), torch.Generator().manual_seed(2)
+    more: dict[str, Any] = {
+        name: torch.randn(shapes[name], generator=generator) for name in ("qkv_bias", "qk_gain")
+    }
+    weights = native_brain.checkpoint.weights._replace(
+        **more, inverse_frequencies=frequency_table(config)
+    )
+    checkpoint = dataclasses.replace(native_brain.checkpoint, config=config, weights=weights)
+    return brain.Brain(checkpoint, native_brain.settings)
+
+
 @pytest.fixture(params=["eager", "native", "warm"])
+def llama_brain(request: pytest.FixtureRequest) -> brain.Brain:
+    """Each of the three shared brains in turn that transformers has, too."""
+    chosen: brain.Brain = request.getfixturevalue(f"{request.param}_brain")
+    return chosen
+
+
+@pytest.fixture(params=["eager", "native", "warm", "everything"])
 def either_brain(request: pytest.FixtureRequest) -> brain.Brain:
-    """Each of the three shared brains in turn."""
+    """Each of the four shared brains in turn."""
     chosen: brain.Brain = request.getfixturevalue(f"{request.param}_brain")
     return chosen
 

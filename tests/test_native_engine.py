@@ -127,6 +127,7 @@ def logits_of(b: Brain, dtype: torch.dtype) -> torch.Tensor:
     tensors = {
         name: tensor if name == "inverse_frequencies" else tensor.to(dtype)
         for name, tensor in b.checkpoint.weights._asdict().items()
+        if tensor is not None
     }
     weights = Weights(**tensors)
     state = b.state._replace(keys=b.state.keys.to(dtype), values=b.state.values.to(dtype))

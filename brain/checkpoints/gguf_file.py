@@ -1,4 +1,5 @@
-"""GGUF files of Llama models, dequantized: opened as they are, or written as a Hugging Face folder.
+"""GGUF files of the families that open, dequantized: opened as they are, or written as a Hugging
+Face folder.
 
 Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf_to_gguf.py``.
 """
@@ -19,6 +20,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from brain.checkpoints.checkpoint import Checkpoint
+from brain.checkpoints.families import ARCHITECTURES, Family, remedy
 from brain.checkpoints.gguf_header import GgufFile, StoredTensor
 from brain.checkpoints.hf_config import CONVERTED_FROM, parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
@@ -31,8 +33,7 @@ from brain.machine.progress import progress_bar
 from brain.tokenizers.gguf_vocabulary import tokenizer_files
 from brain.tokens import gguf_tokenizer
 from compiled.blocks import KINDS, Rows
-from compiled.llama import LlamaConfig
-from compiled.rope import inverse_frequencies
+from compiled.llama import LlamaConfig, frequency_table
 from conf.schema import WeightFormat
 
 RENAMED = {
@@ -50,16 +51,19 @@ RENAMED_IN_LAYER = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-SCALING_TYPE = "llama.rope.scaling.type"
-SCALING_FACTORS = ("llama.rope.scaling.factor", "llama.rope.scale_linear")
+SCALING_TYPE = "rope.scaling.type"
+SCALING_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
 PLAIN = {
-    **{"llama.expert_count": 0, "llama.expert_used_count": 0},
-    **{"llama.attention.causal": True, "llama.attention.sliding_window": 0},
-    "llama.rope.scaling.attn_factor": 1.0,
+    **{"expert_count": 0, "expert_used_count": 0},
+    **{"attention.causal": True, "attention.sliding_window": 0},
+    "rope.scaling.attn_factor": 1.0,
 }
 """Metadata that would change the arithmetic, and the value at which it does not."""
+UNROTATED_EVERY = 4  # layers, of a family that skips RoPE: no metadata say it
 READABLE = frozenset(
     GGMLQuantizationType[name]
     for name in (
@@ -89,17 +93,20 @@ def open_gguf(
     """
     model = _model(path)
     file, config = model.file, model.config
-    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    frequencies = frequency_table(config)
     if (factors := _rope_factors(file, config)) is not None:
         frequencies /= factors
     tokenizer = gguf_tokenizer(file.fields, str(path))
     _warn_of_size(model, dtype, weights, blocks=blocks)
     give_back_freed()  # before weights are allocated above it
     with progress_bar(f"reading {path.name}", len(model.parts), "tensor", leave=False) as bar:
-        tensors = {
-            name: Dequantized(file, file.tensors[gguf_name(name)], _heads(name, config), bar.update)
-            for name, _ in model.parts
-        }
+        keeps = blocks and weights is WeightFormat.model  # matrices in the file's order of rows
+        tensors = {}
+        for name, shape in model.parts:
+            heads = 0 if keeps and len(shape) == 2 else model.heads(name)
+            stored = file.tensors[gguf_name(name)]
+            tensors[name] = Dequantized(file, stored, heads, bar.update)
+        neighbours = keeps and model.family.permuted
         loaded = load_weights(
             config,
             tensors,
@@ -108,7 +115,7 @@ def open_gguf(
             weights=weights,
             blocks=blocks,
             frequencies=frequencies,
-            neighbour_heads=(config.num_heads, config.num_kv_heads),
+            neighbour_heads=(config.num_heads, config.num_kv_heads) if neighbours else (),
         )
     return Checkpoint(
         name=path.name,
@@ -127,9 +134,10 @@ def gguf_format(path: Path) -> str:
 def convert_gguf(path: Path, folder: Path) -> None:
     """Writes a GGUF model into an existing folder as a standard Hugging Face model, float32, whose
     tensors lie in the order of ``packed_parts``: loading them needs no copy. Raises Refused where
-    the file is not a Llama model that can be converted, OSError where the folder cannot be written.
+    the file is not a model that can be converted, OSError where the folder cannot be written.
     """
-    file, settings, config, parts = _model(path)
+    model = _model(path)
+    file, settings, _, parts, _ = model
     if ROPE_FACTORS in file.tensors:
         raise Refused(f"{path}: config.json cannot hold what {ROPE_FACTORS} says; open the file")
     files = tokenizer_files(file.fields, str(path))
@@ -143,7 +151,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     with progress_bar(f"converting {path.stem}", len(parts), "tensor") as bar:
 
         def make(name: str, shape: tuple[int, ...]) -> Tensor:
-            stored = Dequantized(file, file.tensors[gguf_name(name)], _heads(name, config))
+            stored = Dequantized(file, file.tensors[gguf_name(name)], model.heads(name))
             tensor = torch.cat(list(stored.rows())).view(shape)
             bar.update()
             return tensor
@@ -203,11 +211,6 @@ def _unpermuted(rows: int, heads: int) -> npt.NDArray[np.int64]:
     return pairs.swapaxes(1, 2).reshape(-1)
 
 
-def _heads(name: str, config: LlamaConfig) -> int:
-    """How many heads have rows in a tensor that llama.cpp orders by them; 0: it does not."""
-    return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2], 0)
-
-
 class _Model(NamedTuple):
     """A GGUF file's model, checked, and nothing of it in memory."""
 
@@ -215,16 +218,23 @@ class _Model(NamedTuple):
     settings: dict[str, Any]  # as config.json
     config: LlamaConfig
     parts: list[Part]
+    family: Family
+
+    def heads(self, name: str) -> int:
+        """How many heads have rows in a tensor that llama.cpp orders by them; 0: it does not."""
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
+        return heads.get(name.split(".")[-2], 0) if self.family.permuted else 0
 
 
 def _model(path: Path) -> _Model:
     """The model of a file. Raises Refused where it is malformed or not supported."""
     file = GgufFile(path)
-    settings = _hf_settings(file.fields, file.tensors, str(path))
+    family = _family(file.fields, str(path))
+    settings = _hf_settings(file.fields, file.tensors, family, str(path))
     config = parse_config(settings, str(path))
     parts = [part for field in packed_parts(config).values() for part in field]
-    _check_tensors(file, parts, path)
-    return _Model(file, settings, config, parts)
+    _check_tensors(file, parts, path, family)
+    return _Model(file, settings, config, parts, family)
 
 
 def _format(file: GgufFile) -> str:
@@ -277,11 +287,12 @@ def _warn_of_size(
         )
 
 
-def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
+def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path, family: Family) -> None:
     """Refuses tensors that are not exactly the model's."""
     unexpected = set(file.tensors) - {gguf_name(name) for name, _ in parts} - {ROPE_FACTORS}
     if unexpected:
-        why = "it is not Llama's, or more than llama.block_count says"
+        what = family.architecture
+        why = f"it is not of a {what}, or more than {what}.block_count says"
         raise Refused(f"{path}: unexpected tensor {min(unexpected)}: {why}")
     for name, shape in parts:
         stored, what = file.tensors.get(gguf_name(name)), f"{path}: tensor {gguf_name(name)}"
@@ -293,15 +304,20 @@ def _check_tensors(file: GgufFile, parts: Sequence[Part], path: Path) -> None:
             raise Refused(f"{what} has unsupported type {stored.kind.name}")
 
 
+def _family(fields: dict[str, Any], where: str) -> Family:
+    """The family of a file. Raises Refused."""
+    architecture = fields.get("general.architecture")
+    if isinstance(architecture, str) and architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    told = f"GGUF architecture {shown(architecture)} is not supported"
+    raise Refused(f"{where}: {told}; {remedy(architecture, ARCHITECTURES)}")
+
+
 def _hf_settings(
-    fields: dict[str, Any], tensors: dict[str, StoredTensor], where: str
+    fields: dict[str, Any], tensors: dict[str, StoredTensor], family: Family, where: str
 ) -> dict[str, Any]:
     """The model's config.json."""
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise Refused(
-            f"{where}: GGUF architecture {shown(architecture)} is not supported; use llama"
-        )
+    prefix = family.architecture
     if (kind := fields.get("general.type", "model")) != "model":
         raise Refused(
             f"{where}: GGUF of type {shown(kind)} is no whole model; give the model's file"
@@ -311,42 +327,45 @@ def _hf_settings(
             f"{where}: GGUF in {shown(count)} files is not supported; make one of them "
             "(llama-gguf-split --merge)"
         )
-    for key, plain in PLAIN.items():
+    # Of the scaled ones llama.cpp takes this for whether there is RoPE at all.
+    switch = {"rope.scaling.finetuned": True} if family.scaled else {}
+    for name, plain in (PLAIN | switch).items():
+        key = f"{prefix}.{name}"
         if fields.get(key, plain) != plain:
             raise Refused(f"{where}: GGUF metadata {key} is {shown(fields[key])}; use {plain}")
 
     def required(key: str) -> Any:
-        value = fields.get(f"llama.{key}")
+        value = fields.get(f"{prefix}.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]  # the same in every block
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise Refused(f"{where}: GGUF metadata llama.{key} is missing or is not one number")
+            raise Refused(f"{where}: GGUF metadata {prefix}.{key} is missing or is not one number")
         return value
 
     def whole(key: str) -> int:
         value = required(key)
         if not isinstance(value, int) or value < 1:
-            raise Refused(f"{where}: GGUF metadata llama.{key} is {value}; use a whole number")
+            raise Refused(f"{where}: GGUF metadata {prefix}.{key} is {value}; use a whole number")
         return value
 
     hidden, heads = whole("embedding_length"), whole("attention.head_count")
     kv_heads = heads
-    if "llama.attention.head_count_kv" in fields:
+    if f"{prefix}.attention.head_count_kv" in fields:
         kv_heads = whole("attention.head_count_kv")
-    head_dim = _head_dim(fields, hidden // heads, where)
+    head_dim = _head_dim(fields, prefix, hidden // heads, where)
     tokens = fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise Refused(f"{where}: GGUF metadata tokenizer.ggml.tokens is missing or is not a list")
-    if fields.get("llama.vocab_size", len(tokens)) != len(tokens):
-        told = shown(fields["llama.vocab_size"])
+    if fields.get(f"{prefix}.vocab_size", len(tokens)) != len(tokens):
+        told = shown(fields[f"{prefix}.vocab_size"])
         raise Refused(
-            f"{where}: GGUF metadata llama.vocab_size is {told}, tokenizer.ggml.tokens has "
+            f"{where}: GGUF metadata {prefix}.vocab_size is {told}, tokenizer.ggml.tokens has "
             f"{len(tokens)}; they must agree"
         )
-    theta = required("rope.freq_base") if "llama.rope.freq_base" in fields else 10000.0
+    theta = required("rope.freq_base") if f"{prefix}.rope.freq_base" in fields else 10000.0
     settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
         "vocab_size": len(tokens),
         "hidden_size": hidden,
         "intermediate_size": required("feed_forward_length"),
@@ -358,12 +377,23 @@ def _hf_settings(
         "max_position_embeddings": required("context_length"),
         "rms_norm_eps": _shortest(required("attention.layer_norm_rms_epsilon")),
         "rope_theta": _shortest(theta),
-        "rope_scaling": _rope_scaling(fields, where),
-        "attention_bias": False,
-        "mlp_bias": False,
+        "rope_scaling": _rope_scaling(fields, prefix, where),
+        **dict.fromkeys(family.optional_biases, False),
         "tie_word_embeddings": RENAMED[HEAD] not in tensors,
         "torch_dtype": "float32",
     }
+    if family.skips_rope:
+        settings["no_rope_layer_interval"] = UNROTATED_EVERY
+    if family.scaled:
+        # What is absent, or 0, does nothing in llama.cpp.
+        for name, key, neutral in (
+            ("embedding_multiplier", "embedding_scale", 1.0),
+            ("residual_multiplier", "residual_scale", 1.0),
+            ("attention_multiplier", "attention.scale", head_dim**-0.5),
+            ("logits_scaling", "logit_scale", 1.0),
+        ):
+            said = required(key) if f"{prefix}.{key}" in fields else 0
+            settings[name] = _shortest(said) or neutral
     for role, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
         index = fields.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(index, int):
@@ -371,36 +401,38 @@ def _hf_settings(
     return settings
 
 
-def _head_dim(fields: dict[str, Any], size: int, where: str) -> int:
+def _head_dim(fields: dict[str, Any], prefix: str, size: int, where: str) -> int:
     """Numbers of a head's query, key and value, all of them rotated; ``size`` by default."""
-    key = fields.get("llama.attention.key_length", size)
-    value = fields.get("llama.attention.value_length", size)
-    rotated = fields.get("llama.rope.dimension_count", key)
+    key = fields.get(f"{prefix}.attention.key_length", size)
+    value = fields.get(f"{prefix}.attention.value_length", size)
+    rotated = fields.get(f"{prefix}.rope.dimension_count", key)
     if not key == value == rotated:
         raise Refused(
-            f"{where}: GGUF metadata llama.attention.key_length is {shown(key)}, "
-            f"llama.attention.value_length {shown(value)} and llama.rope.dimension_count "
+            f"{where}: GGUF metadata {prefix}.attention.key_length is {shown(key)}, "
+            f"{prefix}.attention.value_length {shown(value)} and {prefix}.rope.dimension_count "
             f"{shown(rotated)} (where absent, by embedding_length and head_count); use a model "
             "in which they agree"
         )
     return key  # type: ignore[no-any-return]  # what is no size is refused with the settings
 
 
-def _rope_scaling(fields: dict[str, Any], where: str) -> dict[str, Any] | None:
+def _rope_scaling(fields: dict[str, Any], prefix: str, where: str) -> dict[str, Any] | None:
     """As in llama.cpp: the type is linear where it is absent, ``none`` overrules a factor, and
     ``scale_linear`` is the old name of the factor.
     """
-    kind = fields.get(SCALING_TYPE, "linear")
-    said = [(key, fields[key]) for key in SCALING_FACTORS if key in fields]
+    scaling_type = f"{prefix}.{SCALING_TYPE}"
+    factors = [f"{prefix}.{key}" for key in SCALING_FACTORS]
+    kind = fields.get(scaling_type, "linear")
+    said = [(key, fields[key]) for key in factors if key in fields]
     if len(said) == 2 and said[0][1] != said[1][1]:
         warn(_overruled(where, said[0], said[1]))
-    key, factor = said[0] if said else (SCALING_FACTORS[0], 0)
+    key, factor = said[0] if said else (factors[0], 0)
     if kind == "none":
         if factor not in (0, 1):
-            warn(_overruled(where, (SCALING_TYPE, kind), (key, factor)))
+            warn(_overruled(where, (scaling_type, kind), (key, factor)))
         return None
     if kind != "linear":
-        told = f"{SCALING_TYPE} is {shown(kind)} ({key} {shown(factor)})"
+        told = f"{scaling_type} is {shown(kind)} ({key} {shown(factor)})"
         raise Refused(f"{where}: GGUF metadata {told}; use a model with none or linear")
     return None if factor in (0, 1) else {"rope_type": "linear", "factor": factor}
 
@@ -420,8 +452,9 @@ def gguf_name(name: str) -> str:
     """GGUF's name of a Hugging Face tensor."""
     if name in RENAMED:
         return RENAMED[name]
-    _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.weight"
+    _, _, layer, whole = name.split(".", 3)
+    inner, _, kind = whole.rpartition(".")
+    return f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.{kind}"
 
 
 def _json(settings: dict[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 One function for each fact, which reads every key that speaks of it. Where two keys disagree, that
 one counts which counts in transformers, and one line says what is overruled. Defaults for absent
-keys are those of transformers' ``LlamaConfig`` and ``MistralConfig``.
+keys are those of transformers, family by family (``families``).
 """
 
 import math
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from brain.checkpoints.families import FAMILIES, Family, remedy
 from brain.errors import Refused, shown, warn
 from brain.files import read_object
-from compiled.llama import LlamaConfig
+from compiled.llama import ROTATED, UNROTATED, LlamaConfig
 from compiled.rope import RopeScaling
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 CONVERTED_FROM = "converted_from"
 """Our own key: the number format of the file that the folder was made of, as GGUF names it."""
 MAX_SIZE, MAX_LAYERS = 1 << 24, 4096
@@ -43,25 +43,27 @@ def read_settings(path: Path) -> dict[str, Any]:
 def parse_config(settings: Mapping[str, Any], where: str) -> LlamaConfig:
     """As :func:`read_config`, from the parsed JSON object; ``where`` names it in errors."""
     read = _Settings(settings, where)
-    mistral = _model_type(read) == "mistral"
-    _refuse_unsupported(read, mistral)
+    family = _family(read)
+    _refuse_unsupported(read, family)
 
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
-    kv_heads = read.size("num_key_value_heads", 8 if mistral else heads)
+    said = "num_key_value_heads" in settings  # null: as many as heads
+    kv_heads = read.size("num_key_value_heads", heads if said else family.kv_heads or heads)
     if heads % kv_heads:
         raise read.refuse("num_key_value_heads", f"use a divisor of num_attention_heads, {heads}")
-    if settings.get("head_dim") is None and hidden % heads:
+    if settings.get("head_dim") is None and family.head_dim is None and hidden % heads:
         raise read.refuse("hidden_size", f"use a multiple of num_attention_heads, {heads}")
-    head_dim = read.size("head_dim", hidden // heads)
+    head_dim = read.size("head_dim", family.head_dim or hidden // heads)
     if head_dim % 2:
         raise Refused(f"{where}: head_dim is {head_dim}; RoPE needs an even number")
-    context = read.size("max_position_embeddings", 131072 if mistral else 2048)
-    theta, scaling = _rope(read, context)
+    context = read.size("max_position_embeddings", family.context)
+    theta, scaling = _rope(read, context, family.theta)
+    layers = read.size("num_hidden_layers", limit=MAX_LAYERS)
     return LlamaConfig(
         vocab_size=read.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=read.size("intermediate_size"),
-        num_layers=read.size("num_hidden_layers", limit=MAX_LAYERS),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -69,8 +71,38 @@ def parse_config(settings: Mapping[str, Any], where: str) -> LlamaConfig:
         rope_theta=theta,
         max_position_embeddings=context,
         rope_scaling=scaling,
-        tie_word_embeddings=read.flag("tie_word_embeddings"),
+        tie_word_embeddings=read.flag("tie_word_embeddings", family.tied),
+        rotary_kinds=_rotary_kinds(read, layers) if family.skips_rope else (),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        **(_scales(read) if family.scaled else {}),
     )
+
+
+def _scales(read: "_Settings") -> dict[str, float]:
+    """Granite's four multipliers; one that is absent is 1, that of attention too."""
+    return {
+        "embedding_scale": read.number("embedding_multiplier", 1.0),
+        "residual_scale": read.number("residual_multiplier", 1.0),
+        "attention_scale": read.number("attention_multiplier", 1.0),
+        "logit_divisor": read.number("logits_scaling", 1.0),
+    }
+
+
+def _rotary_kinds(read: "_Settings", layers: int) -> tuple[int, ...]:
+    """Which layers rotate: ``no_rope_layers``, in which 0 says that one does not, else all but
+    every ``no_rope_layer_interval``th.
+    """
+    rotates = read.values.get("no_rope_layers")
+    if rotates is None:
+        interval = read.size("no_rope_layer_interval", 4)
+        rotates = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if not isinstance(rotates, list) or any(type(n) is not int or n not in (0, 1) for n in rotates):
+        raise read.refuse("no_rope_layers", "use a list of 0 and 1, or null")
+    if len(rotates) < layers:
+        raise read.refuse("no_rope_layers", f"use {layers} numbers, one for each layer")
+    kinds = tuple(ROTATED if rotates[layer] else UNROTATED for layer in range(layers))
+    return kinds if UNROTATED in kinds else ()
 
 
 @dataclass(frozen=True)
@@ -113,26 +145,29 @@ class _Settings:
         value = shown(self.values[key])
         warn(f"{self.where}: {why}; {self.prefix}{key} {value} is overruled, as in transformers")
 
-    def flag(self, key: str) -> bool:
-        value = self.values.get(key)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key, default)
         if value is not None and not isinstance(value, bool):
             raise self.refuse(key, "use true or false")
         return bool(value)
 
 
-def _refuse_unsupported(read: _Settings, mistral: bool) -> None:
+def _refuse_unsupported(read: _Settings, family: Family) -> None:
     """Refuses, by name, every feature that would change the arithmetic."""
     settings = read.values
     if settings.get("hidden_act", "silu") not in ("silu", "swish"):
         raise read.refuse("hidden_act", "use a model with silu")
-    for key in ("attention_bias", "mlp_bias"):
+    for key in family.optional_biases:
         if read.flag(key):
             raise read.refuse(key, "use a model without biases")
     if settings.get("quantization_config") is not None:
         raise read.refuse("quantization_config", "use unquantized weights")
-    if settings.get("sliding_window", 4096 if mistral else None) is not None:
-        default = "" if "sliding_window" in settings else " (4096, mistral's default)"
-        raise read.refuse("sliding_window", f"use a model with sliding_window null{default}")
+    counts = not family.window_is_flagged or read.flag("use_sliding_window")
+    if counts and settings.get("sliding_window", family.window) is not None:
+        absent = "" if "sliding_window" in settings else f" ({family.window}, the default)"
+        if family.window_is_flagged:
+            raise read.refuse("use_sliding_window", f"use a model without a window{absent}")
+        raise read.refuse("sliding_window", f"use a model with sliding_window null{absent}")
     if settings.get("is_causal") not in (None, True):
         raise read.refuse("is_causal", "use a model in which tokens see only what is before them")
     for key in ("per_layer_config", "kv_sharing_modes"):
@@ -140,8 +175,9 @@ def _refuse_unsupported(read: _Settings, mistral: bool) -> None:
             raise read.refuse(key, "use a model whose layers are alike")
     kinds = settings.get("layer_types")
     alike = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
-    if kinds is not None and (mistral or not alike):  # transformers calls such a mistral ministral
-        raise read.refuse("layer_types", "use a llama model with full_attention everywhere")
+    mistral = family.model_type == "mistral"  # transformers calls one with these ministral
+    if kinds is not None and (mistral or not alike):
+        raise read.refuse("layer_types", "use a model with full_attention everywhere")
 
 
 def _first(*places: tuple[_Settings, str]) -> tuple[_Settings, str]:
@@ -159,12 +195,12 @@ def _first(*places: tuple[_Settings, str]) -> tuple[_Settings, str]:
     return first, key
 
 
-def _model_type(read: _Settings) -> str:
+def _family(read: _Settings) -> Family:
     """``model_type`` counts; ``architectures`` and ``auto_map`` may name other classes."""
     model_type = read.values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise read.refuse("model_type", "use a llama or mistral model")
-    wanted = ARCHITECTURES[model_type]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise read.refuse("model_type", remedy(model_type, FAMILIES))
+    wanted = FAMILIES[model_type].class_name
     named = read.values.get("architectures") or wanted
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -174,30 +210,30 @@ def _model_type(read: _Settings) -> str:
         read.overrule(why, "architectures")
     if read.values.get("auto_map"):
         read.overrule(why, "auto_map")
-    return model_type
+    return FAMILIES[model_type]
 
 
-def _rope(read: _Settings, context: int) -> tuple[float, RopeScaling | None]:
+def _rope(read: _Settings, context: int, default_theta: float) -> tuple[float, RopeScaling | None]:
     """RoPE base and scaling. ``rope_parameters`` (transformers 5) holds both; earlier,
     ``rope_theta`` stood by itself and ``rope_scaling`` named its kind ``rope_type`` or ``type``.
     """
     rope, other = read.table("rope_scaling"), read.table("rope_parameters")
     if not rope.values:
         rope = other
-    elif other.values and _turns(read, rope) != _turns(read, other):
+    elif other.values and (_turns(read, rope, default_theta) != _turns(read, other, default_theta)):
         read.overrule(f"rope_scaling {shown(rope.values)} counts", "rope_parameters")
     source, key = _first((rope, "rope_theta"), (read, "rope_theta"))
-    theta = source.number(key, 10000.0)
+    theta = source.number(key, default_theta)
     source, key = _first((rope, "partial_rotary_factor"), (read, "partial_rotary_factor"))
     if source.values.get(key) not in (None, 1, 1.0):
         raise source.refuse(key, "use a model that rotates whole heads")
     return theta, _rope_scaling(read, rope, context)
 
 
-def _turns(read: _Settings, rope: _Settings) -> dict[str, Any]:
+def _turns(read: _Settings, rope: _Settings, default_theta: float) -> dict[str, Any]:
     """What a table comes to, to be compared with another one."""
     unsaid = {"rope_type": rope.values.get("type", "default")}
-    unsaid["rope_theta"] = read.values.get("rope_theta", 10000.0)
+    unsaid["rope_theta"] = read.values.get("rope_theta", default_theta)
     return {key: value for key, value in {**unsaid, **rope.values}.items() if key != "type"}
 
 

@@ -19,13 +19,19 @@ def packed_parts(config: LlamaConfig) -> dict[str, list[Part]]:
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     hidden, wide = c.hidden_size, c.intermediate_size
 
-    def each_layer(*parts: Part) -> list[Part]:
+    def each_layer(*parts: Part, kind: str = "weight") -> list[Part]:
         return [
-            (f"model.layers.{layer}.{name}.weight", shape)
+            (f"model.layers.{layer}.{name}.{kind}", shape)
             for layer in range(c.num_layers)
             for name, shape in parts
         ]
 
+    biases: list[Part] = [
+        ("self_attn.q_proj", (queries,)),
+        ("self_attn.k_proj", (keys,)),
+        ("self_attn.v_proj", (keys,)),
+    ]
+    gains: list[Part] = [("self_attn.q_norm", (c.head_dim,)), ("self_attn.k_norm", (c.head_dim,))]
     fields: dict[str, list[Part]] = {
         "embedding": [(EMBEDDING, (c.vocab_size, hidden))],
         "qkv": each_layer(
@@ -33,6 +39,8 @@ def packed_parts(config: LlamaConfig) -> dict[str, list[Part]]:
             ("self_attn.k_proj", (keys, hidden)),
             ("self_attn.v_proj", (keys, hidden)),
         ),
+        **({"qkv_bias": each_layer(*biases, kind="bias")} if c.qkv_bias else {}),
+        **({"qk_gain": each_layer(*gains)} if c.qk_norm else {}),
         "attention_out": each_layer(("self_attn.o_proj", (hidden, queries))),
         "gate_up": each_layer(("mlp.gate_proj", (wide, hidden)), ("mlp.up_proj", (wide, hidden))),
         "down": each_layer(("mlp.down_proj", (hidden, wide))),

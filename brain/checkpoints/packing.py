@@ -18,9 +18,8 @@ from compiled import blocks as in_blocks
 from compiled import large_pages
 from compiled.blocks import Blocks, Rows
 from compiled.int8 import Int8, quantize
-from compiled.llama import LlamaConfig, Weights, weight_shapes
+from compiled.llama import LlamaConfig, Weights, frequency_table, weight_shapes
 from compiled.matrix import Matrix
-from compiled.rope import inverse_frequencies
 from conf.schema import WeightFormat
 
 CACHE_LINE = 64
@@ -63,7 +62,8 @@ def load_weights(
 ) -> Weights:
     """The packed weights: views of the mapped files where possible, else one copy each. Raises
     Refused, before allocating, where they do not fit. ``config`` is that of ``tensors``, which are
-    called as in ``llama_names``. ``frequencies``: [head_dim / 2] float64; None: by ``config``.
+    called as in ``llama_names``. ``frequencies``: [kinds, head_dim / 2] float64; None: by
+    ``config``.
 
     A packed tensor is a view where its parts lie one after the other in one file, in ``dtype``,
     and ``device`` is the CPU. Otherwise it is allocated once and filled part by part, each part's
@@ -92,12 +92,12 @@ def load_weights(
         if weights is WeightFormat.int8:
             packed[field] = _quantized(stored, shapes[field], device)
         else:
-            heads = neighbour_heads if field == "qkv" and not four else ()
+            heads = neighbour_heads if field == "qkv" else ()
             layers = config.num_layers if len(shapes[field]) == 3 else 1
             packed[field] = _in_blocks(stored, layers, heads, four=four)
     packed.setdefault("head", packed["embedding"])
     if frequencies is None:
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies = frequency_table(config)
     return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
 
 

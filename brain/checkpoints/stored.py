@@ -28,8 +28,9 @@ SIZES = {
     **dict.fromkeys(("q_proj", "o_proj"), "num_attention_heads, head_dim and hidden_size"),
     **dict.fromkeys(("k_proj", "v_proj"), "num_key_value_heads, head_dim and hidden_size"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "intermediate_size and hidden_size"),
+    **dict.fromkeys(("q_norm", "k_norm"), "head_dim"),
 }
-"""Keys of config.json that say what shape a tensor has; of norms it is hidden_size."""
+"""Keys of config.json that say what shape a tensor has; of other norms it is hidden_size."""
 ROWS_AT_ONCE = 1024
 """Rows that are rounded or compared at a time: in float32, several times over, they must not weigh
 much.
@@ -196,11 +197,11 @@ def _check_others(others: Sequence[Stored], config: LlamaConfig) -> None:
 
 
 def _unexpected(stored: Stored, config: LlamaConfig) -> Refused:
-    reason = "it is not Llama's"
+    reason = "it is not this family's"
     if stored.name.endswith(".bias"):
-        reason = "biases are not supported, nor does config.json speak of them"
+        reason = "no such bias is supported, nor does config.json speak of it"
     elif ".layers." in f".{stored.name}":
-        reason = f"it is not Llama's, or more than config.json's {config.num_layers} layers"
+        reason = f"it is not this family's, or more than config.json's {config.num_layers} layers"
     return Refused(f"{stored.file.path}: unexpected tensor {stored.name}: {reason}")
 
 

@@ -22,11 +22,12 @@ LIBRARY, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 NAMED = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTED = ("extra_special_tokens", "additional_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-LLAMA, GPT2 = "LlamaTokenizer", "GPT2Tokenizer"
+LLAMA, GPT2, QWEN2 = "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"
 AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend", "BloomTokenizer")
 DEFAULTS: dict[str | None, dict[str, str]] = {
     LLAMA: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     GPT2: dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    QWEN2: dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
 }
 """The tokens that these classes of transformers have where a folder names none."""
 UNHEEDED = {
@@ -110,24 +111,29 @@ def read_folder(path: Path) -> Folder:
 
 def reading_class(folder: Folder) -> str | None:
     """The class of transformers that makes parts of the tokenizer anew, whatever ``tokenizer.json``
-    says: LlamaTokenizer or GPT2Tokenizer. None: the file counts as it is.
+    says: LlamaTokenizer, GPT2Tokenizer or Qwen2Tokenizer. None: the file counts as it is.
     """
+    model_type = folder.settings[MODEL_CONFIG].get("model_type")
     declared = [
         (name, value.removesuffix("Fast"))
         for name in (CONFIG, MODEL_CONFIG)
         if isinstance(value := folder.settings[name].get("tokenizer_class"), str)
     ]
     if not declared:
-        return None
+        return QWEN2 if model_type in ("qwen2", "qwen3") else None
     place, chosen = declared[0]
     if declared[-1][1] != chosen:
         folder.warn(f"{place} names {chosen}, which overrules {declared[-1][1]} in {MODEL_CONFIG}")
-    if chosen in AS_IT_IS or folder.settings[MODEL_CONFIG].get("model_type") == "mistral":
+    if model_type == "qwen2":
+        if chosen != QWEN2:
+            folder.warn(f"model_type qwen2 in {MODEL_CONFIG} overrules {chosen} in {place}")
+        return QWEN2
+    if chosen in AS_IT_IS or model_type in ("mistral", "granite"):
         return None
     if chosen == LLAMA and '"ByteLevel"' in folder.library:
         folder.warn(f"{LIBRARY} is byte-level, which overrules {chosen} in {place}")
         return None
-    if chosen in (LLAMA, GPT2):
+    if chosen in (LLAMA, GPT2, QWEN2):
         return chosen
     folder.warn(f"{place} names {chosen}, which is not known here: {folder.vocabulary} counts")
     return None
@@ -295,7 +301,7 @@ def prefix_space(folder: Folder, reader: str | None) -> str:
     if reader is None:
         return "as it is"
     wanted = asked if asked is not None else reader == LLAMA
-    return "never" if not wanted else "always" if legacy or reader == GPT2 else "first"
+    return "never" if not wanted else "always" if legacy or reader != LLAMA else "first"
 
 
 def begins(

@@ -15,7 +15,7 @@ from brain.tokenizers.sentencepiece_model import (
     read_sentencepiece,
     write_sentencepiece,
 )
-from brain.tokenizers.tokenizer_json import load_library, vocabulary_of
+from brain.tokenizers.tokenizer_json import QWEN2_PATTERN, load_library, vocabulary_of
 from brain.tokenizers.vocabulary import Vocabulary
 
 # GGUF token types (those of SentencePiece)
@@ -33,7 +33,6 @@ PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 BREAKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 WORD = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
 LLAMA3_PATTERN = rf"{WORD}|\p{{N}}{{1,3}}|{PUNCTUATION}|{BREAKS}"
-QWEN2_PATTERN = rf"{WORD}|\p{{N}}|{PUNCTUATION}|{BREAKS}"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+",
@@ -354,7 +353,8 @@ def _tokenizer_config(fields: Mapping[str, Any], listed: _Listed) -> bytes:
         index = fields.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(index, int) and 0 <= index < len(tokens):
             config[f"{role}_token"] = tokens[index]
-    if isinstance(context := fields.get("llama.context_length"), int):
+    architecture = fields.get("general.architecture")
+    if isinstance(context := fields.get(f"{architecture}.context_length"), int):
         config["model_max_length"] = context
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         config["chat_template"] = template

@@ -24,6 +24,11 @@ MOST_GROWTH = 64
 DEEPEST = 8  # sequences within sequences of steps
 MODELS = ("BPE", "Unigram", "WordLevel")
 STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's words."""
 LLAMA_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
@@ -121,18 +126,27 @@ def as_llama(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     metaspace = {"replacement": SPACE, "prepend_scheme": prefix, "split": False}
     decoder = {"type": "Sequence", "decoders": decoders}
-    return _made_anew(spec, {"type": "Metaspace", **metaspace}, decoder, byte_fallback=True)
+    return _made_anew(spec, {"type": "Metaspace", **metaspace}, decoder, llama=True)
 
 
 def as_gpt2(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The same for GPT2Tokenizer."""
     step = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True, "add_prefix_space": True}
     before = step | {"add_prefix_space": prefix != "never"}
-    return _made_anew(spec, before, step, byte_fallback=False)
+    return _made_anew(spec, before, step)
+
+
+def as_qwen2(spec: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The same for Qwen2Tokenizer."""
+    step = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True, "add_prefix_space": True}
+    words = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated"}
+    letters = step | {"use_regex": False, "add_prefix_space": prefix != "never"}
+    before = {"type": "Sequence", "pretokenizers": [words | {"invert": False}, letters]}
+    return _made_anew(spec, before, step) | {"normalizer": {"type": "NFC"}}
 
 
 def _made_anew(
-    spec: dict[str, Any], pre_tokenizer: Any, decoder: Any, *, byte_fallback: bool
+    spec: dict[str, Any], pre_tokenizer: Any, decoder: Any, *, llama: bool = False
 ) -> dict[str, Any]:
     return {
         "version": "1.0",
@@ -143,8 +157,8 @@ def _made_anew(
             "type": "BPE",
             "vocab": spec["model"].get("vocab"),
             "merges": spec["model"].get("merges") or [],
-            "byte_fallback": byte_fallback,
-            "fuse_unk": byte_fallback,
+            "byte_fallback": llama,
+            "fuse_unk": llama,
         },
     }
 

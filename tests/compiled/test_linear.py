@@ -92,3 +92,28 @@ def test_what_is_added_is_added_by_whichever_library(
     torch.testing.assert_close(
         open_columns.double(), exact[..., :3], rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_is_added_before_the_sum_is_rounded(
+    dtype: torch.dtype, rows: int, int8: bool
+) -> None:
+    """As in transformers. A bias that takes the rounded sum away leaves what was rounded off."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 64, generator=generator).to(dtype).expand(rows, 64).contiguous()
+    plain = torch.randn(40, 64, generator=generator).to(dtype)
+    weight: Matrix = quantize(plain) if int8 else plain
+    exact = x[0].double() @ dequantize(weight).double().T
+    bias = -exact.to(dtype)
+    left = linear(x, weight, bias).double()
+    step = 2.0**-24 if dtype == torch.float32 else 2.0**-9
+    expected = (exact + bias).expand(rows, 40)
+    if dtype == torch.bfloat16 and not int8:
+        torch.testing.assert_close(left, expected, rtol=2**-7, atol=1e-5)
+        assert float(expected.abs().amax()) > step
+    else:  # sums of eight bits are rounded to 16 before they are scaled
+        torch.testing.assert_close(left, expected, rtol=0, atol=64 * step)
+    far = linear(x, weight, torch.full((40,), 100.0).to(dtype)).double()
+    assert float((far - exact - 100).abs().amax()) < 264 * step

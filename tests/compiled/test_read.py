@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from compiled.read_cpu import Formats, operator
 from compiled.sample import surprises
 from compiled.state import State
 from plain import PlainReading, plain_read
-from toys import digest, raw_bytes, toy_config, toy_state, toy_weights
+from toys import EVERYTHING, digest, raw_bytes, toy_config, toy_state, toy_weights
 
 CAPACITY = 10
 ROWS = {0: 0, 1: 1, 2: 2, 3: 3, 5: 9, 6: 4, 8: 7}  # slot → position: holes, and out of order
@@ -82,10 +83,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
-def test_read_is_that_of_plain_loops(run: Run, case: str, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "more"),
+    [(2, 2, {}), (4, 2, {}), (3, 1, {}), *((4, 2, {k: v}) for k, v in EVERYTHING.items())],
+)
+def test_read_is_that_of_plain_loops(
+    run: Run, case: str, heads: int, kv_heads: int, more: dict[str, Any]
+) -> None:
     tokens, positions, length = CASES[case]
-    config = toy_config(heads, kv_heads)
+    config = dataclasses.replace(toy_config(heads, kv_heads), **more)
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
     reading = run(config, weights, state, tokens, positions, length)
     assert_agrees(reading, plain_read(config, weights, state, tokens, positions, length), length)
@@ -105,7 +111,7 @@ def test_an_empty_memory_is_read_like_any_other(run: Run) -> None:
 @settings(max_examples=40)
 @given(st.data())
 def test_read_is_that_of_plain_loops_anywhere(run: Run, data: st.DataObject) -> None:
-    config = toy_config(4, 2)
+    config = dataclasses.replace(toy_config(4, 2), **data.draw(st.sampled_from([{}, EVERYTHING])))
     slots = data.draw(st.lists(st.integers(0, CAPACITY - 1), unique=True), "slots")
     where = st.integers(0, 20)
     rows = data.draw(st.lists(where, min_size=len(slots), max_size=len(slots), unique=True))
@@ -220,8 +226,9 @@ def test_rounding_of_the_reference_is_not_what_is_compared(run: Run) -> None:
         assert_agrees(run(wrong_eps, weights, state, [3, 4], [10, 11], 2), expected, 2)
 
 
-def test_a_scored_prefill_is_a_read_with_surprises_instead_of_logits() -> None:
-    config = toy_config()
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["a Llama", "everything"])
+def test_a_scored_prefill_is_a_read_with_surprises_instead_of_logits(more: dict[str, Any]) -> None:
+    config = dataclasses.replace(toy_config(), **more)
     weights, state = toy_weights(config), toy_state(config, CAPACITY, ROWS)
     tokens, positions = torch.tensor([3, 8, 1, 0]), torch.tensor([10, 11, 12, 0])
     length, targets = torch.tensor(3), torch.tensor([8, 1, 39, 0])

@@ -32,7 +32,7 @@ from compiled.llama import LlamaConfig, Weights
 from compiled.read import read, read_ahead, read_chunk
 from compiled.read_cpu import Decode, Formats, formats, operator
 from compiled.state import State, allocate_state
-from toys import CPU, digest, toy_config, toy_cursor, toy_weights
+from toys import CPU, EVERYTHING, digest, toy_config, toy_cursor, toy_weights
 
 CAPACITY = 200  # attention is summed by blocks of 64 slots: of two nobody sees the order
 MATRICES = ("embedding", "qkv", "attention_out", "gate_up", "down", "head")
@@ -56,10 +56,10 @@ def threads() -> Iterator[None]:
 def model(config: LlamaConfig, precision: Precision) -> Weights:
     dtype, int8 = precision
     # Products of some sixty terms: a spread that keeps activations of order 1.
-    scaled = {
+    scaled: dict[str, Any] = {
         name: (1.0 + tensor.float() if name.endswith("norm") else 0.3 * tensor).to(dtype)
         for name, tensor in toy_weights(config)._asdict().items()
-        if name != "inverse_frequencies"
+        if isinstance(tensor, torch.Tensor) and name != "inverse_frequencies"
     }
     scaled["inverse_frequencies"] = toy_weights(config).inverse_frequencies
     matrices = {name: quantize(scaled[name]) if int8 else scaled[name] for name in MATRICES}
@@ -123,7 +123,8 @@ def test_the_operator_is_its_twin(data: st.DataObject) -> None:
     precision = data.draw(st.sampled_from(PRECISIONS), "precision")
     shape = data.draw(st.sampled_from(sorted(SHAPES)), "shape")
     torch.set_num_threads(data.draw(st.integers(1, 5), "threads"))
-    config = replace(toy_config(), **{"hidden_size": 48, **SHAPES[shape]})
+    more = data.draw(st.sampled_from([{}, {}, EVERYTHING]), "more")
+    config = replace(toy_config(), **{"hidden_size": 48, **SHAPES[shape], **more})
     kept = data.draw(st.sampled_from(["none", "one", "prefix", "holes", "all"]), "kept")
     slots = torch.arange(CAPACITY)
     valid = {
@@ -322,23 +323,29 @@ def test_an_operator_that_pytorch_may_compile() -> None:
         weights,
         state,
         hidden,
-        torch.ones(2, 4),
-        torch.zeros(2, 4),
+        torch.ones(1, 2, 4),
+        torch.zeros(1, 2, 4),
         visible,
         per_query=False,
     )
     qualified = getattr(torch.ops.positronic_brain, library.stem.replace("-", "_")).default
     matrices = [getattr(weights, field) for field in MATRICES[1:]]
-    called = (
+    called: tuple[Any, ...] = (
         [weights.attention_norm, weights.mlp_norm, weights.final_norm],
         [matrix.values for matrix in matrices],
         [matrix.scale for matrix in matrices],
         [state.keys, state.values],
-        [hidden, torch.ones(2, 4), torch.zeros(2, 4)],
+        [hidden, torch.ones(1, 2, 4), torch.zeros(1, 2, 4)],
         list(visible),
         [config.intermediate_size, config.num_heads, config.vocab_size],
         1e-5,
         False,
+        [],
+        [],
+        [0, 0],
+        1e-5,
+        0.0,
+        1.0,
         False,
     )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")

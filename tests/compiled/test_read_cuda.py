@@ -29,7 +29,7 @@ from compiled.read import Reading, read, read_ahead
 from compiled.read_cpu import Decoded
 from compiled.state import State, allocate_state
 from fixture_types import OpenTiny
-from toys import digest, toy_config, toy_cursor, toy_weights
+from toys import EVERYTHING, digest, toy_config, toy_cursor, toy_weights
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -55,10 +55,10 @@ on_a_device = KernelTests()
 
 def model(config: LlamaConfig, dtype: torch.dtype, *, int8: bool) -> Weights:
     # Products of some sixty terms: a spread that keeps activations of order 1.
-    scaled = {
+    scaled: dict[str, Any] = {
         name: (1.0 + tensor.float() if name.endswith("norm") else 0.3 * tensor).to(DEVICE, dtype)
         for name, tensor in toy_weights(config)._asdict().items()
-        if name != "inverse_frequencies"
+        if isinstance(tensor, Tensor) and name != "inverse_frequencies"
     }
     scaled["inverse_frequencies"] = toy_weights(config).inverse_frequencies.to(DEVICE)
     matrices = {name: quantize(scaled[name]) if int8 else scaled[name] for name in MATRICES}
@@ -122,6 +122,7 @@ def reads(draw: st.DrawFn) -> dict[str, Any]:
             hidden_size=draw(st.sampled_from([24, 71])),
             intermediate_size=draw(st.sampled_from([20, 37])),
             vocab_size=draw(st.sampled_from([40, 101])),
+            **draw(st.sampled_from([{}, EVERYTHING])),
         ),
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         "int8": draw(st.booleans()),
@@ -255,6 +256,33 @@ def test_many_blocks_make_few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_a_device
+@pytest.mark.parametrize(
+    ("more", "dtype", "int8"),
+    [
+        (["qk_norm"], torch.float32, False),
+        (["qkv_bias", "rotary_kinds", "attention_scale"], torch.float32, True),
+        ([*EVERYTHING], torch.bfloat16, False),
+    ],
+)
+def test_what_a_llama_has_not_is_that_of_the_twin(
+    more: list[str], dtype: torch.dtype, int8: bool
+) -> None:
+    config = dataclasses.replace(toy_config(4, 2), **{key: EVERYTHING[key] for key in more})
+    valid = torch.arange(70) % 3 != 0
+    weights, state = model(config, dtype, int8=int8), memory(config, dtype, valid, 1)
+    decode = operator(config, weights, state, 3)
+    ids, positions = torch.tensor([3, 4, 5]), torch.tensor([90, 91, 92])
+    given_ = [tensor.to(DEVICE) for tensor in (ids, positions, torch.tensor(3))]
+    ours = read(config, weights, state, *given_, bucket=70, decode=decode)
+    truth = read(config, *exact(weights, state), *given_, bucket=70)
+    agrees(ours, truth, 3, dtype)
+    llama = weights._replace(qkv_bias=None, qk_gain=None)
+    without = read(toy_config(4, 2), *exact(llama, state), *given_, bucket=70)
+    with pytest.raises(AssertionError):
+        agrees(ours, without, 3, dtype)
+
+
+@on_a_device
 def test_a_compiler_takes_it_for_one_call() -> None:
     """Captured, with the results of a direct call, and beside them nothing that is written."""
     config, weights, state = small()
@@ -359,6 +387,10 @@ SIZES = {
     "smollm2": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e4, 2048),
     "tinyllama": LlamaConfig(32000, 2048, 5632, 22, 32, 4, 64, 1e-5, 1e4, 2048),
     "llama-3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, 8192),
+    "qwen3 with all": LlamaConfig(
+        *(151936, 1024, 3072, 28, 16, 8, 128, 1e-6, 1e6, 40960),
+        **{**EVERYTHING, "rotary_kinds": ()},
+    ),
 }
 
 
@@ -379,8 +411,8 @@ def described(
     state = allocate_state(one, slots, dtype, meta)
     given_ = Given(
         hidden=torch.empty(tokens, one.hidden_size, device=meta),
-        cos=torch.empty(tokens, one.head_dim // 2, device=meta),
-        sin=torch.empty(tokens, one.head_dim // 2, device=meta),
+        cos=torch.empty(1, tokens, one.head_dim // 2, device=meta),
+        sin=torch.empty(1, tokens, one.head_dim // 2, device=meta),
         seen=torch.empty(tokens, slots, dtype=torch.bool, device=meta),
         seen_new=torch.empty(tokens, tokens, dtype=torch.bool, device=meta),
         live=torch.empty(tokens, device=meta),
@@ -404,6 +436,8 @@ FORMS = [
     ("llama-3-8b", 8192, 8, torch.bfloat16, True, 90),
     ("tinyllama", 65536, 8, torch.float32, False, 89),
     ("smollm2", 200, 1, torch.bfloat16, False, 80),
+    ("qwen3 with all", 1024, 1, torch.bfloat16, False, 90),
+    ("qwen3 with all", 1024, 8, torch.float32, True, 80),
 ]
 
 
@@ -420,12 +454,12 @@ def test_every_kernel_compiles(
     weights and cache are loaded 128 bits at a time.
     """
     made = described(SIZES[size], slots, tokens, dtype, int8=int8)
-    assert len(made) == 6 + 1
+    assert len(made) == 6 + SIZES[size].qk_norm + 1
     for launch in made:
         kernel, name = compiled_for(launch, capability), launch.kernel.__name__
         assert kernel.stack <= (16 if dtype == torch.float32 else 0), name
         assert kernel.shared <= SHARED, name
-        if name != "combine":  # whose inputs are small
+        if name not in ("turn", "combine"):  # whose inputs are small
             assert re.search(r"ld\.global[^ ]*\.v4", kernel.ptx), name
         if capability >= 90:
             assert "griddepcontrol.wait" in kernel.ptx, name

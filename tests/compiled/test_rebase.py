@@ -19,24 +19,28 @@ CAPACITY = 12
 THETA = 10_000.0
 YES, NO = torch.tensor(True), torch.tensor(False)
 FREQUENCIES = inverse_frequencies(8, THETA)
+TABLE = torch.stack([FREQUENCIES, torch.zeros_like(FREQUENCIES)])
+KINDS = (0, 1)  # the second layer does not rotate
 
 
 def state_of(rows: dict[int, int], dtype: torch.dtype = torch.float32) -> tuple[State, Tensor]:
     """A state whose valid keys are RoPE of known vectors at their positions, and the vectors."""
     state = toy_state(toy_config(), CAPACITY, rows)
     plain = state.keys.clone()  # [layers, kv_heads, capacity, head_dim], before RoPE
-    cos, sin = rotation(state.position, FREQUENCIES)
-    turned = torch.stack([rotate(layer.transpose(0, 1), cos, sin) for layer in plain])
+    cos, sin = rotation(state.position, TABLE)
+    turned = torch.stack(
+        [rotate(plain[n].transpose(0, 1), cos[kind], sin[kind]) for n, kind in enumerate(KINDS)]
+    )
     valid = state.valid[None, None, :, None]
     keys = torch.where(valid, turned.transpose(1, 2), plain)
     return state._replace(keys=keys.to(dtype), values=state.values.to(dtype)), plain
 
 
 def expected_keys(plain: Tensor, position: Tensor) -> npt.NDArray[np.float64]:
-    """RoPE of the vectors at these positions, in float64."""
+    """RoPE of the vectors at these positions, in float64; of the second layer none."""
     first, second = plain.double().numpy()[..., :4], plain.double().numpy()[..., 4:]
-    angle = position.double().numpy()[:, None] * FREQUENCIES.numpy()
-    cos, sin = np.cos(angle), np.sin(angle)
+    angle = position.double().numpy()[:, None] * TABLE.numpy()[KINDS, None]  # [layers, slots, 4]
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
@@ -61,7 +65,7 @@ def test_keys_are_where_their_new_positions_would_have_put_them() -> None:
     cursor = toy_cursor(8192)
     cursor.uncommitted.fill_(1)
     before = {name: tensor.clone() for name, tensor in state._asdict().items()}
-    rebase(state, cursor, FREQUENCIES, YES)
+    rebase(KINDS, state, cursor, TABLE, YES)
     assert {slot: int(state.position[slot]) for slot in rows} == {1: 3, 2: 0, 5: 4, 7: 1, 8: 2}
     assert cursor.position.tolist() == [5]  # behind the newest of five rows
     slots = sorted(rows)
@@ -70,6 +74,7 @@ def test_keys_are_where_their_new_positions_would_have_put_them() -> None:
     np.testing.assert_allclose(state.keys[:, :, slots].numpy(), expected, atol=1e-6)
     free = [slot for slot in range(CAPACITY) if slot not in rows]
     assert torch.equal(state.keys[:, :, free], before["keys"][:, :, free])
+    assert torch.equal(state.keys[1], before["keys"][1])  # it does not rotate
     for name in set(State._fields) - {"keys", "position"}:
         assert torch.equal(getattr(state, name), before[name]), name
 
@@ -77,7 +82,7 @@ def test_keys_are_where_their_new_positions_would_have_put_them() -> None:
 def test_a_cursor_on_a_remembered_row_stays_on_it() -> None:
     state, _ = state_of({0: 50, 3: 90, 4: 70})
     cursor = toy_cursor(90)
-    rebase(state, cursor, FREQUENCIES, YES)
+    rebase(KINDS, state, cursor, TABLE, YES)
     assert cursor.position.tolist() == [2] == [int(state.position[3])]
 
 
@@ -86,7 +91,7 @@ def test_nothing_changes_where_it_is_not_wanted(rows: dict[int, int]) -> None:
     state, _ = state_of(rows)
     cursor = toy_cursor(1000)
     before = digest(*state, *cursor)
-    rebase(state, cursor, FREQUENCIES, NO)
+    rebase(KINDS, state, cursor, TABLE, NO)
     assert digest(*state, *cursor) == before
 
 
@@ -102,11 +107,14 @@ def test_a_hundred_rebasings_drift_within_a_bound(dtype: torch.dtype, bound: flo
     for _ in range(100):
         # Time passes: every row is where it would be had the loop gone on for up to 8,000 ticks.
         ahead = torch.randint(0, 8000, (CAPACITY,), generator=generator).cumsum(0)
-        cos, sin = rotation(ahead, FREQUENCIES)
-        exact = [rotate(k.double().transpose(0, 1), cos, sin).transpose(0, 1) for k in state.keys]
+        cos, sin = rotation(ahead, TABLE)
+        exact = [
+            rotate(k.double().transpose(0, 1), cos[n], sin[n]).transpose(0, 1)
+            for k, n in zip(state.keys, KINDS, strict=True)
+        ]
         state.keys.copy_(torch.stack(exact).to(dtype))
         state.position.add_(ahead)
-        rebase(state, cursor, FREQUENCIES, YES)
+        rebase(KINDS, state, cursor, TABLE, YES)
     assert state.position.tolist() == list(range(CAPACITY))
     error = torch.from_numpy(expected_keys(plain, state.position)) - state.keys.double()
     drift = float(error.norm() / plain.double().norm())

@@ -85,11 +85,11 @@ def test_I7_one_pass_chunks_and_single_tokens_agree(
 
 
 def test_I7_a_culled_memory_is_a_masked_pass(
-    either_brain: Brain, reference: LlamaForCausalLM
+    llama_brain: Brain, reference: LlamaForCausalLM
 ) -> None:
     """Rows culled by the loop and by hand, against one pass in which each token is shown exactly
     what was remembered when it was read, at original positions."""
-    b = either_brain
+    b = llama_brain
     ids = IDS[:60]
     prompt = 30
     b.prime(ids[:prompt])

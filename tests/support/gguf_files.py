@@ -33,35 +33,42 @@ def write_gguf(
     change: Change | None = None,
     *,
     heads: tuple[int, int] = (4, 2),
+    architecture: str = "llama",
+    permuted: bool = True,
     kind: gguf.GGMLQuantizationType | None = None,
 ) -> None:
     """A GGUF of a tiny model with this vocabulary, whose dimensions are those of its tensors: of
-    ``heads``, queries and keys. ``kind`` of its matrices; None: float32.
+    ``heads``, queries and keys. ``permuted``: whether rows of these are in RoPE's pairs. ``kind``
+    of its matrices; None: float32.
     """
     names = [name for name in state if name.endswith("mlp.gate_proj.weight")]
     wide, hidden = state[names[0]].shape
     head_dim = len(state["model.layers.0.self_attn.q_proj.weight"]) // heads[0]
-    fields: Fields = {
-        "llama.block_count": len(names),
-        "llama.context_length": 128,
-        "llama.embedding_length": hidden,
-        "llama.feed_forward_length": wide,
-        "llama.attention.head_count": heads[0],
-        "llama.attention.head_count_kv": heads[1],
-        "llama.attention.layer_norm_rms_epsilon": 1e-6,
-        "llama.rope.freq_base": 10000.0,
-        "llama.rope.dimension_count": head_dim,
-        **vocabulary,
+    dimensions = {
+        "block_count": len(names),
+        "context_length": 128,
+        "embedding_length": hidden,
+        "feed_forward_length": wide,
+        "attention.head_count": heads[0],
+        "attention.head_count_kv": heads[1],
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": head_dim,
     }
+    if head_dim * heads[0] != hidden:
+        dimensions |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    fields: Fields = {f"{architecture}.{key}": value for key, value in dimensions.items()}
+    fields |= {"general.architecture": architecture, **vocabulary}
     tensors: Tensors = {}
     for name, tensor in state.items():
-        if "q_proj" in name or "k_proj" in name:
+        if permuted and ("q_proj" in name or "k_proj" in name):
             tensor = permute(tensor, heads["k_proj" in name])
         if name in RENAMED:
             tensors[RENAMED[name]] = tensor.numpy()
         else:
-            _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
-            tensors[f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.weight"] = tensor.numpy()
+            _, _, layer, whole = name.split(".", 3)
+            inner, _, what = whole.rpartition(".")
+            tensors[f"blk.{layer}.{RENAMED_IN_LAYER[inner]}.{what}"] = tensor.numpy()
     if change:
         change(fields, tensors)
     write_fields(path, fields, tensors, kind)

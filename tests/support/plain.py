@@ -78,13 +78,16 @@ def plain_read(
 ) -> PlainReading:
     """What the read must return, mean attention mass included."""
     length = len(tokens) if length is None else length
-    w = {name: array(tensor) for name, tensor in weights._asdict().items()}
+    held = {name: tensor for name, tensor in weights._asdict().items() if tensor is not None}
+    w = {name: array(tensor) for name, tensor in held.items()}
+    scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
+    kinds = config.rotary_kinds or [0] * config.num_layers
     keys, values = array(state.keys), array(state.values)
     valid, where = array(state.valid), array(state.position)
     num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     group = num_heads // num_kv_heads
     taken = positions[:length]
-    hidden = [w["embedding"][token].copy() for token in tokens]
+    hidden = [w["embedding"][token] * config.embedding_scale for token in tokens]
     new_keys = np.zeros((config.num_layers, num_kv_heads, len(tokens), head_dim))
     new_values = np.zeros_like(new_keys)
     mass, own_mass = np.zeros(len(valid)), np.zeros(len(tokens))
@@ -93,14 +96,19 @@ def plain_read(
         queries = []
         for i, x in enumerate(hidden):
             x = normalised(x, w["attention_norm"][layer], config.rms_norm_eps)
-            qkv = (w["qkv"][layer] @ x).reshape(num_heads + 2 * num_kv_heads, head_dim)
-            queries.append(
-                [rotated(qkv[h], positions[i], config.rope_theta) for h in range(num_heads)]
-            )
-            for h in range(num_kv_heads):
-                key = qkv[num_heads + h]
-                new_keys[layer, h, i] = rotated(key, positions[i], config.rope_theta)
-                new_values[layer, h, i] = qkv[num_heads + num_kv_heads + h]
+            qkv = w["qkv"][layer] @ x
+            if config.qkv_bias:
+                qkv = qkv + w["qkv_bias"][layer]
+            qkv = qkv.reshape(num_heads + 2 * num_kv_heads, head_dim)
+            for h in range(num_heads + num_kv_heads):
+                if config.qk_norm:
+                    gain = w["qk_gain"][layer, 0 if h < num_heads else 1]
+                    qkv[h] = normalised(qkv[h], gain, config.rms_norm_eps)
+                if kinds[layer] == 0:
+                    qkv[h] = rotated(qkv[h], positions[i], config.rope_theta)
+            queries.append(qkv[:num_heads])
+            new_keys[layer, :, i] = qkv[num_heads : num_heads + num_kv_heads]
+            new_values[layer, :, i] = qkv[num_heads + num_kv_heads :]
         for i in range(len(tokens)):
             attended = []
             for h in range(num_heads):
@@ -114,7 +122,7 @@ def plain_read(
                     for j in range(len(tokens))
                     if sees_new(i, j, positions, length)
                 ]
-                scores = [float(query @ key) / math.sqrt(head_dim) for _, key, _, _ in seen]
+                scores = [float(query @ key) * scale for _, key, _, _ in seen]
                 shares = [math.exp(score - max(scores)) for score in scores]
                 total = sum(shares)
                 mixed = np.zeros(head_dim)
@@ -123,13 +131,15 @@ def plain_read(
                     if i < length:
                         tally[index] += share / total / (config.num_layers * num_heads)
                 attended.append(mixed)
-            hidden[i] = hidden[i] + w["attention_out"][layer] @ np.concatenate(attended)
+            added = w["attention_out"][layer] @ np.concatenate(attended)
+            hidden[i] = hidden[i] + added * config.residual_scale
         for i in range(len(tokens)):
             x = normalised(hidden[i], w["mlp_norm"][layer], config.rms_norm_eps)
             gate, up = np.split(w["gate_up"][layer] @ x, 2)
-            hidden[i] = hidden[i] + w["down"][layer] @ (gate / (1 + np.exp(-gate)) * up)
+            added = w["down"][layer] @ (gate / (1 + np.exp(-gate)) * up)
+            hidden[i] = hidden[i] + added * config.residual_scale
 
     logits = np.stack(
         [w["head"] @ normalised(x, w["final_norm"], config.rms_norm_eps) for x in hidden]
     )
-    return PlainReading(logits, new_keys, new_values, mass, own_mass)
+    return PlainReading(logits / config.logit_divisor, new_keys, new_values, mass, own_mass)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled.llama import LlamaConfig, Weights, weight_shapes
+from compiled.llama import LlamaConfig, Weights, frequency_table, weight_shapes
 from compiled.philox import key_of
 from compiled.plan import Change, EditPlan, Plan
-from compiled.rope import inverse_frequencies
 from compiled.sample import Sampling
 from compiled.state import (
     COLUMNS,
@@ -40,6 +39,18 @@ def toy_config(heads: int = 4, kv_heads: int = 2, *, layers: int = 2) -> LlamaCo
     )
 
 
+EVERYTHING: dict[str, Any] = {
+    "qkv_bias": True,
+    "qk_norm": True,
+    "rotary_kinds": (0, 1),
+    "embedding_scale": 1.7,
+    "residual_scale": 0.6,
+    "attention_scale": 0.3,
+    "logit_divisor": 1.9,
+}
+"""All that a model of two layers may have and a Llama has not."""
+
+
 def toy_weights(config: LlamaConfig, seed: int = 0) -> Weights:
     """Random weights that give lively attention and logits of order 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,8 +58,16 @@ def toy_weights(config: LlamaConfig, seed: int = 0) -> Weights:
         name: 0.5 * torch.randn(shape, generator=generator)
         for name, shape in weight_shapes(config).items()
     }
-    tensors["inverse_frequencies"] = inverse_frequencies(config.head_dim, config.rope_theta)
+    tensors["inverse_frequencies"] = frequency_table(config)
     return Weights(**tensors)
+
+
+def assert_same_weights(ours: Weights, theirs: Weights) -> None:
+    """To the bit, and the same are absent."""
+    for field in Weights._fields:
+        one, other = getattr(ours, field), getattr(theirs, field)
+        assert (one is None) == (other is None), field
+        assert one is None or torch.equal(one, other), field
 
 
 def toy_state(

@@ -14,8 +14,10 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 
-from brain.checkpoints.folder import stored_model
-from brain.checkpoints.gguf_file import gguf_name
+from brain.checkpoints.families import FAMILIES
+from brain.checkpoints.folder import CONFIG, stored_model
+from brain.checkpoints.gguf_file import UNROTATED_EVERY, gguf_name
+from brain.checkpoints.hf_config import read_settings
 from brain.checkpoints.llama_names import Part, packed_parts
 from brain.errors import Refused
 from brain.files import cache_folder
@@ -24,7 +26,7 @@ from brain.machine.integrity import files_sha256
 from brain.machine.progress import progress_bar
 from brain.tokenizers.gguf_vocabulary import vocabulary_fields
 from brain.tokens import Tokenizer, load_tokenizer
-from compiled.llama import LlamaConfig
+from compiled.llama import UNROTATED, LlamaConfig
 from compiled.rope import inverse_frequencies
 
 FORMAT = 2  # of the written file; a new number makes every cache convert again
@@ -71,10 +73,18 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     if kind not in FILE_TYPES:
         raise Refused(f"GGUF type {kind} is unknown; use {', '.join(FILE_TYPES)}")
     config, tensors, _ = stored_model(folder)
+    family = FAMILIES[read_settings(folder / CONFIG)["model_type"]]
+    if family.skips_rope and any(
+        (kind == UNROTATED) != (layer % UNROTATED_EVERY == UNROTATED_EVERY - 1)
+        for layer, kind in enumerate(config.layer_kinds)
+    ):
+        raise Refused(f"{folder}: GGUF cannot say which layers rotate: there every fourth does not")
     types = tensor_types(config, kind)
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, family.architecture)
     writer.add_file_type(FILE_TYPES[kind])
     _add_dimensions(writer, config)
+    if family.scaled:
+        _add_scales(writer, config)
     _add_vocabulary(writer, folder, config)
     factors = _rope_factors(config)
     if factors is not None:
@@ -92,7 +102,8 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
             for (name, _), stored_as in types.items():
                 stored = tensors[name]
                 tensor = stored.file.tensor(stored.name).to(torch.float32)
-                tensor = _permuted(tensor, name, config)
+                if family.permuted:
+                    tensor = _permuted(tensor, name, config)
                 writer.write_tensor_data(quantize(tensor.contiguous().numpy(), stored_as))
                 stored.file.release(stored.name)
                 bar.update()
@@ -142,6 +153,13 @@ def _add_dimensions(writer: GGUFWriter, config: LlamaConfig) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _add_scales(writer: GGUFWriter, config: LlamaConfig) -> None:
+    writer.add_embedding_scale(config.embedding_scale)
+    writer.add_residual_scale(config.residual_scale)
+    writer.add_attention_scale(1 / config.score_divisor)
+    writer.add_logit_scale(config.logit_divisor)
 
 
 def _add_vocabulary(writer: GGUFWriter, folder: Path, config: LlamaConfig) -> None:

@@ -49,7 +49,11 @@ class Ours:
 
 
 def _bytes(weights: object) -> int:
-    """Of a tensor, or of everything in a tuple or dataclass of them. Raises TypeError."""
+    """Of a tensor, or of everything in a tuple or dataclass of them; None has none. Raises
+    TypeError.
+    """
+    if weights is None:
+        return 0
     if isinstance(weights, Tensor):
         return weights.nbytes
     if isinstance(weights, tuple):

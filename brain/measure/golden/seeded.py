@@ -5,7 +5,7 @@ The numbers are representable in bfloat16, so the model is the same in every dty
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -16,13 +16,13 @@ from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.llama_names import packed_parts
 from brain.tokenizers.vocabulary import Vocabulary
 from brain.tokens import Tokenizer
-from compiled.llama import LlamaConfig, Weights, weight_shapes
-from compiled.rope import inverse_frequencies
+from compiled.llama import LlamaConfig, Weights, frequency_table, weight_shapes
 
 BLOCK = (1 << 24) - 3  # elements; odd, so that rows of a matrix do not repeat when it wraps around
 STRIDE = 7_368_787  # elements between the offsets of two tensors, a prime
 DEVIATION = 0.02
 NORM_DEVIATION = 0.1  # of the gains of a norm, around 1
+EVERY_MODEL_HAS = 12  # so many fields of LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SeededModel:
 
     def sha256(self) -> str:
         """Identifies dimensions and weights; 64 hex digits."""
-        digest = hashlib.sha256(f"{self.config} {STRIDE} {NORM_DEVIATION}".encode())
+        digest = hashlib.sha256(f"{_told(self.config)} {STRIDE} {NORM_DEVIATION}".encode())
         digest.update(self.block.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
@@ -75,10 +75,7 @@ class SeededModel:
                 self.fill(flat[start:end], name)
                 start = end
         packed.setdefault("head", packed["embedding"])
-        frequencies = inverse_frequencies(
-            self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
-        )
-        tensors = {**packed, "inverse_frequencies": frequencies}
+        tensors = {**packed, "inverse_frequencies": frequency_table(self.config)}
         return Checkpoint(
             name=self.name,
             config=self.config,
@@ -86,6 +83,16 @@ class SeededModel:
             tokenizer=_speechless(self.config.vocab_size),
             hash_weights=self.sha256,
         )
+
+
+def _told(config: LlamaConfig) -> str:
+    """A model's dimensions as they are hashed: of what only some models have, what it has."""
+    told = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for index, field in enumerate(fields(config))
+        if index < EVERY_MODEL_HAS or getattr(config, field.name) != field.default
+    ]
+    return f"LlamaConfig({', '.join(told)})"
 
 
 def _speechless(vocab_size: int) -> Tokenizer:

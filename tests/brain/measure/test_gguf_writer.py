@@ -1,5 +1,6 @@
 """The GGUF files that are written: the same model for whoever reads them."""
 
+import importlib.util
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from brain.errors import Refused
 from brain.measure.bench.gguf_writer import converted_gguf, tensor_bytes, write_gguf
 from brain.measure.bench.job import Job
 from brain.measure.bench.llama_cpp_peer import LlamaCpp
+from small_families import NEW, save_family
+from toys import assert_same_weights
 
 SaveLlama = Callable[..., dict[str, Tensor]]
 
@@ -42,8 +45,7 @@ def test_what_is_written_reads_back_as_the_same_model(
 
     back, original = (open_folder(tmp_path / f, dtype=torch.float32) for f in ("back", "hf"))
     assert back.config == original.config
-    for field in back.weights._fields:
-        assert torch.equal(getattr(back.weights, field), getattr(original.weights, field)), field
+    assert_same_weights(back.weights, original.weights)
     text = "hello a 12 <|end|>"
     assert back.tokenizer.encode(text) == original.tokenizer.encode(text)
     assert back.tokenizer.eos_ids == original.tokenizer.eos_ids
@@ -124,6 +126,28 @@ def test_llama_cpp_computes_the_same_logits(
     write_gguf(tmp_path / "hf", tmp_path / "x.gguf", "F32")
     ids = random.Random(1).choices(range(300), k=40)
     agree(tmp_path / "hf", tmp_path / "x.gguf", ids, largest=1e-3)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_written_family_is_read_back(name: str, tmp_path: Path, byte_level_json: str) -> None:
+    """The same configuration and, in float32, the same bits; llama.cpp agrees where it is there."""
+    folder = tmp_path / "hf"
+    save_family(folder, name, byte_level_json, hidden_size=64, num_hidden_layers=4)
+    write_gguf(folder, tmp_path / "x.gguf", "F32")
+    (tmp_path / "back").mkdir()
+    convert_gguf(tmp_path / "x.gguf", tmp_path / "back")
+    back, original = (open_folder(at, dtype=torch.float32) for at in (tmp_path / "back", folder))
+    assert back.config == original.config
+    assert_same_weights(back.weights, original.weights)
+    if importlib.util.find_spec("llama_cpp"):
+        ids = random.Random(1).choices(range(260), k=40)
+        agree(folder, tmp_path / "x.gguf", ids, largest=1e-3)
+
+
+def test_layers_that_gguf_cannot_name_are_refused(tmp_path: Path, byte_level_json: str) -> None:
+    save_family(tmp_path / "hf", "smollm3", byte_level_json, no_rope_layers=[1, 0, 1, 1])
+    with pytest.raises(Refused, match="every fourth does not"):
+        write_gguf(tmp_path / "hf", tmp_path / "x.gguf", "F32")
 
 
 def test_llama_cpp_computes_smollm2s_logits(smollm2_folder: Path, tmp_path: Path) -> None:

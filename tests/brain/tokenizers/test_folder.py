@@ -21,7 +21,9 @@ import pytest
 import sentencepiece
 
 from brain.errors import BrainWarning, Refused
+from brain.tokenizers.tokenizer_json import QWEN2_PATTERN
 from brain.tokens import load_tokenizer
+from texts import TEXTS
 from tokenizer_folders import (
     SAID,
     Drawn,
@@ -355,6 +357,85 @@ def test_a_file_that_cannot_split_is_no_matter_where_a_class_overrules_it(
     model = {**specimens.llama_json["model"], "unk_token": "<nope>", "byte_fallback": False}
     folder = llama_folder(tmp_path, specimens, tokenizer_json={"model": model})
     assert load_tokenizer(folder).encode("a man of") == pieces_of(specimens, "a man of")
+
+
+def qwen_json(specimens: Specimens, *patterns: str, normalizer: Json | None) -> Json:
+    """A byte-level tokenizer.json that normalizes and cuts like this, with a turn's markers."""
+    ways = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+        for p in patterns
+    ]
+    letters = byte_level() | {"use_regex": not ways}
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    marks = [added(320 + n, text) for n, text in enumerate(names)]
+    thought = added(323, "<think>") | {"special": False}
+    return specimens.byte_json | {
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*ways, letters]},
+        "added_tokens": [*specimens.byte_json["added_tokens"], *marks, thought],
+    }
+
+
+NFC = {"type": "NFC"}
+R1 = (r"\p{N}{1,3}", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s+")
+HOSTILE = (
+    *SAID,
+    *(text for text in TEXTS if text),
+    "<|im_start|>user\n<|im_end|><|endoftext|> <think>ab</think>",
+    "cafe\u0301 \u1e9b\u0323 \ufb01 Å Å 1234567 ٣٤٥ ㎏\r\n\r\n  \u00a0\u3000x\u200b\ufeff",
+    "\x00\x7f\ufffd\U0010ffff \U000e0001 I'Ll they'RE",
+)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "declared", "patterns", "line"),
+    [
+        ("qwen2", "Qwen2Tokenizer", [QWEN2_PATTERN], None),
+        ("qwen2", None, [QWEN2_PATTERN], None),
+        ("qwen2", "LlamaTokenizerFast", R1, "model_type qwen2 in config.json overrules LlamaTok"),
+        ("qwen2", "PreTrainedTokenizerFast", R1, "overrules PreTrainedTokenizer in tokenizer_conf"),
+        ("qwen3", "Qwen2Tokenizer", [QWEN2_PATTERN], None),
+        ("qwen3", "Qwen2TokenizerFast", R1, "Qwen2Tokenizer of the settings, which overrules tok"),
+        ("qwen3", None, [QWEN2_PATTERN], None),
+        ("qwen3", "PreTrainedTokenizerFast", R1, None),
+        ("smollm3", "PreTrainedTokenizerFast", R1, None),
+        ("smollm3", None, [], None),
+        ("granite", "GPT2Tokenizer", R1, None),
+        ("granite", "GPT2TokenizerFast", [], None),
+        ("granite", None, [], None),
+    ],
+)
+def test_each_family_s_tokenizer_is_read_as_transformers_reads_it(
+    specimens: Specimens,
+    tmp_path: Path,
+    model_type: str,
+    declared: str | None,
+    patterns: Sequence[str],
+    line: str | None,
+    special: bool,
+) -> None:
+    """Ids of hostile texts, with special tokens and with what looks like them."""
+    library = qwen_json(
+        specimens, *patterns, normalizer=NFC if model_type.startswith("qwen") else None
+    )
+    files: dict[str, Json | bytes] = {
+        "config.json": {"model_type": model_type, "eos_token_id": 322},
+        "tokenizer.json": library,
+        "tokenizer_config.json": {"eos_token": "<|im_end|>"}
+        | ({} if declared is None else {"tokenizer_class": declared}),
+    }
+    folder = write_folder(tmp_path, files)
+    theirs = reference(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BrainWarning)
+        ours = load_tokenizer(folder)
+        found = [ours.encode(text, special=special) for text in HOSTILE]
+    asked = {"add_special_tokens": False, "split_special_tokens": not special}
+    assert found == [theirs(text, **asked).input_ids for text in HOSTILE]
+    assert 322 in ours.eos_ids
+    lines = [told for w in caught if "alters this text" not in (told := str(w.message))]
+    assert any(line in told for told in lines) if line else not lines
 
 
 def test_loose_files_of_gpt2_are_refused_with_the_remedy(tmp_path: Path) -> None:
