@@ -15,15 +15,15 @@ from brain.checkpoints import Checkpoint, open_checkpoint
 from brain.config.compose import compose_conf, typed
 from brain.config.older import bring_up_to_date
 from brain.config.overrides import literal, model_overrides, override
-from brain.config.settings import Settings, keeps_blocks, settings_of
-from brain.errors import Refused, one_line, shown
+from brain.config.settings import Settings, engine_name, keeps_blocks, settings_of
+from brain.errors import Refused, one_line, shown, warn
 from brain.files import given_path
 from brain.machine.graph_cache import name_graph_folder
 from brain.policies import CustomPolicy, custom_policy
 from brain.saves import read_description
 from compiled.capture import prepared
 from compiled.choose import KeepScore
-from conf.schema import Conf, register
+from conf.schema import Conf, WeightFormat, register
 
 MOST_THREADS = 1024
 """More than any machine gains from. A process that starts a billion dies of it."""
@@ -114,13 +114,17 @@ def use_threads(threads: int | None) -> None:
 
 def checkpoint_of(conf: Conf, settings: Settings) -> Checkpoint:
     """Loads the model that a configuration names, in its number formats. Raises Refused."""
+    blocks = keeps_blocks(conf, settings.device)
+    if conf.weights is WeightFormat.int4 and not blocks:
+        where = f"engine={engine_name(conf.engine)} on {settings.device}"
+        warn(f"weights=int4: {where} reads matrices in {conf.dtype.value}, rounded to four bits")
     return open_checkpoint(
         conf.model,
         conf.cache_dir,
         settings.dtype,
         settings.device,
         weights=conf.weights,
-        blocks=keeps_blocks(conf, settings.device),
+        blocks=blocks,
     )
 
 

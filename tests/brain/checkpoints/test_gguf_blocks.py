@@ -269,6 +269,17 @@ def test_a_folder_in_four_bits(save_llama: SaveLlama, tmp_path: Path) -> None:
         assert error < 0.1  # of noise: half a step of fifteen
 
 
+def test_a_folder_in_four_bits_as_a_brain(save_llama: SaveLlama, tmp_path: Path) -> None:
+    """Kept so by the native engine; the eager one says that it does not, and reads the same."""
+    save_llama(tmp_path, **SIZES, **HEADS, std=0.3)
+    native = open_brain(tmp_path, "native", weights="int4")
+    assert isinstance(native.memory.checkpoint.weights.down, Blocks)
+    with pytest.warns(BrainWarning, match="engine=eager on cpu reads matrices in float32, rounded"):
+        eager = open_brain(tmp_path, "eager", weights="int4")
+    found = [b.read(IDS, range(len(IDS))).logits for b in (native, eager)]
+    assert (found[0] - found[1]).abs().amax() < 1e-3 * found[1].abs().amax()
+
+
 def test_rows_that_are_no_whole_blocks_become_bfloat16(
     save_llama: SaveLlama, tmp_path: Path
 ) -> None:
