@@ -22,7 +22,7 @@ from brain.errors import Refused, shown
 from conf.schema import Source
 
 TEXT_KEYS = (
-    *("prompt", "prompt_file", "path", "model.path", "model.wheel", "cache_dir"),
+    *("prompt", "prompt_file", "path", "model.path", "model.file", "model.wheel", "cache_dir"),
     *("task.path", "task.folder", "task.text", "task.actions"),
 )
 """Keys whose values are taken literally on the command line."""
