@@ -405,6 +405,18 @@ def test_truncated_files_are_refused(save_llama: SaveLlama, tmp_path: Path, keep
     assert "not a complete safetensors file" in refusal_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_what_git_puts_in_the_place_of_a_large_file_is_told(
+    save_llama: SaveLlama, tmp_path: Path, name: str
+) -> None:
+    save_llama(tmp_path)
+    told = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    (tmp_path / name).write_text(told)
+    found = refusal_of(tmp_path)
+    assert f"{name}" in found
+    assert "it is a pointer of Git LFS: run 'git lfs pull'" in found
+
+
 def test_a_header_that_lies_is_refused(save_llama: SaveLlama, tmp_path: Path) -> None:
     save_llama(tmp_path)
     path = tmp_path / "model.safetensors"
