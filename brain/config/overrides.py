@@ -169,7 +169,11 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
     multirun commas separate the texts of several runs. Raises Refused for what this locale cannot
     read.
     """
-    for argument in (*arguments, os.getcwd()):
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise Refused("the current folder has been removed: change to one that exists") from None
+    for argument in (*arguments, here):
         if any("\udc80" <= character <= "\udcff" for character in argument):
             shown = argument.encode(errors="backslashreplace").decode()
             raise Refused(

@@ -58,6 +58,15 @@ def test_the_name_of_a_run_folder_is_taken_literally(name: str) -> None:
     assert literal_arguments(["hydra.run.dir=${now:%Y}"]) == ['hydra.run.dir="${now:%Y}"']
 
 
+def test_a_folder_that_has_been_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(Refused, match="the current folder has been removed: change to one"):
+        literal_arguments(["ticks=3"])
+
+
 def test_a_multirun_may_sweep_over_prompts() -> None:
     assert literal_arguments(["prompt=a,b", "-m"]) == ["--multirun", "prompt=a,b"]
     assert literal_arguments(["prompt=a,b"]) == ['prompt="a,b"']
