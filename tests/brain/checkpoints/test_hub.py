@@ -1,5 +1,6 @@
 """Hub models, from a Hugging Face cache laid out by hand and from a hub on this machine."""
 
+import io
 import json
 import os
 import shutil
@@ -109,7 +110,7 @@ def hub(save_llama: SaveLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(hub_files, "PAUSE", 0.0)
         monkeypatch.setattr(hub_module, "_found", {})
         yield hub
@@ -263,6 +264,31 @@ def test_a_lost_connection_is_taken_up_where_it_was_lost(hub: Hub, tmp_path: Pat
     size = (folder / "model.safetensors").stat().st_size
     assert hub.ranges == ["bytes=5000-"]
     assert hub.sent["model.safetensors"] == size
+
+
+def test_large_files_of_another_host_get_ranges_and_no_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    hub.redirects = True
+    hub.cut["model.safetensors"] = 5000
+    folder = from_hub(tmp_path)
+    assert hub.ranges == ["bytes=5000-"] * len(hub.ranges)
+    assert hub.sent["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+    assert hub.tokens == {("127.0.0.1", "Bearer hf_mine"), ("localhost", None)}
+
+
+def test_a_download_moves_a_bar_on_a_terminal(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    from_hub(tmp_path)
+    size = sum((hub.folder / name).stat().st_size for name in set(hub.sent) - {"config.json"})
+    bars = [bar for bar in terminal.getvalue().split("\r") if f"fetching {REPO}: " in bar]
+    assert f"/{size / 1e3:.0f}k" in bars[-1]
+    assert bars[0].lstrip().startswith(f"fetching {REPO}:   0%")
 
 
 def test_a_hub_that_stops_sending_is_one_line_and_the_next_run_goes_on(
