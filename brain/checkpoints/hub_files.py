@@ -233,7 +233,9 @@ def _receive(listing: Listing, file: HubFile, out: "_Appended", tell: Any) -> No
         if start and response.status_code != 206:  # all of it comes
             out.begin_anew(tell)
         for block in response.iter_bytes():  # as it comes: nothing waits in a buffer
-            out.write(block)
+            left = memoryview(block)
+            while left:  # a disk that is almost full takes a part
+                left = left[out.write(left) :]
             tell(len(block))
             if out.tell() > file.size:
                 return

@@ -612,6 +612,31 @@ def test_a_stored_head_of_its_own_counts(save_llama: SaveLlama, tmp_path: Path, 
     torch.testing.assert_close(dequantize(checkpoint.weights.head), head, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("where", ["a shard", "half as wide", "under model."])
+def test_a_head_of_its_own_counts_wherever_it_is_stored(
+    save_llama: SaveLlama, tmp_path: Path, where: str
+) -> None:
+    save_llama(tmp_path, tie_word_embeddings=True)
+    whole = tmp_path / "model.safetensors"
+    name = "model.lm_head.weight" if where == "under model." else "lm_head.weight"
+    head = torch.randn(300, 32, generator=torch.Generator().manual_seed(9))
+    if where == "half as wide":
+        head = head.bfloat16()
+    tensors = load_file(whole)
+    if where == "a shard":
+        save_file({name: head}, tmp_path / "z.safetensors")
+        save_file(tensors, tmp_path / "a.safetensors")
+        whole.unlink()
+        weight_map = {name: "z.safetensors"} | dict.fromkeys(tensors, "a.safetensors")
+        index = {"metadata": {}, "weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file({**tensors, name: head}, whole, {"format": "pt"})
+    with pytest.warns(BrainWarning, match=r"lm_head.weight is stored .* tie_word_embeddings true"):
+        checkpoint = open_folder(tmp_path, dtype=torch.float32)
+    assert torch.equal(dequantize(checkpoint.weights.head), head.float())
+
+
 def test_a_tied_matrix_may_be_stored_as_the_head(save_llama: SaveLlama, tmp_path: Path) -> None:
     state = save_llama(tmp_path, tie_word_embeddings=True)
     whole = tmp_path / "model.safetensors"

@@ -363,6 +363,26 @@ def test_a_full_disk_is_told_before_anything_is_fetched(
     assert set(hub.sent) == {"config.json"}
 
 
+def test_a_disk_that_fills_up_is_one_line_and_keeps_what_came(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = hub_files._Appended.write
+
+    def fills_up(file: Any, block: memoryview) -> int:
+        if file.tell() == 20_000:
+            raise OSError(28, "No space left on device")
+        return write(file, block[: 20_000 - file.tell()])
+
+    with monkeypatch.context() as full:
+        full.setattr(hub_files._Appended, "write", fills_up)
+        told = refusal(tmp_path)
+    assert "cannot be written (No space left on device); free some space there" in told
+    folder = from_hub(tmp_path)
+    assert hub.ranges == ["bytes=20000-"]
+    name = "model.safetensors"
+    assert (folder / name).read_bytes() == (hub.folder / name).read_bytes()
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     assert "cannot be written" in refusal(tmp_path)
