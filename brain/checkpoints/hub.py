@@ -111,8 +111,8 @@ def _fetch(listing: Listing, file: str | None, place: Place) -> Path:
         first = [name for name in FIRST if name in listing.files]
         folder = fetch(listing, first, place, quiet=True)
         named = read_settings(folder / CONFIG).get(EXPLICIT) if CONFIG in first else None
-        if named in listing.files and str(named).endswith(".json"):
-            first.append(str(named))
+        if isinstance(named, str) and named.endswith(".json") and named in listing.files:
+            first.append(named)
             fetch(listing, first, place, quiet=True)
         if CONFIG in first and (named is not None or {SINGLE, INDEX} & listing.files.keys()):
             small = [name for name in SMALL if name in listing.files]

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -135,7 +135,10 @@ def fetch(listing: Listing, names: Iterable[str], place: Place, *, quiet: bool =
             locks = place.cache / ".locks" / place.name
             locks.mkdir(parents=True, exist_ok=True)
             (place.folder / "blobs").mkdir(parents=True, exist_ok=True)
-            with exclusive(locks / "brain.lock"):  # a second process waits, and finds all there
+            with ExitStack() as stack:
+                # A second process waits, and finds all there.
+                with progress_bar(f"waiting for another process that fetches {listing.repo}"):
+                    stack.enter_context(exclusive(locks / "brain.lock"))
                 _fetch_missing(listing, wanted, place, quiet=quiet)
         except OSError as error:
             raise Refused(

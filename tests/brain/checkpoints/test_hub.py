@@ -218,6 +218,21 @@ def test_a_whole_file_is_fetched_without_shards(hub: Hub, tmp_path: Path) -> Non
         open_folder(folder, dtype=torch.float32)
 
 
+def test_a_whole_file_may_have_any_name(hub: Hub, tmp_path: Path, edit_json: EditJson) -> None:
+    (hub.folder / "model.safetensors").rename(hub.folder / "mine.safetensors")
+    edit_json(hub.folder / "config.json", {"transformers_weights": "mine.safetensors"})
+    assert (from_hub(tmp_path) / "mine.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["../mine.safetensors", "sub/mine.safetensors", ["mine"], 5])
+def test_weights_of_impossible_names_are_refused_before_anything_comes(
+    hub: Hub, tmp_path: Path, edit_json: EditJson, name: object
+) -> None:
+    edit_json(hub.folder / "config.json", {"transformers_weights": name})
+    assert "is not a plain *.safetensors file name" in refusal(tmp_path)
+    assert set(hub.sent) == {"config.json"}
+
+
 def test_what_cannot_be_read_is_refused_before_weights_are_fetched(
     hub: Hub, tmp_path: Path, edit_json: EditJson
 ) -> None:
