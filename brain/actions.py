@@ -7,7 +7,7 @@ does not matter. A batch is refused as a whole, with nothing changed, or applied
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,8 @@ def token_ids(ids: Iterable[int], vocab_size: int, what: str) -> list[int]:
         raise Refused(f"{what}: bytes are not ids; if they are text, decode them first")
     if isinstance(ids, str):
         raise Refused(f"{what}: text is not ids; encode it first, with Brain.encode")
+    if isinstance(ids, Set | Mapping):
+        raise Refused(f"{what}: ids of a {type(ids).__name__} have no order; give a list")
     checked = []
     for index, token in enumerate(listed(ids, f"{what}: ids")):
         number = integer(token)

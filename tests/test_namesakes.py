@@ -11,7 +11,7 @@ COVERED = (
     ("compiled/test_blocks.py", "compiled", "matrix"),
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "checkpoint hf_config llama_names"),
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "packing safetensors_file stored"),
-    ("brain/checkpoints/test_hub.py", "brain/checkpoints", "sources"),
+    ("brain/checkpoints/test_hub.py", "brain/checkpoints", "hub_files sources"),
     ("brain/checkpoints/test_gguf_file.py", "brain/checkpoints", "gguf_header"),
     ("brain/checkpoints/test_wheel.py", "brain/machine", "built_folder integrity"),
     ("brain/config/test_overrides.py", "brain/config", "compose"),

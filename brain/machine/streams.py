@@ -58,6 +58,13 @@ class Text(_Stream):
         if self._lost is None:
             self._try(self._stream.flush)
 
+    def require_written(self) -> None:
+        """Raises what was raised when something was lost, in case nobody heard of it: the standard
+        library's logging does not tell.
+        """
+        if self._lost is not None:
+            raise self._lost
+
     def _try(self, write: Any, *text: str) -> Any:
         try:
             return write(*text)
@@ -69,10 +76,10 @@ class Text(_Stream):
             raise self._lost from None
 
 
-def take_streams() -> None:
-    """Makes standard error drop what it cannot take, and standard output say that it is lost. To be
-    called before any file is opened: it would get the number of a closed stream, and the text.
-    Raises Refused where standard output is closed.
+def take_streams() -> Text:
+    """Makes standard error drop what it cannot take, and standard output, which is returned, say
+    that it is lost. To be called before any file is opened: it would get the number of a closed
+    stream, and the text. Raises Refused where standard output is closed.
     """
     for number in range(3):
         try:
@@ -89,4 +96,6 @@ def take_streams() -> None:
     if hasattr(os, "set_blocking"):
         with suppress(*UNWRITABLE):  # what is written to no file
             os.set_blocking(sys.stdout.fileno(), True)  # a reader may be slower than the text
-    sys.stdout = cast(TextIO, Text(sys.stdout))
+    text = Text(sys.stdout)
+    sys.stdout = cast(TextIO, text)
+    return text

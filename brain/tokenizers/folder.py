@@ -5,6 +5,7 @@ line says what was overruled, or the folder is refused.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ def read_folder(path: Path) -> Folder:
     try:
         # Blank where the file is empty: that is not JSON.
         text = (read_text(library, TOKENIZER_BYTES) or " ") if library.exists() else ""
-        content = read_bytes(model, TOKENIZER_BYTES) if model.exists() else b""
+        content = b""
+        with suppress(OSError) if text else nullcontext():  # then it is only compared
+            content = read_bytes(model, TOKENIZER_BYTES) if model.exists() else b""
         return Folder(path, settings, text, content)
     except (OSError, UnicodeError) as error:
         raise Refused(f"{path}: tokenizer cannot be read ({one_line(error)})") from None

@@ -689,8 +689,10 @@ def test_ids_and_positions_may_be_arrays(kind: Any, eager_brain: Brain) -> None:
         (torch.tensor([True]), "not an integer token id"),
         (np.array([[1, 2]]), "not an integer token id"),
         (torch.tensor(3), "must be a list"),
+        ({1, 2}, "have no order; give a list"),
+        ({1: 2}, "have no order; give a list"),
     ],
-    ids=["bytes", "bytearray", "memoryview", "floats", "flags", "two dimensions", "number"],
+    ids=["bytes", "bytearray", "memoryview", "floats", "flags", "2D", "number", "set", "dict"],
 )
 def test_what_may_not_be_ids_is_refused_in_one_line(
     given: Any, told: str, eager_brain: Brain

@@ -111,6 +111,12 @@ def test_help_that_is_not_read_ends_quietly(tmp_path: Path, reader: str, status:
     assert len(done.stderr.splitlines()) == (status == "2")
 
 
+def test_notes_of_hydra_that_are_lost_are_said(tmp_path: Path) -> None:
+    done = run(tmp_path, [sys.executable, "-m", "brain.app", "--info"], ">/dev/full")
+    assert "standard output cannot be written" in refusal(done)
+    assert b"Logging error" not in done.stderr
+
+
 def test_a_terminal_that_goes_away_is_the_end_of_a_run(tmp_path: Path, tiny_folder: Path) -> None:
     arguments = [*RUN, "ticks=1000000"]
     ours, theirs = pty.openpty()

@@ -408,6 +408,18 @@ def test_truncated_files_are_refused(save_llama: SaveLlama, tmp_path: Path, keep
     assert "not a complete safetensors file" in refusal_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_what_git_puts_in_the_place_of_a_large_file_is_told(
+    save_llama: SaveLlama, tmp_path: Path, name: str
+) -> None:
+    save_llama(tmp_path)
+    told = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    (tmp_path / name).write_text(told)
+    found = refusal_of(tmp_path)
+    assert f"{name}" in found
+    assert "it is a pointer of Git LFS: run 'git lfs pull'" in found
+
+
 def test_a_header_that_lies_is_refused(save_llama: SaveLlama, tmp_path: Path) -> None:
     save_llama(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -603,6 +615,31 @@ def test_a_stored_head_of_its_own_counts(save_llama: SaveLlama, tmp_path: Path, 
     assert not checkpoint.config.tie_word_embeddings
     tolerance = 0.02 if int8 else 0.0
     torch.testing.assert_close(dequantize(checkpoint.weights.head), head, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("where", ["a shard", "half as wide", "under model."])
+def test_a_head_of_its_own_counts_wherever_it_is_stored(
+    save_llama: SaveLlama, tmp_path: Path, where: str
+) -> None:
+    save_llama(tmp_path, tie_word_embeddings=True)
+    whole = tmp_path / "model.safetensors"
+    name = "model.lm_head.weight" if where == "under model." else "lm_head.weight"
+    head = torch.randn(300, 32, generator=torch.Generator().manual_seed(9))
+    if where == "half as wide":
+        head = head.bfloat16()
+    tensors = load_file(whole)
+    if where == "a shard":
+        save_file({name: head}, tmp_path / "z.safetensors")
+        save_file(tensors, tmp_path / "a.safetensors")
+        whole.unlink()
+        weight_map = {name: "z.safetensors"} | dict.fromkeys(tensors, "a.safetensors")
+        index = {"metadata": {}, "weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file({**tensors, name: head}, whole, {"format": "pt"})
+    with pytest.warns(BrainWarning, match=r"lm_head.weight is stored .* tie_word_embeddings true"):
+        checkpoint = open_folder(tmp_path, dtype=torch.float32)
+    assert torch.equal(dequantize(checkpoint.weights.head), head.float())
 
 
 def test_a_tied_matrix_may_be_stored_as_the_head(save_llama: SaveLlama, tmp_path: Path) -> None:

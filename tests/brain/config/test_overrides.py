@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,9 +50,51 @@ def test_any_keyword_text_is_taken_literally(text: str) -> None:
     assert compose_conf([override("prompt", text)]).prompt == text
 
 
+@pytest.mark.parametrize("name", ["a,b", " a", "a ", "[a]", "{a}", "(a", "null", "1,2/x", "a\\"])
+def test_the_name_of_a_run_folder_is_taken_literally(name: str) -> None:
+    (argument,) = literal_arguments([f"hydra.run.dir={name}"])
+    assert OverridesParser.create().parse_override(argument).value() == name
+    assert literal_arguments(["hydra.run.dir='a b'"]) == ["hydra.run.dir='a b'"]
+    assert literal_arguments(["hydra.run.dir=${now:%Y}"]) == ['hydra.run.dir="${now:%Y}"']
+
+
+def test_a_folder_that_has_been_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    with pytest.raises(Refused, match="the current folder has been removed: change to one"):
+        literal_arguments(["ticks=3"])
+
+
 def test_a_multirun_may_sweep_over_prompts() -> None:
     assert literal_arguments(["prompt=a,b", "-m"]) == ["--multirun", "prompt=a,b"]
     assert literal_arguments(["prompt=a,b"]) == ['prompt="a,b"']
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ("???", ["???"]),
+        ("'???',a", ["???", "a"]),
+        ("null,true,1e5,0x1F", ["null", "true", "1e5", "0x1F"]),
+        ("${x}, b c ", ["${x}", "b c"]),
+        ("'a, b',\"'c'\"", ["a, b", "'c'"]),
+        ("Well, it's (odd)", ["Well, it's (odd)"]),
+    ],
+)
+def test_texts_of_a_multirun_are_taken_literally(given: str, texts: list[str]) -> None:
+    _, argument = literal_arguments(["-m", f"prompt={given}"])
+    override = OverridesParser.create().parse_override(argument)
+    if override.is_sweep_override():
+        values = list(override.sweep_string_iterator())
+    else:
+        values = [override.get_value_element_as_str()]
+    assert [compose_conf([f"prompt={value}"]).prompt for value in values] == texts
+
+
+def test_a_sweep_of_hydra_s_over_texts_stays() -> None:
+    assert literal_arguments(["-m", "prompt=choice(a,b)"])[1] == "prompt=choice(a,b)"
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,20 @@ def compiler(folder: Path, script: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo 'x.cpp:1: error: no luck' >&2; exit 1", "no luck"),
+        ("kill -9 $$", "without a reason"),
+        ("exit 0", "without a reason"),  # and without a library
+    ],
+    ids=["error", "killed", "nothing"],
+)
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str
 ) -> None:
-    monkeypatch.setenv("CXX", str(compiler(tmp_path, "echo 'x.cpp:1: error: no luck' >&2; exit 1")))
-    failed = r"cannot build read_cpu\.cpp .*no luck.*engine=eager"
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, script)))
+    failed = rf"cannot build read_cpu\.cpp .*{told}.*set CXX to another.*engine=eager"
     with pytest.raises(Refused, match=failed):
         native_libraries(FLOATS, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []

@@ -52,3 +52,6 @@ def test_text_that_is_lost_is_said_whenever_more_is_written(
     text.flush()  # as Python does at its end
     with pytest.raises(raised):
         text.write("more")
+    with pytest.raises(raised):
+        text.require_written()
+    Text(io.StringIO()).require_written()

@@ -8,6 +8,7 @@ a tokenizer.model.
 import argparse
 import importlib.util
 import json
+import os
 import re
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ import pytest
 import sentencepiece
 
 from brain.errors import BrainWarning, Refused
+from brain.files import TOKENIZER_BYTES
 from brain.tokenizers.tokenizer_json import QWEN2_PATTERN
 from brain.tokens import load_tokenizer
 from texts import TEXTS
@@ -330,7 +332,9 @@ def test_what_the_library_reads_is_read(
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("kind", ["typeless", "unigram", "words"])
+@pytest.mark.parametrize(
+    "kind", ["typeless", "unigram", "words", "typeless unigram", "typeless words"]
+)
 def test_models_of_other_kinds(specimens: Specimens, tmp_path: Path, kind: str) -> None:
     told = specimens.llama_json
     vocab: dict[str, int] = told["model"]["vocab"]
@@ -338,11 +342,13 @@ def test_models_of_other_kinds(specimens: Specimens, tmp_path: Path, kind: str) 
         told = specimens.byte_json
         model = {key: value for key, value in told["model"].items() if key != "type"}
         model["merges"] = [" ".join(merge) for merge in model["merges"]]
-    elif kind == "unigram":
+    elif kind.endswith("unigram"):
         scored = [[token, -float(index)] for token, index in vocab.items()]
         model = {"type": "Unigram", "unk_id": 0, "vocab": scored, "byte_fallback": True}
     else:
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+    if kind.startswith("typeless"):
+        model.pop("type", None)
     folder = write_folder(
         tmp_path,
         {"config.json": {"model_type": "llama"}, "tokenizer.json": told | {"model": model}},
@@ -446,6 +452,47 @@ def test_loose_files_of_gpt2_are_refused_with_the_remedy(tmp_path: Path) -> None
     }
     with pytest.raises(Refused, match=r"no tokenizer; .*from vocab.json and merges.txt"):
         load_tokenizer(write_folder(tmp_path, files))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+UNREADABLE = {
+    "empty": b"",
+    "pointer": POINTER,
+    "page": b"<!DOCTYPE html><html></html>",
+    "bytes": bytes(range(256)),
+    "tiktoken": tiktoken_list(),
+    "large": b"\0" * (TOKENIZER_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("kind", [*UNREADABLE, "cut", "folder", "pipe", "lost"])
+def test_a_tokenizer_model_that_cannot_be_read_is_nothing_beside_a_tokenizer_json(
+    specimens: Specimens, tmp_path: Path, recwarn: pytest.WarningsRecorder, kind: str
+) -> None:
+    folder = byte_level_folder(tmp_path, specimens)
+    model = folder / "tokenizer.model"
+    if kind == "folder":
+        model.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(model)
+    elif kind == "lost":
+        model.symlink_to("nowhere")
+    else:
+        half = specimens.model[: len(specimens.model) // 2]
+        model.write_bytes(UNREADABLE.get(kind, half))
+    found = ids_of(folder)
+    assert not [warning for warning in recwarn if issubclass(warning.category, BrainWarning)]
+    assert found == reference_ids(folder)
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_tokenizer_json_that_cannot_be_read_is_refused_beside_a_tokenizer_model(
+    specimens: Specimens, tmp_path: Path, kind: str
+) -> None:
+    folder = llama_folder(tmp_path, specimens)
+    (folder / "tokenizer.json").write_bytes(UNREADABLE[kind])
+    with pytest.raises(Refused, match=r"tokenizer\.json" if kind != "bytes" else "utf-8"):
+        load_tokenizer(folder)
 
 
 def test_a_space_that_begins_a_text_is_kept(specimens: Specimens, tmp_path: Path) -> None:
