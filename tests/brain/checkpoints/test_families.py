@@ -25,6 +25,7 @@ from brain.checkpoints.hf_config import parse_config
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.errors import Refused
+from brain.measure.bench.contestants import weight_bytes
 from compiled.int8 import Int8
 from compiled.llama import UNROTATED
 from gguf_files import write_fields
@@ -225,6 +226,15 @@ def test_I11_a_save_goes_on(family_folder: Folder, tmp_path: Path, name: str) ->
     again = brain.load(tmp_path / "save")
     assert [again.tick().token for _ in range(20)] == told
     assert len(set(told)) > 3
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_bytes_of_a_token_are_those_of_the_tensors(family_folder: Folder, name: str) -> None:
+    """Optional ones too; a tied embedding is read as the head."""
+    weights = open_folder(family_folder(name), dtype=torch.bfloat16).weights
+    needed = weights._replace(embedding=weights.final_norm[:0], inverse_frequencies=torch.empty(0))
+    config = parse_config(json.loads((family_folder(name) / "config.json").read_text()), "")
+    assert weight_bytes(config, "bfloat16") == sum(tensor.nbytes for tensor in needed.tensors())
 
 
 # What it opens -----------------------------------------------------------------------------------
