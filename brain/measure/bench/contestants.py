@@ -127,7 +127,8 @@ def why_missing(contestant: Contestant, asked: Sequence[str]) -> str | None:
 def weight_bytes(config: LlamaConfig, precision: str) -> int:
     """Bytes of weights that a token needs: everything but an embedding that is not the head.
 
-    Norms and biases count as numbers of the activations' format; int8 has a float32 scale for each output.
+    Norms and biases count as numbers of the activations' format; int8 has a float32 scale for each
+    output.
     """
     c = config
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
