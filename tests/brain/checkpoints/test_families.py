@@ -123,13 +123,16 @@ def test_logits_are_those_of_transformers(
     assert worst < 1e-4
 
 
+@pytest.mark.parametrize("native", ["true", "false"])
 @pytest.mark.parametrize("name", NEW)
-def test_a_captured_tick_says_what_transformers_says(family_folder: Folder, name: str) -> None:
-    """The layers in PyTorch, captured: one graph for the tick, whatever a model has."""
+def test_a_captured_tick_says_what_transformers_says(
+    family_folder: Folder, name: str, native: str
+) -> None:
+    """The operator or the layers in PyTorch, captured: as many graphs as a Llama needs."""
     folder = family_folder(name)
     truth = expected(reference(folder), IDS)
     checkpoint = open_folder(folder, dtype=torch.float32)
-    b = brain_of(checkpoint, "compiled", **{"engine.native": "false"})
+    b = brain_of(checkpoint, "compiled", **{"engine.native": native})
     b.prime(IDS[:30])
     nats = b.feed(IDS[30:])
     assert difference(nats, -truth.log_softmax(-1)[range(29, 39), IDS[30:]]) < 1e-4
