@@ -96,8 +96,8 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def test_logits_are_those_of_transformers(family_folder: Folder, name: str, engine: str) -> None:
     """Of a whole text, of one behind another, token by token, and of a memory with rows forgotten.
 
-    Float32: sums of 32 to 48 terms in another order through four layers; 2e-3 is promised, and 200
-    times less is what such sizes give.
+    Float32: sums of 32 to 48 terms in another order through four layers; 2e-3 is promised, and a
+    twentieth of it is more than such sizes need.
     """
     folder = family_folder(name)
     model = reference(folder)
