@@ -57,8 +57,8 @@ def save_family(
     config = transformers.AutoConfig.for_model(name, **{**SHAPE, **MODELS[name], **more})
     library: Any = transformers.AutoModelForCausalLM
     model = library.from_config(config, dtype=dtype)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    for key, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in key), std=0.3)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer)
     return {key: tensor.float() for key, tensor in model.state_dict().items()}

@@ -127,7 +127,8 @@ def why_missing(contestant: Contestant, asked: Sequence[str]) -> str | None:
 def weight_bytes(config: LlamaConfig, precision: str) -> int:
     """Bytes of weights that a token needs: everything but an embedding that is not the head.
 
-    Norms count as numbers of the activations' format; int8 has a float32 scale for each output.
+    Norms and biases count as numbers of the activations' format; int8 has a float32 scale for each
+    output.
     """
     c = config
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -141,8 +142,9 @@ def weight_bytes(config: LlamaConfig, precision: str) -> int:
     each = PRECISIONS[precision].weight_bytes
     scale = SCALE_BYTES if precision == INT8 else 0
     in_matrices = sum(count * rows * (columns * each + scale) for rows, columns, count in matrices)
-    norms = (2 * c.num_layers + 1) * c.hidden_size
-    return in_matrices + norms * _activation_bytes(precision)
+    vectors = (2 * c.num_layers + 1) * c.hidden_size
+    vectors += c.num_layers * ((queries + 2 * keys) * c.qkv_bias + 2 * c.head_dim * c.qk_norm)
+    return in_matrices + vectors * _activation_bytes(precision)
 
 
 def row_bytes(config: LlamaConfig, precision: str) -> int:

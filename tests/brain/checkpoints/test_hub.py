@@ -465,9 +465,7 @@ def test_a_repository_of_gguf_files_gives_one(
     cache = f"cache_dir={tmp_path / 'cache'}"
     arguments = literal_arguments([f"model={REPO}", "model.file=tiny.F32.gguf", cache])
     conf = compose_conf(arguments)
-    opened = open_checkpoint(
-        conf.model, conf.cache_dir, torch.float32, torch.device("cpu"), int8=False
-    )
+    opened = open_checkpoint(conf.model, conf.cache_dir, torch.float32, torch.device("cpu"))
     assert opened.name == f"{REPO}/tiny.F32.gguf"
     assert stored_format(conf.model, conf.cache_dir) == "F32"
     with pytest.raises(Refused, match="is a GGUF file: this task needs a model's folder"):
