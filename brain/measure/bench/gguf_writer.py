@@ -36,6 +36,7 @@ FILE_TYPES = {
     "F16": LlamaFileType.MOSTLY_F16,
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "Q4_1": LlamaFileType.MOSTLY_Q4_1,
 }
 """Number formats of the matrices. Norms are always float32, as llama.cpp demands."""
 
@@ -80,7 +81,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for (name, shape), stored_as in types.items():
-        size = _stored_bytes(shape, stored_as)
+        size = prod(quant_shape_to_byte_shape(shape, stored_as))
         writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, stored_as)
     try:
         writer.write_header_to_file()
@@ -117,16 +118,6 @@ def tensor_types(config: LlamaConfig, kind: str) -> dict[Part, GGMLQuantizationT
             ) from None
         types[name, shape] = stored_as
     return types
-
-
-def tensor_bytes(config: LlamaConfig, kind: str) -> dict[str, int]:
-    """The size of every tensor of the file, by its Hugging Face name. Raises Refused."""
-    types = tensor_types(config, kind)
-    return {name: _stored_bytes(shape, as_) for (name, shape), as_ in types.items()}
-
-
-def _stored_bytes(shape: tuple[int, ...], stored_as: GGMLQuantizationType) -> int:
-    return prod(quant_shape_to_byte_shape(shape, stored_as))
 
 
 def _add_dimensions(writer: GGUFWriter, config: LlamaConfig) -> None:
