@@ -5,6 +5,7 @@ Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf
 
 import hashlib
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import files_sha256
 from brain.machine.progress import progress_bar
-from brain.tokenizers.gguf_vocabulary import vocabulary_fields
+from brain.tokenizers.gguf_vocabulary import ByteLevelFields, vocabulary_fields
 from brain.tokens import Tokenizer, load_tokenizer
 from compiled.llama import LlamaConfig
 from compiled.rope import inverse_frequencies
@@ -75,18 +76,13 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     types = tensor_types(config, kind)
     writer = GGUFWriter(path, "llama")
     writer.add_file_type(FILE_TYPES[kind])
-    _add_dimensions(writer, config)
+    add_dimensions(writer, config)
     _add_vocabulary(writer, folder, config)
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for (name, shape), stored_as in types.items():
-        size = prod(quant_shape_to_byte_shape(shape, stored_as))
-        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, stored_as)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        write_header(writer, types)
         if factors is not None:
             writer.write_tensor_data(factors)
         with progress_bar(f"writing GGUF {kind}", len(types), "tensor") as bar:
@@ -120,7 +116,18 @@ def tensor_types(config: LlamaConfig, kind: str) -> dict[Part, GGMLQuantizationT
     return types
 
 
-def _add_dimensions(writer: GGUFWriter, config: LlamaConfig) -> None:
+def write_header(writer: GGUFWriter, types: Mapping[Part, GGMLQuantizationType]) -> None:
+    """Announces these tensors, whose numbers are to be written next, in this order."""
+    for (name, shape), stored_as in types.items():
+        size = prod(quant_shape_to_byte_shape(shape, stored_as))
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, stored_as)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def add_dimensions(writer: GGUFWriter, config: LlamaConfig) -> None:
+    """The metadata of a model's dimensions, but for RoPE's scaling."""
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -144,16 +151,21 @@ def _add_vocabulary(writer: GGUFWriter, folder: Path, config: LlamaConfig) -> No
     if fields is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields.pre)
-    writer.add_token_list(fields.tokens)
-    writer.add_token_types(fields.types)
-    writer.add_token_merges(fields.merges)
+    add_byte_level(writer, fields)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
     if tokenizer.eos_ids:
         writer.add_eos_token_id(min(tokenizer.eos_ids))
     writer.add_add_bos_token(tokenizer.wants_bos)
+
+
+def add_byte_level(writer: GGUFWriter, fields: ByteLevelFields) -> None:
+    """The metadata of a byte-level vocabulary."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(fields.pre)
+    writer.add_token_list(fields.tokens)
+    writer.add_token_types(fields.types)
+    writer.add_token_merges(fields.merges)
 
 
 def _rope_factors(config: LlamaConfig) -> np.ndarray[tuple[int], np.dtype[np.float32]] | None:
