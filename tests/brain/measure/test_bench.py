@@ -1,5 +1,6 @@
 """``task=bench``: who is timed, what becomes of those who cannot be, and what the numbers mean."""
 
+import importlib.util
 import json
 import stat
 import sys
@@ -7,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+from seeded_gguf import write_seeded
 from torch import Tensor
 
 from brain.checkpoints.hf_config import read_config
@@ -28,6 +31,7 @@ from brain.measure.bench.ours import Ours
 from brain.measure.bench.progress import Progress
 from brain.measure.bench.results import command_rows, engine_rows, limit_rows, scaling_rows
 from brain.measure.bench.tables import command_table, decode_table, flatness, scaling_table
+from compiled.llama import LlamaConfig
 from fixture_types import CommandLine
 
 SaveLlama = Callable[..., dict[str, Tensor]]
@@ -520,3 +524,115 @@ def test_real_processes_time_real_engines(tmp_path: Path, run_bench: Bench) -> N
         assert row["tokens_per_second"] > 0
         assert row["model_mb"] >= 0
         assert len(report["decode_runs"][f"{row['engine']} float32"][0]["token_seconds"]["16"]) == 3
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    write_seeded(path, LlamaConfig(600, 256, 512, 2, 4, 2, 64, 1e-5, 1e4, 128), "Q4_K_M")
+    return path
+
+
+def needed_bytes(path: Path) -> int:
+    """Of the tensors that a token reads, as the gguf package has them."""
+    tensors = gguf.GGUFReader(path).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != "token_embd.weight")
+
+
+def test_a_gguf_file_is_timed_as_it_lies(
+    tmp_path: Path, gguf_file: Path, command_line: CommandLine
+) -> None:
+    """Ours and llama.cpp, where it is installed, on the same bytes."""
+    status, out, err = command_line(
+        "task=bench",
+        f"model={gguf_file}",
+        "hydra.run.dir=out",
+        *(*SMALL, "capacity=128", "task.repeats=1", "task.command_tokens=20", "threads=1"),
+        *("task.engines=[default,native,llama-cpp,transformers-dynamic]", "prompt=it said"),
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    found = {row["engine"] for row in [*report["engines"], *report["commands"]]}
+    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
+    assert found == {"native", *(["llama-cpp", None] if has_llama_cpp else [])}
+    rows = [row for name in ("engines", "commands", "limits") for row in report[name]]
+    assert {row["precision"] for row in rows} == {"Q4_K"}
+    missing = report["missing"]
+    assert "cannot multiply" in missing.pop("transformers-dynamic Q4_K")
+    assert all("llama_cpp is not installed" in reason for reason in missing.values())
+    assert bool(missing) != has_llama_cpp
+
+    weights = needed_bytes(gguf_file)
+    runs = {name: run for name, (run,) in report["decode_runs"].items()}
+    numbers = 2 * 2 * 2 * 64  # of a row, in two layers
+    assert runs["memory Q4_K"]["bytes"] == weights + 16 * 4 * numbers
+    assert runs["native Q4_K"]["weight_bytes"] == weights
+    assert runs["native Q4_K"]["row_bytes"] == 4 * numbers
+    if has_llama_cpp:
+        assert runs["llama-cpp Q4_K"]["weight_bytes"] == weights
+        assert runs["llama-cpp Q4_K"]["row_bytes"] == 2 * numbers
+        assert "ours is in float32" in out
+
+
+@pytest.mark.parametrize(
+    ("mix", "arguments", "dtype"),
+    [
+        ("Q4_K_M", [], "float32"),
+        ("Q4_K_M", ["weights=model", "dtype=auto"], "float32"),
+        ("Q4_K_M", ["dtype=bfloat16"], "bfloat16"),
+        ("Q8_0", ["dtype=float32"], "float32"),
+        ("F32", [], "float32"),
+        ("BF16", [], "bfloat16"),
+        ("F16", [], "bfloat16"),
+    ],
+)
+def test_activations_beside_a_gguf_file_are_what_auto_or_dtype_says(
+    tmp_path: Path,
+    command_line: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    mix: str,
+    arguments: list[str],
+    dtype: str,
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_seeded(path, LlamaConfig(600, 256, 256, 1, 4, 2, 64, 1e-5, 1e4, 128), mix)
+    asked: list[Job] = []
+
+    def timed(job: Job, waiting: Waiting) -> dict[str, Any]:
+        asked.append(job)
+        return invented(job, waiting)
+
+    monkeypatch.setattr(comparison, "result_of", timed)
+    engines = ["task.engines=[native]", "hydra.run.dir=out", "device=cpu"]
+    status, _, err = command_line("task=bench", f"model={path}", *SMALL, *engines, *arguments)
+    assert status == 0, err
+    (formats,) = {tuple(job.overrides[-2:]) for job in asked if job.engine == "native"}
+    assert formats == ("engine=native", f"dtype={dtype}")
+    ours = Ours(next(job for job in asked if job.engine == "native"))
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    assert ours.row_bytes == width * 2 * 2 * 64
+    if mix not in ("F32", "F16", "BF16"):
+        norms = 3 * 256  # float32 in the file
+        assert ours.weight_bytes == needed_bytes(path) - (4 - width) * norms
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["task.precisions=[int8]"], "is timed as it lies, in Q4_K: leave out task.precisions"),
+        (["weights=int4"], "is timed as it lies, in Q4_K: leave out weights"),
+        (["experiment=fast"], "is timed as it lies, in Q4_K: leave out weights"),
+        (["task.engines=[transformers-dynamic]"], "it cannot multiply"),
+    ],
+)
+def test_what_a_gguf_file_is_not_timed_with_is_refused(
+    gguf_file: Path,
+    command_line: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", lambda *_: pytest.fail("something was timed"))
+    status, out, err = command_line("task=bench", f"model={gguf_file}", *SMALL, *arguments)
+    assert (status, out) == (2, "")
+    assert told in err.splitlines()[-1]
