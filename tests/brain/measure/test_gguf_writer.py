@@ -151,7 +151,7 @@ def agree(folder: Path, path: Path, ids: list[int], *, largest: float) -> None:
     before = torch.from_numpy(theirs.logits().copy())
     theirs.prime(ids)
     found = torch.from_numpy(theirs.logits().copy())
-    ours = brain.open("folder", **{"model.path": str(folder)}, capacity=256)
+    ours = brain.open("folder", **{"model.path": str(folder)}, capacity=256, dtype="float32")
     ours.prime(ids)
     expected = ours.read().logits[0].float()
     assert (found - expected).abs().max() <= largest
