@@ -190,7 +190,7 @@ class BenchTask:
     )
     precisions: list[str] = field(
         default_factory=list
-    )  # empty: float32, bfloat16 and int8, or the dtype that is given
+    )  # empty: float32, bfloat16 and int8, or the dtype or weights that are given
     context: int = 512  # decode: tokens remembered
     prefill: int = 862  # decode: tokens to prime with
     tokens: int = 32  # decoded per repetition, at most

@@ -139,7 +139,7 @@ def sized(case: Case, device: torch.device, share: float) -> Case:
     if not case.cache_gb or _tiny():
         return case
     most = min(case.cache_gb * 1e9, share * (free_bytes(device) or 0))
-    rows = int(most * 0.95 / row_bytes(model_of(case).config, case.precision))
+    rows = int(most * 0.95 / row_bytes(model_of(case).config, PRECISIONS[case.precision]))
     return replace(case, rows=rows, slots=rows + rows // 20)
 
 
@@ -474,8 +474,8 @@ def reads(case: Case, found: Found, device: torch.device) -> None:
     found.put("copy", copy_rate(device))
     case = sized(case, device, share=0.4)  # there are two
     config = checkpoint.config
-    weights = weight_bytes(config, case.precision)
-    rows = case.rows * row_bytes(config, case.precision)
+    weights = weight_bytes(config, PRECISIONS[case.precision])
+    rows = case.rows * row_bytes(config, PRECISIONS[case.precision])
     found.put("case", asdict(case))
     found.put(
         "bytes", {"weights": weights, "rows": rows, "copy_ms": _copy_ms(found, weights + rows)}

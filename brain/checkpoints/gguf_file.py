@@ -131,6 +131,20 @@ def gguf_format(path: Path) -> str:
     return _format(GgufFile(path))
 
 
+def gguf_config(path: Path) -> LlamaConfig:
+    """The dimensions of a GGUF file's model. Raises Refused."""
+    return _model(path).config
+
+
+def token_bytes(path: Path) -> int:
+    """Bytes of a GGUF file's weights that a token needs: everything but an embedding that is not
+    the head. Raises Refused.
+    """
+    tensors = GgufFile(path).tensors
+    unread = {ROPE_FACTORS, *([RENAMED[EMBEDDING]] if RENAMED[HEAD] in tensors else [])}
+    return sum(stored.end - stored.start for name, stored in tensors.items() if name not in unread)
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Writes a GGUF model into an existing folder as a standard Hugging Face model, float32, whose
     tensors lie in the order of ``packed_parts``: loading them needs no copy. Raises Refused where

@@ -25,7 +25,7 @@ def run(conf: Conf, run_dir: Path) -> None:
     asked = [override for override in command if key_of(override).partition(".")[0] != "task"]
     keys = {key_of(override) for override in asked}
     precisions = precisions_of(task, conf, keys)
-    check(task, conf, precisions, keys)
+    check(task, conf, keys)
     comparison = Comparison(conf, task, command, asked, precisions, run_dir)
     for measure in dict.fromkeys(task.measures):
         if not comparison.interrupted:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from brain.config.overrides import TEXT_KEYS
-from brain.measure.bench.contestants import INT8, key_of, without_engine
+from brain.measure.bench.contestants import key_of, without_engine
 from brain.measure.bench.job import Failed, Waiting, check_status, started
 from conf.schema import Conf, WeightFormat
 
@@ -86,7 +86,7 @@ def _chosen(report: Path) -> dict[str, str]:
     """What a run took: its engine, and the precision that its number formats are."""
     try:
         told = json.loads(report.read_text("utf-8"))
-        is_int8 = told["weights"] == WeightFormat.int8.value
-        return {"engine": told["engine"], "precision": INT8 if is_int8 else told["dtype"]}
+        rounded = told["weights"] != WeightFormat.model.value
+        return {"engine": told["engine"], "precision": told["weights" if rounded else "dtype"]}
     except (OSError, ValueError, KeyError):
         raise Failed("it left no report") from None

@@ -15,6 +15,7 @@ import torch
 
 from brain.checkpoints import model_folder
 from brain.checkpoints.folder import stored_model
+from brain.checkpoints.gguf_file import gguf_config, token_bytes
 from brain.config.settings import device_of
 from brain.errors import Refused
 from brain.machine.environment import environment
@@ -32,6 +33,7 @@ from brain.measure.bench.contestants import (
     MEMORY,
     PRECISIONS,
     Contestant,
+    Precision,
     contestants,
     row_bytes,
     weight_bytes,
@@ -59,7 +61,7 @@ class Comparison:
         task: those of the benchmark.
         command: the arguments of the command line, for the report.
         asked: those of them that our engines take.
-        precisions: to time.
+        precisions: to time, by name; that of a GGUF file is the only one.
         run_dir: where ``bench.json`` and the pictures go.
     """
 
@@ -69,13 +71,15 @@ class Comparison:
         task: BenchTask,
         command: Sequence[str],
         asked: Sequence[str],
-        precisions: Sequence[str],
+        precisions: Mapping[str, Precision],
         run_dir: Path,
     ) -> None:
-        self.conf, self.task, self.asked, self.precisions = conf, task, asked, precisions
+        self.conf, self.task, self.asked, self.precisions = conf, task, asked, list(precisions)
         self.run_dir = run_dir
-        self.folder = model_folder(conf.model, conf.cache_dir)
-        self.config = stored_model(self.folder).config
+        self.formats = {**PRECISIONS, **precisions}
+        (self.file,) = {formats.file for formats in precisions.values()}
+        self.model = self.file or model_folder(conf.model, conf.cache_dir)
+        self.config = gguf_config(self.file) if self.file else stored_model(self.model).config
         self.threads = torch.get_num_threads() if conf.threads is None else conf.threads
         self.missing: dict[str, str] = {}
         self.interrupted = False
@@ -127,7 +131,7 @@ class Comparison:
                 "limit: share of the GB/s that the same bytes were read with; MB: peak above start"
             )
             if any(row["engine"] == LLAMA_CPP for row in rows):
-                print("llama-cpp keeps its cache in float16 at every precision; its int8 is Q8_0")
+                print(f"llama-cpp keeps its cache in float16 at every precision; {self._beside()}")
             plots.plot_decode(rows, limits, title, self.run_dir / "decode.png")
         elif not said:
             self._nobody()
@@ -162,6 +166,12 @@ class Comparison:
             print(line)
         plots.plot_scaling(rows, task.rows, title, self.run_dir / "scaling.png")
 
+    def _beside(self) -> str:
+        """What else is not alike in llama.cpp and ours."""
+        if self.file is None:
+            return "its int8 is Q8_0, its int4 Q4_1"
+        return f"ours is in {self.formats[self.precisions[0]].dtype}"
+
     def _nobody(self) -> None:
         """Raises Refused where nobody could be timed, unless somebody ended it before."""
         if not self.interrupted:
@@ -176,6 +186,8 @@ class Comparison:
         note("running the default command once, to see what it chooses …")
         try:
             precision = time_command(ours, lambda: None)["precision"]
+            if self.file is not None:
+                (precision,) = self.precisions
         except Failed as failure:
             self._miss(DEFAULT, f"failed: {failure}")
             return {}
@@ -183,7 +195,7 @@ class Comparison:
         if LLAMA_CPP in self.task.engines:
             entry = Contestant(LLAMA_CPP_COMMAND, precision)
             try:
-                reason = why_missing(Contestant(LLAMA_CPP, precision), self.asked)
+                reason = self._why_missing(Contestant(LLAMA_CPP, precision))
                 if reason is None:
                     gguf = self._gguf_of(precision)
                     command = llama_cpp_command(self.conf, gguf, tokens, self.threads)
@@ -201,7 +213,7 @@ class Comparison:
         """Those that can be timed here; the others are named as missing."""
         present = []
         for entry in entries:
-            reason = why_missing(entry, self.asked)
+            reason = self._why_missing(entry)
             if reason is None and entry.engine == LLAMA_CPP:
                 try:
                     self._gguf_of(entry.precision)
@@ -213,38 +225,44 @@ class Comparison:
                 self._miss(entry.label, reason)
         return present
 
+    def _why_missing(self, entry: Contestant) -> str | None:
+        return why_missing(entry, self.asked, self.formats[entry.precision])
+
     def _miss(self, name: str, reason: str) -> None:
         if name not in self.missing:
             self.missing[name] = reason
             note(f"{name} is missing: {reason}")
 
     def _gguf_of(self, precision: str) -> Path:
+        if self.file is not None:
+            return self.file
         cache = None if self.conf.cache_dir is None else Path(self.conf.cache_dir).expanduser()
         if precision not in self._gguf:
-            kind = PRECISIONS[precision].gguf
-            self._gguf[precision] = converted_gguf(self.folder, kind, cache_dir=cache)
+            kind = self.formats[precision].gguf
+            self._gguf[precision] = converted_gguf(self.model, kind, cache_dir=cache)
         return self._gguf[precision]
 
     def _job(self, entry: Contestant, capacity: int) -> Job:
-        is_llama_cpp = entry.engine == LLAMA_CPP
+        is_llama_cpp, formats = entry.engine == LLAMA_CPP, self.formats[entry.precision]
+        gguf = self._gguf_of(entry.precision) if is_llama_cpp else self.file
         return Job(
             engine=entry.engine,
             precision=entry.precision,
-            folder=str(self.folder),
+            folder=str(self.model),
             device=str(device_of(self.conf.device)),
             threads=self.threads,
             capacity=capacity,
             tokens=self.task.tokens,
-            overrides=entry.overrides(self.asked) if entry.is_ours else [],
-            gguf=str(self._gguf_of(entry.precision)) if is_llama_cpp else None,
+            overrides=entry.overrides(self.asked, formats) if entry.is_ours else [],
+            gguf=str(gguf) if is_llama_cpp else None,
+            weight_bytes=token_bytes(gguf) if gguf else weight_bytes(self.config, formats),
+            row_bytes=row_bytes(self.config, PRECISIONS["float16"] if is_llama_cpp else formats),
         )
 
     def _decode_job(self, entry: Contestant) -> Job:
         task, job = self.task, self._job(entry, self.conf.capacity)
         if entry.engine == MEMORY:
-            rows = task.context * row_bytes(self.config, entry.precision)
-            size = weight_bytes(self.config, entry.precision) + rows
-            return dataclasses.replace(job, bytes=size)
+            return dataclasses.replace(job, bytes=job.weight_bytes + task.context * job.row_bytes)
         return dataclasses.replace(job, counts=[task.context], prefill=task.prefill)
 
     def _alternate(self, measure: str, jobs: Mapping[Any, Job | Command]) -> Runs:

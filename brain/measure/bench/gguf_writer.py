@@ -5,6 +5,7 @@ Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf
 
 import hashlib
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from brain.files import cache_folder
 from brain.machine.built_folder import ensure_built
 from brain.machine.integrity import files_sha256
 from brain.machine.progress import progress_bar
-from brain.tokenizers.gguf_vocabulary import vocabulary_fields
+from brain.tokenizers.gguf_vocabulary import ByteLevelFields, vocabulary_fields
 from brain.tokens import Tokenizer, load_tokenizer
 from compiled.llama import UNROTATED, LlamaConfig
 from compiled.rope import inverse_frequencies
@@ -38,6 +39,7 @@ FILE_TYPES = {
     "F16": LlamaFileType.MOSTLY_F16,
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "Q4_1": LlamaFileType.MOSTLY_Q4_1,
 }
 """Number formats of the matrices. Norms are always float32, as llama.cpp demands."""
 
@@ -82,20 +84,15 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     types = tensor_types(config, kind)
     writer = GGUFWriter(path, family.architecture)
     writer.add_file_type(FILE_TYPES[kind])
-    _add_dimensions(writer, config)
+    add_dimensions(writer, config)
     if family.scaled:
         _add_scales(writer, config)
     _add_vocabulary(writer, folder, config)
     factors = _rope_factors(config)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for (name, shape), stored_as in types.items():
-        size = _stored_bytes(shape, stored_as)
-        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, stored_as)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        write_header(writer, types)
         if factors is not None:
             writer.write_tensor_data(factors)
         with progress_bar(f"writing GGUF {kind}", len(types), "tensor") as bar:
@@ -130,17 +127,18 @@ def tensor_types(config: LlamaConfig, kind: str) -> dict[Part, GGMLQuantizationT
     return types
 
 
-def tensor_bytes(config: LlamaConfig, kind: str) -> dict[str, int]:
-    """The size of every tensor of the file, by its Hugging Face name. Raises Refused."""
-    types = tensor_types(config, kind)
-    return {name: _stored_bytes(shape, as_) for (name, shape), as_ in types.items()}
+def write_header(writer: GGUFWriter, types: Mapping[Part, GGMLQuantizationType]) -> None:
+    """Announces these tensors, whose numbers are to be written next, in this order."""
+    for (name, shape), stored_as in types.items():
+        size = prod(quant_shape_to_byte_shape(shape, stored_as))
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, stored_as)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
-def _stored_bytes(shape: tuple[int, ...], stored_as: GGMLQuantizationType) -> int:
-    return prod(quant_shape_to_byte_shape(shape, stored_as))
-
-
-def _add_dimensions(writer: GGUFWriter, config: LlamaConfig) -> None:
+def add_dimensions(writer: GGUFWriter, config: LlamaConfig) -> None:
+    """The metadata of a model's dimensions, but for RoPE's scaling."""
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -171,16 +169,21 @@ def _add_vocabulary(writer: GGUFWriter, folder: Path, config: LlamaConfig) -> No
     if fields is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields.pre)
-    writer.add_token_list(fields.tokens)
-    writer.add_token_types(fields.types)
-    writer.add_token_merges(fields.merges)
+    add_byte_level(writer, fields)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
     if tokenizer.eos_ids:
         writer.add_eos_token_id(min(tokenizer.eos_ids))
     writer.add_add_bos_token(tokenizer.wants_bos)
+
+
+def add_byte_level(writer: GGUFWriter, fields: ByteLevelFields) -> None:
+    """The metadata of a byte-level vocabulary."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(fields.pre)
+    writer.add_token_list(fields.tokens)
+    writer.add_token_types(fields.types)
+    writer.add_token_merges(fields.merges)
 
 
 def _rope_factors(config: LlamaConfig) -> np.ndarray[tuple[int], np.dtype[np.float32]] | None:

@@ -24,8 +24,8 @@ class Job:
     """What to time. Sent to the process as JSON."""
 
     engine: str  # one of contestants.ENGINES, or contestants.MEMORY
-    precision: str  # one of contestants.PRECISIONS
-    folder: str  # the model, in Hugging Face's layout
+    precision: str  # one of contestants.PRECISIONS, or that of a GGUF file
+    folder: str | None  # transformers: the model, in Hugging Face's layout
     device: str
     threads: int
     capacity: int
@@ -37,6 +37,8 @@ class Job:
     capture_all: bool = True  # ours: every graph of ticks, and before the first token
     gguf: str | None = None  # llama.cpp: its file of the model
     bytes: int = 0  # memory: how many to read
+    weight_bytes: int = 0  # of others than ours: what a token reads of their weights
+    row_bytes: int = 0  # of others than ours: what it reads of each remembered row
 
 
 Waiting = Callable[[], object]

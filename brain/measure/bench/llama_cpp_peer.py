@@ -1,19 +1,14 @@
-"""llama.cpp, by way of llama-cpp-python, on a GGUF file of the same weights.
+"""llama.cpp, by way of llama-cpp-python, on a GGUF file.
 
 A step evaluates one token and takes the argmax of its logits. Whatever the precision of the
 weights, the cache is float16, llama.cpp's own choice; everything else is its default too.
 """
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brain.checkpoints.folder import stored_model
-from brain.checkpoints.llama_names import EMBEDDING
-from brain.measure.bench.contestants import PRECISIONS, row_bytes
-from brain.measure.bench.gguf_writer import tensor_bytes
 from brain.measure.bench.job import Job
 
 Logits = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -35,12 +30,8 @@ class LlamaCpp:
             type_v=cache_type,
             verbose=False,
         )
-        config = stored_model(Path(job.folder)).config
-        self.vocab_size = config.vocab_size
-        sizes = tensor_bytes(config, PRECISIONS[job.precision].gguf)
-        unread = 0 if config.tie_word_embeddings else sizes[EMBEDDING]
-        self.weight_bytes = sum(sizes.values()) - unread
-        self.row_bytes = row_bytes(config, "float16")
+        self.vocab_size = int(self._llama.n_vocab())
+        self.weight_bytes, self.row_bytes = job.weight_bytes, job.row_bytes
         self._token = 0
 
     def capture(self) -> None:

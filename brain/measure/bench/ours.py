@@ -3,11 +3,12 @@
 import dataclasses
 
 import torch
-from torch import Tensor
 
 from brain.config.compose import compose_conf
 from brain.measure.bench.job import Job
 from brain.opening import open_brain
+from compiled.blocks import Blocks
+from compiled.matrix import Matrix, flat
 
 
 class Ours:
@@ -25,8 +26,9 @@ class Ours:
         self.vocab_size = self.brain.checkpoint.config.vocab_size
         weights, state = self.brain.checkpoint.weights, self.brain.state
         # Of the embedding one row is read; where it is the head too, it is counted as that.
-        read = [field for field in weights._fields if field != "embedding"]
-        self.weight_bytes = sum(_bytes(getattr(weights, field)) for field in read)
+        read = set(weights._fields) - {"embedding", "inverse_frequencies"}
+        fields = (getattr(weights, name) for name in read)
+        self.weight_bytes = sum(_bytes(field) for field in fields if field is not None)
         self.row_bytes = (state.keys.nbytes + state.values.nbytes) // state.capacity
 
     def capture(self) -> None:
@@ -48,14 +50,7 @@ class Ours:
         return self.brain.tick().token
 
 
-def _bytes(weights: object) -> int:
-    """Of a tensor, or of everything in a tuple or dataclass of them; None has none. Raises
-    TypeError.
-    """
-    if weights is None:
-        return 0
-    if isinstance(weights, Tensor):
-        return weights.nbytes
-    if isinstance(weights, tuple):
-        return sum(map(_bytes, weights))
-    return sum(map(_bytes, vars(weights).values()))
+def _bytes(weights: Matrix) -> int:
+    if isinstance(weights, Blocks):
+        return sum(rows.bytes.nbytes for parts in weights.layers for rows in parts)
+    return sum(tensor.nbytes for tensor in flat(weights))

@@ -1,22 +1,32 @@
 """What a benchmark is asked to time, and whether it can be timed."""
 
-from collections.abc import Sequence
+from pathlib import Path
 
-from brain.auto import plainest
-from brain.config.settings import settings_of
+from brain.auto import PRECISE, plainest
+from brain.checkpoints import has_blocks, stored_format
+from brain.config.settings import device_of, settings_of
 from brain.errors import Refused, unknown
-from brain.measure.bench.contestants import DEFAULT, ENGINE_KEYS, ENGINES, INT8, PRECISIONS
+from brain.files import given_path
+from brain.measure.bench.contestants import (
+    DEFAULT,
+    ENGINE_KEYS,
+    ENGINES,
+    INT8,
+    PRECISIONS,
+    Precision,
+)
 from brain.measure.bench.job import WARM_UP_TOKENS
 from brain.opening import MOST_THREADS
 from brain.terminal import note
-from conf.schema import BenchTask, Conf, DType, WeightFormat
+from conf.schema import BenchTask, Conf, DType, Source, WeightFormat
 
 DECODE, SCALING = "decode", "scaling"
 MEASURES = (DECODE, SCALING)
 
 
-def precisions_of(task: BenchTask, conf: Conf, keys: set[str]) -> list[str]:
+def precisions_of(task: BenchTask, conf: Conf, keys: set[str]) -> dict[str, Precision]:
     """The precisions to time: ``task.precisions``, or else what ``dtype`` or ``weights`` ask for.
+    A GGUF file has the one in which it lies, activations and cache being in ``dtype``.
 
     Args:
         task: the benchmark's settings.
@@ -25,30 +35,54 @@ def precisions_of(task: BenchTask, conf: Conf, keys: set[str]) -> list[str]:
     Raises:
         Refused: they cannot be timed together.
     """
+    if conf.model.source is Source.gguf and conf.model.path is not None:
+        return _of_file(task, conf, given_path(conf.model.path), keys)
+    return {name: PRECISIONS[name] for name in _names(task, conf, keys)}
+
+
+def _names(task: BenchTask, conf: Conf, keys: set[str]) -> list[str]:
     given = [key for key in ("dtype", "weights") if key in keys]
     if task.precisions and given:
         note(f"task.precisions decides what is timed: {given[0]} is ignored")
     if task.precisions:
+        for name in task.precisions:
+            if name not in PRECISIONS:
+                raise unknown("task.precisions", name, PRECISIONS)
         return list(task.precisions)
-    if conf.weights is WeightFormat.int8:
-        if "dtype" in given and conf.dtype is not DType.bfloat16:
+    has_dtype = "dtype" in given and conf.dtype is not DType.auto
+    if conf.weights is not WeightFormat.model:
+        name = conf.weights.value
+        if has_dtype and conf.dtype.value != PRECISIONS[name].dtype:
             raise Refused(
-                f"weights=int8 is timed with dtype=bfloat16 here, not {conf.dtype.value}: leave "
-                "out dtype"
+                f"weights={name} is timed with dtype={PRECISIONS[name].dtype} here, not "
+                f"{conf.dtype.value}: leave out dtype"
             )
-        return [INT8]
-    if "dtype" in given:
+        return [name]
+    if has_dtype:
         return [conf.dtype.value]
     return ["float32", "bfloat16", *([] if given else [INT8])]
 
 
-def check(task: BenchTask, conf: Conf, precisions: Sequence[str], keys: set[str]) -> None:
+def _of_file(task: BenchTask, conf: Conf, file: Path, keys: set[str]) -> dict[str, Precision]:
+    """That of a GGUF file: by default as ``dtype=auto`` has it where bfloat16 is fast."""
+    stored = stored_format(conf.model, None)
+    if task.precisions or conf.weights is not WeightFormat.model:
+        key = "task.precisions" if task.precisions else "weights"
+        raise Refused(f"{file} is timed as it lies, in {stored}: leave out {key}")
+    dtype = conf.dtype
+    if "dtype" not in keys or dtype is DType.auto:
+        multiplied = has_blocks(conf.model, conf.cache_dir) and device_of(conf.device).type == "cpu"
+        dtype = DType.float32 if multiplied or stored in PRECISE else DType.bfloat16
+    formats = Precision((f"dtype={dtype.value}",), dtype.value, 0, stored, file=file)
+    return {stored: formats}
+
+
+def check(task: BenchTask, conf: Conf, keys: set[str]) -> None:
     """Raises Refused for what cannot be timed, and says what is asked for and ignored."""
     known = {
         "measures": (task.measures, MEASURES),
         "engines": (task.engines, (DEFAULT, *ENGINES)),
         "scaling_engines": (task.scaling_engines, ENGINES),
-        "precisions": (precisions, PRECISIONS),
     }
     for key, (chosen, possible) in known.items():
         for name in chosen:

@@ -4,13 +4,11 @@ A step is a forward pass and an argmax.
 """
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from brain.checkpoints.folder import stored_model
-from brain.measure.bench.contestants import PRECISIONS, STATIC, row_bytes, weight_bytes
+from brain.measure.bench.contestants import PRECISIONS, STATIC
 from brain.measure.bench.job import Job
 
 CHUNK = 1024
@@ -27,10 +25,8 @@ class Transformers:
         dtype = getattr(torch, PRECISIONS[job.precision].dtype)
         model: Any = library.AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype)
         self._model = model.to(self._device).eval()
-        config = stored_model(Path(job.folder)).config
-        self.vocab_size = config.vocab_size
-        self.weight_bytes = weight_bytes(config, job.precision)
-        self.row_bytes = row_bytes(config, job.precision)
+        self.vocab_size = int(model.config.vocab_size)
+        self.weight_bytes, self.row_bytes = job.weight_bytes, job.row_bytes
         self._static = job.engine == STATIC
         self._cache: Any = (
             library.StaticCache(model.config, max_cache_len=job.capacity)

@@ -25,7 +25,7 @@ from brain.checkpoints.hf_config import parse_config
 from brain.config.compose import compose_conf
 from brain.config.settings import settings_of
 from brain.errors import Refused
-from brain.measure.bench.contestants import weight_bytes
+from brain.measure.bench.contestants import PRECISIONS, weight_bytes
 from compiled.int8 import Int8
 from compiled.llama import UNROTATED
 from conf.schema import WeightFormat
@@ -233,7 +233,9 @@ def test_bytes_of_a_token_are_those_of_the_tensors(family_folder: Folder, name: 
     weights = open_folder(family_folder(name), dtype=torch.bfloat16).weights
     needed = weights._replace(embedding=weights.final_norm[:0], inverse_frequencies=torch.empty(0))
     config = parse_config(json.loads((family_folder(name) / "config.json").read_text()), "")
-    assert weight_bytes(config, "bfloat16") == sum(tensor.nbytes for tensor in needed.tensors())
+    assert weight_bytes(config, PRECISIONS["bfloat16"]) == sum(
+        tensor.nbytes for tensor in needed.tensors()
+    )
 
 
 # What it opens -----------------------------------------------------------------------------------

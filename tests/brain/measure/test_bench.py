@@ -1,5 +1,6 @@
 """``task=bench``: who is timed, what becomes of those who cannot be, and what the numbers mean."""
 
+import importlib.util
 import json
 import stat
 import sys
@@ -7,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
-import torch
+from seeded_gguf import write_seeded
 from torch import Tensor
 
-from brain.checkpoints import open_folder
 from brain.checkpoints.hf_config import read_config
 from brain.config.compose import compose_conf
 from brain.config.overrides import override
@@ -26,10 +27,11 @@ from brain.measure.bench.contestants import (
     why_missing,
 )
 from brain.measure.bench.job import Failed, Job, Waiting, result_of
+from brain.measure.bench.ours import Ours
 from brain.measure.bench.progress import Progress
 from brain.measure.bench.results import command_rows, engine_rows, limit_rows, scaling_rows
 from brain.measure.bench.tables import command_table, decode_table, flatness, scaling_table
-from conf.schema import WeightFormat
+from compiled.llama import LlamaConfig
 from fixture_types import CommandLine
 
 SaveLlama = Callable[..., dict[str, Tensor]]
@@ -108,19 +110,16 @@ def test_what_capacity_costs_is_told_beside_what_is_wanted() -> None:
 def test_bytes_of_a_token_are_those_of_the_tensors(
     save_llama: SaveLlama, tmp_path: Path, tied: bool
 ) -> None:
-    save_llama(tmp_path, tie_word_embeddings=tied)
+    save_llama(tmp_path, tie_word_embeddings=tied, intermediate_size=64)
     config = read_config(tmp_path / "config.json")
-    for precision, dtype, int8 in (
-        ("float32", torch.float32, False),
-        ("bfloat16", torch.bfloat16, False),
-        ("int8", torch.bfloat16, True),
-    ):
-        weights = open_folder(
-            tmp_path, dtype=dtype, weights=WeightFormat.int8 if int8 else WeightFormat.model
-        ).weights
-        needed = weights._replace(embedding=weights.final_norm).tensors()[1:-1]
-        assert weight_bytes(config, precision) == sum(tensor.nbytes for tensor in needed)
-    assert row_bytes(config, "float32") == 2 * row_bytes(config, "int8") == 2 * 3 * 2 * 8 * 4
+    for name, formats in who.PRECISIONS.items():
+        asked = [override("model.path", str(tmp_path)), "device=cpu", *formats.overrides]
+        engine = "eager" if name == "float16" else "native"
+        job = Job(engine, name, None, "cpu", 1, 8)
+        job.overrides.extend(["model=folder", f"engine={engine}", *asked])
+        assert weight_bytes(config, formats) == Ours(job).weight_bytes, name
+    of_float32, of_int8 = (row_bytes(config, who.PRECISIONS[name]) for name in ("float32", "int8"))
+    assert of_float32 == 2 * of_int8 == 2 * 3 * 2 * 8 * 4
 
 
 COMMANDS: dict[Contestant, list[dict[str, Any]]] = {
@@ -182,19 +181,18 @@ def test_the_time_left_follows_from_the_runs_before(monkeypatch: pytest.MonkeyPa
     progress.close()
 
 
-def test_transformers_has_no_int8() -> None:
+def test_transformers_has_neither_int8_nor_int4() -> None:
     engines = ["compiled", "llama-cpp", "transformers-dynamic"]
-    labels = [entry.label for entry in contestants(engines, ["float32", "int8"])]
+    labels = [entry.label for entry in contestants(engines, ["float32", "int8", "int4"])]
     assert labels == [
         *(f"{engine} float32" for engine in engines),
-        "compiled int8",
-        "llama-cpp int8",
+        *(f"{engine} {name}" for name in ("int8", "int4") for engine in engines[:2]),
     ]
 
 
 def test_the_precision_replaces_what_was_asked_for() -> None:
     asked = ["dtype=float16", "capacity=64", "+weights=model", "dtype_not=1", "++engine=eager"]
-    overrides = Contestant("compiled", "int8").overrides(asked)
+    overrides = Contestant("compiled", "int8").overrides(asked, who.PRECISIONS["int8"])
     assert overrides == [
         "capacity=64",
         "dtype_not=1",
@@ -207,20 +205,21 @@ def test_the_precision_replaces_what_was_asked_for() -> None:
 
 @pytest.mark.parametrize("asked", ["sampler=default", "sampler.top_k=5", "++sampler.seed=1"])
 def test_all_engines_take_the_likeliest_token_unless_a_sampler_is_named(asked: str) -> None:
-    entry = Contestant("compiled", "float32")
-    assert entry.overrides([]) == ["sampler=greedy", "engine=compiled", "dtype=float32"]
-    assert entry.overrides([asked]) == [asked, "engine=compiled", "dtype=float32"]
+    entry, formats = Contestant("compiled", "float32"), who.PRECISIONS["float32"]
+    assert entry.overrides([], formats) == ["sampler=greedy", "engine=compiled", "dtype=float32"]
+    assert entry.overrides([asked], formats) == [asked, "engine=compiled", "dtype=float32"]
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    formats = who.PRECISIONS["float32"]
     for engine, package in who.PEERS.items():
-        reason = why_missing(Contestant(engine, "float32"), [])
+        reason = why_missing(Contestant(engine, "float32"), [], formats)
         assert reason is not None
         assert package in reason
         assert "positronic-brain[peers]" in reason
-    assert why_missing(Contestant("eager", "float32"), []) is None
-    reason = why_missing(Contestant("eager", "float32"), ["weights_that_are_not=there"])
+    assert why_missing(Contestant("eager", "float32"), [], formats) is None
+    reason = why_missing(Contestant("eager", "float32"), ["weights_that_are_not=there"], formats)
     assert reason is not None
     assert "weights_that_are_not" in reason
 
@@ -336,9 +335,11 @@ def test_without_task_precisions_the_dtype_decides(
         (["++dtype=bfloat16"], ["bfloat16"]),
         (["++weights=int8"], ["int8"]),
         (["weights=int8", "dtype=bfloat16"], ["int8"]),
+        (["weights=int4"], ["int4"]),
+        (["dtype=auto"], ["float32", "bfloat16"]),
         (["weights=model"], ["float32", "bfloat16"]),
         (["weights=model", "dtype=float16"], ["float16"]),
-        (["++task.precisions=[int8,float32]"], ["int8", "float32"]),
+        (["++task.precisions=[int8,float32,int4]"], ["int8", "float32", "int4"]),
     ],
     ids=lambda value: " ".join(value) or "nothing",
 )
@@ -405,6 +406,7 @@ def test_if_nobody_could_be_timed_it_says_so(
         (["threads=0"], "threads must be 1 to 1024, not 0"),
         (["threads=1025"], "threads must be 1 to 1024, not 1025"),
         (["dtype=float32", "weights=int8"], "dtype=bfloat16 here, not float32"),
+        (["dtype=bfloat16", "weights=int4"], "dtype=float32 here, not bfloat16"),
         (["++dtype=float16", "++weights=int8"], "dtype=bfloat16 here, not float16"),
         (["lookup=ngram"], "lookup=none"),
         (["lookup.width=3"], "lookup=none"),
@@ -515,10 +517,122 @@ def test_real_processes_time_real_engines(tmp_path: Path, run_bench: Bench) -> N
     assert sorted(timed + absent) == sorted(engines)
     assert "failed" not in out
     sizes = {row["engine"]: row["bytes_per_token"] for row in report["engines"]}
-    assert abs(sizes["eager"] - sizes["transformers-dynamic"]) <= 48  # RoPE's frequencies
+    assert sizes["eager"] == sizes["transformers-dynamic"]
     (limit,) = report["limits"]
     assert limit["gb_per_second"] > 0
     for row in report["engines"]:
         assert row["tokens_per_second"] > 0
         assert row["model_mb"] >= 0
         assert len(report["decode_runs"][f"{row['engine']} float32"][0]["token_seconds"]["16"]) == 3
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    write_seeded(path, LlamaConfig(600, 256, 512, 2, 4, 2, 64, 1e-5, 1e4, 128), "Q4_K_M")
+    return path
+
+
+def needed_bytes(path: Path) -> int:
+    """Of the tensors that a token reads, as the gguf package has them."""
+    tensors = gguf.GGUFReader(path).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != "token_embd.weight")
+
+
+def test_a_gguf_file_is_timed_as_it_lies(
+    tmp_path: Path, gguf_file: Path, command_line: CommandLine
+) -> None:
+    """Ours and llama.cpp, where it is installed, on the same bytes."""
+    status, out, err = command_line(
+        "task=bench",
+        f"model={gguf_file}",
+        "hydra.run.dir=out",
+        *(*SMALL, "capacity=128", "task.repeats=1", "task.command_tokens=20", "threads=1"),
+        *("task.engines=[default,native,llama-cpp,transformers-dynamic]", "prompt=it said"),
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "bench.json").read_text("utf-8"))
+    found = {row["engine"] for row in [*report["engines"], *report["commands"]]}
+    has_llama_cpp = importlib.util.find_spec("llama_cpp") is not None
+    assert found == {"native", *(["llama-cpp", None] if has_llama_cpp else [])}
+    rows = [row for name in ("engines", "commands", "limits") for row in report[name]]
+    assert {row["precision"] for row in rows} == {"Q4_K"}
+    missing = report["missing"]
+    assert "cannot multiply" in missing.pop("transformers-dynamic Q4_K")
+    assert all("llama_cpp is not installed" in reason for reason in missing.values())
+    assert bool(missing) != has_llama_cpp
+
+    weights = needed_bytes(gguf_file)
+    runs = {name: run for name, (run,) in report["decode_runs"].items()}
+    numbers = 2 * 2 * 2 * 64  # of a row, in two layers
+    assert runs["memory Q4_K"]["bytes"] == weights + 16 * 4 * numbers
+    assert runs["native Q4_K"]["weight_bytes"] == weights
+    assert runs["native Q4_K"]["row_bytes"] == 4 * numbers
+    if has_llama_cpp:
+        assert runs["llama-cpp Q4_K"]["weight_bytes"] == weights
+        assert runs["llama-cpp Q4_K"]["row_bytes"] == 2 * numbers
+        assert "ours is in float32" in out
+
+
+@pytest.mark.parametrize(
+    ("mix", "arguments", "dtype"),
+    [
+        ("Q4_K_M", [], "float32"),
+        ("Q4_K_M", ["weights=model", "dtype=auto"], "float32"),
+        ("Q4_K_M", ["dtype=bfloat16"], "bfloat16"),
+        ("Q8_0", ["dtype=float32"], "float32"),
+        ("F32", [], "float32"),
+        ("BF16", [], "bfloat16"),
+        ("F16", [], "bfloat16"),
+    ],
+)
+def test_activations_beside_a_gguf_file_are_what_auto_or_dtype_says(
+    tmp_path: Path,
+    command_line: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    mix: str,
+    arguments: list[str],
+    dtype: str,
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_seeded(path, LlamaConfig(600, 256, 256, 1, 4, 2, 64, 1e-5, 1e4, 128), mix)
+    asked: list[Job] = []
+
+    def timed(job: Job, waiting: Waiting) -> dict[str, Any]:
+        asked.append(job)
+        return invented(job, waiting)
+
+    monkeypatch.setattr(comparison, "result_of", timed)
+    engines = ["task.engines=[native]", "hydra.run.dir=out", "device=cpu"]
+    status, _, err = command_line("task=bench", f"model={path}", *SMALL, *engines, *arguments)
+    assert status == 0, err
+    (formats,) = {tuple(job.overrides[-2:]) for job in asked if job.engine == "native"}
+    assert formats == ("engine=native", f"dtype={dtype}")
+    ours = Ours(next(job for job in asked if job.engine == "native"))
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    assert ours.row_bytes == width * 2 * 2 * 64
+    if mix not in ("F32", "F16", "BF16"):
+        norms = 3 * 256  # float32 in the file
+        assert ours.weight_bytes == needed_bytes(path) - (4 - width) * norms
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["task.precisions=[int8]"], "is timed as it lies, in Q4_K: leave out task.precisions"),
+        (["weights=int4"], "is timed as it lies, in Q4_K: leave out weights"),
+        (["experiment=fast"], "is timed as it lies, in Q4_K: leave out weights"),
+        (["task.engines=[transformers-dynamic]"], "it cannot multiply"),
+    ],
+)
+def test_what_a_gguf_file_is_not_timed_with_is_refused(
+    gguf_file: Path,
+    command_line: CommandLine,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(comparison, "result_of", lambda *_: pytest.fail("something was timed"))
+    status, out, err = command_line("task=bench", f"model={gguf_file}", *SMALL, *arguments)
+    assert (status, out) == (2, "")
+    assert told in err.splitlines()[-1]

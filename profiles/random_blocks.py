@@ -1,5 +1,7 @@
 """Blocks of random bits, in every kind that a GGUF file has."""
 
+from collections.abc import Sequence
+
 import gguf
 import numpy as np
 import torch
@@ -13,9 +15,13 @@ SCALES = {
     **{"Q6_K": (208,), "F32": (), "F16": (), "BF16": ()},
 }
 """Where the numbers of sixteen bits are in a block, by which the others are multiplied."""
+MEASURED = 256
+"""Rows of which the spread is measured."""
 
 
-def random_rows(kind: str, rows: int, columns: int, seed: int, spread: float = 0.06) -> Rows:
+def random_rows(
+    kind: str, rows: int, columns: int, seed: int | Sequence[int], spread: float = 0.06
+) -> Rows:
     """Blocks of random bits, with random scales such that the numbers are of this spread. What has
     no scale is made of random numbers, of any kind that the gguf package writes.
     """
@@ -34,7 +40,8 @@ def random_rows(kind: str, rows: int, columns: int, seed: int, spread: float = 0
             made[..., at : at + 2] = half[..., None].view(np.uint8)
         return Rows(torch.from_numpy(made.reshape(rows, -1)), kind)
 
-    return put(spread / float(reference(put(1.0)).square().mean().sqrt()))
+    some = Rows(put(1.0).bytes[:MEASURED], kind)
+    return put(spread / float(reference(some).square().mean().sqrt()))
 
 
 def reference(rows: Rows) -> Tensor:
