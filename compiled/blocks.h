@@ -120,7 +120,7 @@ inline Sixes sixes(const uint8_t* from) {
 // -----------------------------------------------------------------------------
 
 template <int64_t KIND>
-inline void unpack_block(const uint8_t* block, float* out) {
+inline void unpack_block(const uint8_t* __restrict block, float* __restrict out) {
   if constexpr (KIND == F32) {
     *out = of_bits(word(block));
   } else if constexpr (KIND == F16) {
@@ -129,6 +129,7 @@ inline void unpack_block(const uint8_t* block, float* out) {
     *out = of_bits(uint32_t(short_word(block)) << 16);
   } else if constexpr (KIND == Q8_0) {
     const float d = half(block);
+#pragma omp simd
     for (int i = 0; i < 32; ++i) out[i] = d * int8_t(block[2 + i]);
   } else if constexpr (KIND == Q4_0 || KIND == Q4_1 || KIND == Q5_0 || KIND == Q5_1) {
     constexpr bool FIVE = KIND == Q5_0 || KIND == Q5_1, LEAST = KIND == Q4_1 || KIND == Q5_1;
@@ -136,6 +137,7 @@ inline void unpack_block(const uint8_t* block, float* out) {
     const uint8_t* rest = block + (LEAST ? 4 : 2);
     const uint32_t high = FIVE ? word(rest) : 0;
     const uint8_t* nibbles = rest + (FIVE ? 4 : 0);
+#pragma omp simd
     for (int i = 0; i < 16; ++i) {
       const int low = (nibbles[i] & 15) | (FIVE ? int(high >> i & 1) << 4 : 0);
       const int up = nibbles[i] >> 4 | (FIVE ? int(high >> (i + 16) & 1) << 4 : 0);
@@ -150,6 +152,7 @@ inline void unpack_block(const uint8_t* block, float* out) {
     for (int g = 0; g < 8; ++g) {
       const float scale = d * float(both.scales[g]), m = least * float(both.minima[g]);
       const uint8_t* from = nibbles + g / 2 * 32;
+#pragma omp simd
       for (int i = 0; i < 32; ++i) {
         const int fifth = KIND == Q5_K ? (high[i] >> g & 1) << 4 : 0;
         out[g * 32 + i] = scale * float((from[i] >> g % 2 * 4 & 15) | fifth) - m;
@@ -157,13 +160,16 @@ inline void unpack_block(const uint8_t* block, float* out) {
     }
   } else {
     const float d = half(block + 208);
-    for (int g = 0; g < 8; ++g) {  // of 32, with two scales
-      const uint8_t* low = block + g / 4 * 64 + g % 2 * 32;
-      const uint8_t* high = block + 128 + g / 4 * 32;
-      for (int i = 0; i < 32; ++i) {
-        const float scale = d * float(int8_t(block[192 + g * 2 + i / 16]));
-        const int q = (low[i] >> g % 4 / 2 * 4 & 15) | (high[i] >> g % 4 * 2 & 3) << 4;
-        out[g * 32 + i] = scale * float(q - 32);
+    for (int part = 0; part < 16; ++part) {  // with a scale
+      const float scale = d * float(int8_t(block[192 + part]));
+      const int g = part / 2, at = part % 2 * 16;
+      const int low_shift = g % 4 / 2 * 4, high_shift = g % 4 * 2;
+      const uint8_t* low = block + g / 4 * 64 + g % 2 * 32 + at;
+      const uint8_t* high = block + 128 + g / 4 * 32 + at;
+#pragma omp simd
+      for (int i = 0; i < 16; ++i) {
+        const int q = (low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4;
+        out[part * 16 + i] = scale * float(q - 32);
       }
     }
   }
@@ -183,7 +189,8 @@ inline void dispatch(int64_t kind, Call call) {
   case NAME:          \
     return call(std::integral_constant<int64_t, NAME>{});
     KIND_OF(F32)
-    KIND_OF(F16) KIND_OF(BF16) KIND_OF(Q4_0) KIND_OF(Q4_1) KIND_OF(Q5_0) KIND_OF(Q5_1) KIND_OF(Q8_0)
+    KIND_OF(F16)
+    KIND_OF(BF16) KIND_OF(Q4_0) KIND_OF(Q4_1) KIND_OF(Q5_0) KIND_OF(Q5_1) KIND_OF(Q8_0)
         KIND_OF(Q4_K) KIND_OF(Q5_K) KIND_OF(Q6_K)
 #undef KIND_OF
   }

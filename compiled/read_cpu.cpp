@@ -374,9 +374,10 @@ struct Rows {
     }
   }
 
-  // Of one vector: `count` rows.
-  void take_rows(const float* results, int64_t count) const {
+  // Of vector t: `count` rows.
+  void take_rows(const float* results, int64_t count, int64_t t = 0) const {
     const size_t bytes = count * sizeof(float);
+    float* place = to + t * stride + row;
     Floats held = load<Floats>(results);
     if (scale) {
       Floats scales{};
@@ -386,10 +387,10 @@ struct Rows {
     held = rounded<Real>(held);
     if (ADDS) {
       Floats before{};
-      std::memcpy(&before, to + row, bytes);
+      std::memcpy(&before, place, bytes);
       held += before;
     }
-    std::memcpy(to + row, &held, bytes);
+    std::memcpy(place, &held, bytes);
   }
 
   // Of R rows, over and over.
@@ -556,7 +557,8 @@ struct Own {
   float *gates, *ups;  // [T, GATES]
   float* floats;       // where matrices are in blocks: [T, widest], what they are multiplied by
   float* factors;      // … as whole numbers
-  float* unpacked;     // [2, widest]: rows of a matrix
+  float* unpacked;     // [LANES, widest]: rows of a matrix
+  float* sums;         // [T, LANES]: of their products
 };
 
 // What matrices are made of that lie in a file's own blocks (blocks.h).
@@ -583,7 +585,8 @@ Own<Real> own_of(const Decode& d, Slices& slices) {
     const int64_t widest = widest_of(d);
     own.floats = slices.take(std::is_same_v<Input<Real>, float> ? 0 : d.tokens * widest);
     own.factors = slices.take(d.tokens == 1 ? blocks::factors_size(widest) : 0);
-    own.unpacked = slices.take(2 * widest);
+    own.unpacked = slices.take(LANES * widest);
+    own.sums = slices.take(LANES * d.tokens);
   }
   return own;
 }
@@ -817,10 +820,10 @@ template <class Real>
 struct Vectors<Real, InBlocks> {
   const float* x;           // [T, columns]
   blocks::Factors factors;  // of one that is alone
-  float* unpacked;
+  float *unpacked, *sums;   // see Own
 
   Vectors(const Decode& d, const Own<Real>& own, const Input<Real>* given, int64_t columns)
-      : unpacked(own.unpacked) {
+      : unpacked(own.unpacked), sums(own.sums) {
     if constexpr (std::is_same_v<Input<Real>, float>) {
       x = given;
     } else {
@@ -833,36 +836,55 @@ struct Vectors<Real, InBlocks> {
   }
 };
 
-// Rows of one kind. Of one vector they are multiplied as they lie; of several each is unpacked
-// once.
+// Adds products to sums[t * LANES + row].
+struct Adding {
+  float* sums;
+  int64_t row = 0;
+
+  template <int R, int T>
+  void take(int64_t t, const float* results) const {
+    for (int i = 0; i < T; ++i)
+      for (int r = 0; r < R; ++r) sums[(t + i) * LANES + row + r] += results[i * R + r];
+  }
+};
+
+// Rows of one kind. Of one vector they are multiplied as they lie. Of several some rows are unpacked
+// once, then multiplied piece by piece: so much of some vectors stays close to the processor.
 template <int64_t KIND, class Real, class Into>
 void multiply_part(const uint8_t* bytes, int64_t size, int64_t columns,
                    const Vectors<Real, InBlocks>& vectors, int64_t tokens, int64_t end, Into& into) {
-  if constexpr (blocks::multiplies(KIND))
-    if (tokens == 1) {
-      while (into.row < end) {
-        const int64_t count = std::min<int64_t>(LANES, end - into.row);
+  constexpr int64_t PIECE = 1024;
+  for (int64_t count; into.row < end; into.row += count, bytes += count * size) {
+    count = std::min<int64_t>(LANES, end - into.row);
+    if constexpr (blocks::multiplies(KIND))
+      if (tokens == 1) {
         float results[LANES];
-        for (int64_t r = 0; r < count; ++r, bytes += size)
-          results[r] = blocks::dot<KIND>(bytes, vectors.factors, columns);
+        for (int64_t r = 0; r < count; ++r)
+          results[r] = blocks::dot<KIND>(bytes + r * size, vectors.factors, columns);
         into.take_rows(results, count);
-        into.row += count;
+        continue;
       }
-      return;
+    for (int64_t r = 0; r < count; ++r)
+      blocks::unpack_row<KIND>(bytes + r * size, columns, vectors.unpacked + r * columns);
+    std::memset(vectors.sums, 0, sizeof(float) * LANES * tokens);
+    for (int64_t from = 0; from < columns; from += PIECE) {
+      const int64_t length = std::min(PIECE, columns - from);
+      for (int64_t t = 0; t < tokens; t += MOST) {
+        const float* x = vectors.x + t * columns + from;
+        const int64_t some = std::min<int64_t>(MOST, tokens - t);
+        Adding sums{vectors.sums + t * LANES};
+        auto row = [&](int64_t r) { return vectors.unpacked + r * columns + from; };
+        for (; sums.row + 2 <= count; sums.row += 2) {
+          const float* rows[2] = {row(sums.row), row(sums.row + 1)};
+          products<2, MOST, false>(rows, x, columns, length, some, sums);
+        }
+        if (sums.row < count) {
+          const float* rows[1] = {row(sums.row)};
+          products<1, MOST, false>(rows, x, columns, length, some, sums);
+        }
+      }
     }
-  const float* rows[2] = {vectors.unpacked, vectors.unpacked + columns};
-  auto unpack = [&](int64_t r) {
-    blocks::unpack_row<KIND>(bytes, columns, vectors.unpacked + r * columns);
-    bytes += size;
-  };
-  if (tokens > 4)  // as in `multiply`
-    for (; into.row + 2 <= end; into.row += 2) {
-      unpack(0), unpack(1);
-      products<2, MOST, false>(rows, vectors.x, columns, columns, tokens, into);
-    }
-  for (; into.row < end; ++into.row) {
-    unpack(0);
-    products<1, MOST, false>(rows, vectors.x, columns, columns, tokens, into);
+    for (int64_t t = 0; t < tokens; ++t) into.take_rows(vectors.sums + t * LANES, count, t);
   }
 }
 
