@@ -176,7 +176,7 @@ def looked_up(tokens: Tensor, embedding: Blocks) -> Tensor:
 
 FOUR_BITS = "Q4_1"
 """The kind that numbers are rounded to: four bits with a scale and a minimum, five in all."""
-FITS = 3
+FITS = 2
 """Times that scale and minimum are fitted to what was rounded with the ones before."""
 
 
