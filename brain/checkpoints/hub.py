@@ -13,7 +13,7 @@ from conf.schema import WeightFormat
 PATTERNS = [
     *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json", "tokenizer.model", "tokenizer.json"),
-    *(SINGLE, INDEX),
+    *("chat_template.jinja", SINGLE, INDEX),
 ]
 """What is fetched first; shards, whatever they are called, when the index has named them."""
 ELSEWHERE = "or download it elsewhere and use model=FOLDER"
