@@ -9,10 +9,13 @@ nothing and drops nothing, or says so once. The one place where a BOS token is e
 import codecs
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as Library
 
 from brain.errors import Refused, shown
 from brain.tokenizers import gguf_vocabulary, sentencepiece_model, tokenizer_json
@@ -28,8 +31,10 @@ from brain.tokenizers.folder import (
     Folder,
     Stated,
     begins,
+    chat_template,
     check_tokens,
     ends,
+    named_tokens,
     prefix_space,
     read_folder,
     reading_class,
@@ -37,7 +42,7 @@ from brain.tokenizers.folder import (
     stated_tokens,
     tokens_to_add,
 )
-from brain.tokenizers.vocabulary import Vocabulary, WarnOnce
+from brain.tokenizers.vocabulary import Vocabulary, WarnOnce, added_tokens_alone
 
 PROBES = ("Hello world", "two  spaces", "ﬁve Ⅻ 12 ① 漢 🤖", "naïve cafe\u0301\n\tend ")
 """Texts that show how a vocabulary normalizes and cuts."""
@@ -51,6 +56,9 @@ class Tokenizer:
     bos_id: int | None  # begins a text, if the vocabulary has such a token
     eos_ids: frozenset[int]  # each ends a text
     wants_bos: bool  # the model was trained to see BOS first
+    chat_template: str | None = None  # how a conversation is written, in Jinja's language
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens by the names that a template has for them, such as ``bos_token``."""
     _altered: WarnOnce = field(
         default_factory=lambda: WarnOnce(
             "the model's tokenizer alters this text: its ids stand for one with other white space "
@@ -69,20 +77,108 @@ class Tokenizer:
         ``special``, special tokens written out in the text ("<|im_start|>") become their id. Raises
         Refused where the text is not valid Unicode or the vocabulary cannot spell it.
         """
+        self._require_unicode(text)
+        ids = self.vocabulary.split(text) if special else self.vocabulary.split_plain(text)
+        self._check_spelling(text, ids)
+        return ids
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """The ids of a text of which only parts may hold control tokens.
+
+        Where no other part has one written in it, these are the ids of ``encode`` for the whole
+        text: pieces are joined before they are split. Where one has, it is split as plain text.
+        A control token is every added token but plain white space, whether or not it is flagged
+        as special.
+
+        Args:
+            pieces: Texts, and whether control tokens in them count.
+        Returns:
+            The ids: nothing added.
+        Raises:
+            Refused: A text is not valid Unicode, the vocabulary cannot spell it, or has no way to
+                spell it without a control token.
+        """
+        pieces = list(pieces)
+        text = "".join(piece for piece, _ in pieces)
+        self._require_unicode(text)
+        trusted = [
+            "".join(piece for piece, _ in run)
+            for counts, run in groupby(pieces, key=lambda piece: piece[1])
+            if counts
+        ]
+        written = [token.content for token in self.vocabulary.controls.values()]
+        veiled = "".join(piece if counts else self._veil(piece) for piece, counts in pieces)
+        ids = self.vocabulary.split(text)
+        if self._controls_in(ids) != self._controls_in(self.vocabulary.split(veiled)) or any(
+            _count(text, token) != sum(_count(piece, token) for piece in trusted)
+            for token in written
+        ):
+            parts = self._parts(text, veiled)
+            ids = self.vocabulary.split_parts(parts)
+            if self._controls_in(ids) != self._controls_in(i for i in parts if isinstance(i, int)):
+                raise Refused(
+                    "text becomes a control token of this model's vocabulary, which has no other "
+                    f"spelling for it; change it: {shown(text)}"
+                )
+        self._check_spelling(text, ids)
+        return ids
+
+    def _parts(self, text: str, veiled: str) -> list[str | int]:
+        """The control tokens that count, and the texts between them."""
+        library, numbers = self._sections
+        found = library.encode(veiled, add_special_tokens=False)
+        return [
+            numbers[own] if own else text[start:end]
+            for own, (start, end) in zip(found.ids, found.offsets, strict=True)
+        ]
+
+    @cached_property
+    def _sections(self) -> tuple[Library, dict[int, int]]:
+        return added_tokens_alone(self.vocabulary.controls)
+
+    @cached_property
+    def _forbidden(self) -> frozenset[int]:
+        """What no text from outside may become. What stands for unknown characters may come."""
+        ids = {*self.vocabulary.controls, *self.eos_ids, self.bos_id} - {None}
+        return frozenset(ids - {*self.vocabulary.split_plain("\U0010fffd")})  # type: ignore[arg-type]
+
+    def _controls_in(self, ids: Iterable[int]) -> list[int]:
+        return [index for index in ids if index in self._forbidden]
+
+    @cached_property
+    def _veils(self) -> tuple[str, str, str]:
+        """A space, a letter and another character that are in no control token."""
+        taken = {c for token in self.vocabulary.controls.values() for c in token.content}
+        kinds = (range(0x2000, 0x200A), range(0xA000, 0xA48D), range(0xE000, 0xF8FF))
+        space, letter, other = (next(chr(c) for c in kind if chr(c) not in taken) for kind in kinds)
+        return space, letter, other
+
+    def _veil(self, text: str) -> str:
+        """As many characters in which no control token is written. White space and letters stay
+        what they are: some tokens take white space beside them, some need no letter there.
+        """
+        space, letter, other = self._veils
+        return "".join(
+            space if c.isspace() else letter if c.isalnum() or c == "_" else other for c in text
+        )
+
+    def _require_unicode(self, text: str) -> None:
         try:
-            raw = text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise Refused(
                 f"text has half a surrogate pair, U+{ord(text[error.start]):04X}, "
                 f"at character {error.start}; give valid Unicode"
             ) from None
-        ids = self.vocabulary.split(text) if special else self.vocabulary.split_plain(text)
-        if self.vocabulary.lossless and b"".join(map(self.token_bytes, ids)) != raw:
+
+    def _check_spelling(self, text: str, ids: list[int]) -> None:
+        """Refuses ids that do not stand for the text, or says once that they stand for another."""
+        lossless = self.vocabulary.lossless
+        if lossless and b"".join(map(self.token_bytes, ids)) != text.encode():
             raise Refused(self._unspeakable(text))
         # A text may be long: what has been told once is not looked for again.
-        if not (self.vocabulary.lossless or self._altered.given) and self.decode(ids) != text:
+        if not (lossless or self._altered.given) and self.decode(ids) != text:
             self._altered()
-        return ids
 
     def _unspeakable(self, text: str) -> str:
         """Names the character that the vocabulary has no bytes for."""
@@ -124,6 +220,14 @@ class Tokenizer:
         stream = StreamDecoder(self, at_start=at_start)
         raw = b"".join(stream.spell(token_id) for token_id in ids)
         return raw.decode(errors="replace")
+
+
+def _count(text: str, part: str) -> int:
+    """How often a part is in a text, overlapping or not."""
+    count, at = 0, text.find(part)
+    while at >= 0:
+        count, at = count + 1, text.find(part, at + 1)
+    return count
 
 
 class StreamDecoder:
@@ -191,14 +295,29 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         vocabulary = _from_sentencepiece(said, reader, stated, where)
     report_unheeded(said, reader, vocabulary)
     bos_id, wants_bos = begins(said, stated, vocabulary)
-    return Tokenizer(vocabulary, bos_id, ends(said, stated, vocabulary), wants_bos)
+    return Tokenizer(
+        vocabulary,
+        bos_id,
+        ends(said, stated, vocabulary),
+        wants_bos,
+        chat_template=chat_template(said),
+        named=named_tokens(stated),
+    )
 
 
 def gguf_tokenizer(fields: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata. Raises Refused, naming the file as ``where``."""
     vocabulary = gguf_vocabulary.read_vocabulary(fields, where)
     bos_id, wants_bos = gguf_vocabulary.begins(fields, vocabulary, where)
-    return Tokenizer(vocabulary, bos_id, gguf_vocabulary.ends(fields, vocabulary, where), wants_bos)
+    template = fields.get("tokenizer.chat_template")
+    return Tokenizer(
+        vocabulary,
+        bos_id,
+        gguf_vocabulary.ends(fields, vocabulary, where),
+        wants_bos,
+        chat_template=template if isinstance(template, str) else None,
+        named=gguf_vocabulary.named_tokens(fields),
+    )
 
 
 def _from_library(

@@ -24,6 +24,7 @@ LAYERS = (
     "brain.policies",
     "brain.tokenizers",
     "brain.tokens",
+    "brain.chat",
     "brain.checkpoints",
     "brain.diagnosis",
     "brain.config",

@@ -1,12 +1,15 @@
 """A model that has been found, checked and loaded."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
+from typing import Any
 
-from brain.errors import Refused
+from brain.chat.template import ChatFormat, chat_format, chatml
+from brain.errors import Refused, unknown
 from brain.tokens import Tokenizer
 from compiled.llama import LlamaConfig, Weights
 
@@ -29,6 +32,26 @@ class Checkpoint:
         SHA-256, of several that of their sorted digests. Takes seconds per gigabyte on first use.
         """
         return self.hash_weights()
+
+    def chat_format(
+        self, named: str = "auto", *, today: date, variables: Mapping[str, Any] | None = None
+    ) -> ChatFormat:
+        """How a conversation with this model is written.
+
+        Args:
+            named: ``auto`` is the model's own chat template, rendered now, in a process of its own.
+                ``chatml`` is that format, whatever the model was trained with.
+            today: The date that a template is told, if it asks. A run that is to be reproducible
+                keeps it.
+            variables: What else it is told, such as ``{"enable_thinking": False}``.
+        Raises:
+            Refused: The model has no template or one that cannot be used.
+        """
+        if named == "chatml":
+            return chatml(self.tokenizer)
+        if named != "auto":
+            raise unknown("chat format", named, ("auto", "chatml"))
+        return chat_format(self.tokenizer, today=today, variables=variables, where=self.name)
 
     @cached_property
     def vocabulary_sha256(self) -> str:

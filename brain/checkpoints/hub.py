@@ -36,6 +36,7 @@ FIRST = (CONFIG, INDEX)
 SMALL = (
     *("generation_config.json", ADAPTER, "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json", "tokenizer.model", "tokenizer.json"),
+    "chat_template.jinja",
 )
 GGUF = ".gguf"
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)

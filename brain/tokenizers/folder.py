@@ -17,6 +17,7 @@ from brain.files import TOKENIZER_BYTES, read_bytes, read_object, read_text
 from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary
 
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+TEMPLATE = "chat_template.jinja"
 GENERATION, MODEL_CONFIG = "generation_config.json", "config.json"
 LIBRARY, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 
@@ -48,6 +49,7 @@ class Folder:
     settings: Mapping[str, dict[str, Any]]  # the small JSON files, by name
     library: str  # tokenizer.json, as text; where there is none, tokenizer.model is the vocabulary
     sentencepiece: bytes  # tokenizer.model
+    template: str | None = None  # chat_template.jinja
 
     @property
     def vocabulary(self) -> str:
@@ -107,7 +109,9 @@ def read_folder(path: Path) -> Folder:
         content = b""
         with suppress(OSError) if text else nullcontext():  # then it is only compared
             content = read_bytes(model, TOKENIZER_BYTES) if model.exists() else b""
-        return Folder(path, settings, text, content)
+        template = path / TEMPLATE
+        written = read_text(template, TOKENIZER_BYTES) if template.exists() else None
+        return Folder(path, settings, text, content, written)
     except (OSError, UnicodeError) as error:
         raise Refused(f"{path}: tokenizer cannot be read ({one_line(error)})") from None
 
@@ -359,6 +363,30 @@ def ends(folder: Folder, stated: Iterable[Stated], vocabulary: Vocabulary) -> fr
         listed = "; ".join(f"{sorted(ids)} by {place}" for place, ids in told)
         folder.warn(f"EOS is {listed}: each of them ends a text")
     return frozenset().union(*said.values())
+
+
+def chat_template(folder: Folder) -> str | None:
+    """How the model's makers write a conversation, in Jinja's language: ``chat_template.jinja``,
+    else ``chat_template`` of tokenizer_config.json, of several the one called ``default``. None:
+    nothing says it.
+    """
+    said = folder.settings[CONFIG].get("chat_template")
+    if isinstance(said, list):
+        entries = [entry for entry in said if isinstance(entry, dict)]
+        said = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+    found = said if isinstance(said, str) else None
+    if folder.template is None:
+        if found is None and folder.settings[CONFIG].get("chat_template") is not None:
+            folder.warn(f"chat_template in {CONFIG} is no text, and has none called default")
+        return found
+    if found not in (None, folder.template):
+        folder.warn(f"{TEMPLATE} overrules chat_template in {CONFIG}")
+    return folder.template
+
+
+def named_tokens(stated: Iterable[Stated]) -> dict[str, str]:
+    """The special tokens that transformers gives to a chat template, by name."""
+    return {s.role: s.text for s in reversed([*stated]) if s.role in NAMED and s.heeded}
 
 
 def _stated_ids(

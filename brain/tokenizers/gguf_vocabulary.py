@@ -92,6 +92,10 @@ them, as in llama.cpp.
 """
 
 
+NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""Roles of special tokens in transformers, and in GGUF."""
+
+
 def tokenizer_files(fields: Mapping[str, Any], where: str) -> dict[str, bytes]:
     """The Hugging Face tokenizer files equivalent to the vocabulary in a GGUF file's metadata, by
     file name. Raises Refused, naming the file as ``where``.
@@ -140,6 +144,16 @@ def ends(fields: Mapping[str, Any], vocabulary: Vocabulary, where: str) -> froze
     found += [_special(fields, "eos", vocabulary, where, 2 if spm else None)]
     found += map(vocabulary.id_of, ENDS)
     return frozenset(index for index in found if index is not None)
+
+
+def named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by transformers' names for them."""
+    tokens, found = fields["tokenizer.ggml.tokens"], {}
+    for role, key in NAMES.items():
+        index = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            found[f"{role}_token"] = tokens[index]
+    return found
 
 
 def _special(
@@ -341,7 +355,7 @@ def _id(fields: Mapping[str, Any], role: str, default: int, size: int) -> int:
 
 
 def _tokenizer_config(fields: Mapping[str, Any], listed: _Listed) -> bytes:
-    tokens, sentencepiece = listed.tokens, listed.sentencepiece
+    sentencepiece = listed.sentencepiece
     config: dict[str, Any] = {
         "tokenizer_class": "LlamaTokenizer" if sentencepiece else "PreTrainedTokenizerFast",
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", sentencepiece)),
@@ -349,10 +363,7 @@ def _tokenizer_config(fields: Mapping[str, Any], listed: _Listed) -> bytes:
         "add_prefix_space": bool(fields.get("tokenizer.ggml.add_space_prefix", sentencepiece)),
         "clean_up_tokenization_spaces": False,
     }
-    for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        index = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(index, int) and 0 <= index < len(tokens):
-            config[f"{role}_token"] = tokens[index]
+    config |= named_tokens(fields)
     architecture = fields.get("general.architecture")
     if isinstance(context := fields.get(f"{architecture}.context_length"), int):
         config["model_max_length"] = context

@@ -3,16 +3,21 @@
 Field numbers below are those of ``sentencepiece_model.proto``.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, models
-from tokenizers import Tokenizer as Library
+from tokenizers import AddedToken
 
 from brain.errors import Refused, one_line, shown
 from brain.tokenizers.byte_level import is_byte_token
 from brain.tokenizers.protobuf import bytes_field, fields, float_field, integer_field
-from brain.tokenizers.vocabulary import Vocabulary, WarnOnce
+from brain.tokenizers.vocabulary import (
+    Vocabulary,
+    WarnOnce,
+    added_tokens_alone,
+    control_tokens,
+)
 
 SPACE = "▁"
 
@@ -104,6 +109,21 @@ def listed_pieces(model: bytes, where: str) -> dict[int, AddedToken]:
     return found
 
 
+def _without_controls(model: bytes, controls: Mapping[int, AddedToken]) -> bytes:
+    """The same model in which no text becomes one of these: SentencePiece itself cuts out pieces
+    that its maker defined.
+    """
+    made, index = [], 0
+    for key, value in fields(model):
+        assert isinstance(value, bytes)  # it has been loaded: all its parts are messages
+        if key == PIECES:
+            if index in controls and dict(fields(value)).get(TYPE) == USER_DEFINED:
+                value += integer_field(TYPE, CONTROL)  # of two values the last counts
+            index += 1
+        made.append(bytes_field(key, value))
+    return b"".join(made)
+
+
 def read_sentencepiece(
     model: bytes, where: str, cut: Mapping[int, AddedToken], *, prefix: str
 ) -> Vocabulary:
@@ -132,11 +152,7 @@ def read_sentencepiece(
             spelling[index] = piece.replace(SPACE, " ").encode()
     for index, token in cut.items():
         spelling[index] = token.content.encode()
-    # A library that knows nothing else: what is between added tokens is one unknown word.
-    sections = Library(models.WordLevel({"": 0}, unk_token=""))
-    sections.add_tokens(list(cut.values()))
-    text_of = {own: token.content for own, token in sections.get_added_tokens_decoder().items()}
-    added_ids = {token.content: index for index, token in cut.items()}
+    sections, added_ids = added_tokens_alone(cut)
     first: list[str] = processor.encode("x", out_type=str)
     dummy = bool(first) and first[0].startswith(SPACE)
     differs = WarnOnce(
@@ -147,16 +163,38 @@ def read_sentencepiece(
     def split_plain(text: str) -> list[int]:
         return processor.encode(text, out_type=int)  # type: ignore[no-any-return]
 
+    controls = control_tokens(cut)
+
+    @functools.cache
+    def plain() -> tuple[SentencePieceProcessor, SentencePieceProcessor]:
+        # Only a text needs it that has control tokens written in it.
+        return tuple(  # type: ignore[return-value]
+            load_sentencepiece(_without_controls(m, controls), where) for m in (model, bare_model)
+        )
+
+    def begins(part: str, ids: list[int]) -> bool:
+        spaced = part.startswith(" ")
+        return not ids or (not spaced if prefix == "always" else ids == [bos])
+
+    def split_parts(parts: Sequence[str | int]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                spaced, unspaced = plain()
+                ids += (spaced if begins(part, ids) else unspaced).encode(part, out_type=int)
+        return ids
+
     def split(text: str) -> list[int]:
         ids: list[int] = []
         found = sections.encode(text, add_special_tokens=False)
         for own, (start, end) in zip(found.ids, found.offsets, strict=True):
             if own:
-                ids.append(added_ids[text_of[own]])
+                ids.append(added_ids[own])
                 continue
             part = text[start:end]
-            spaced = part.startswith(" ")
-            put = not ids or (not spaced if prefix == "always" else ids == [bos])
+            spaced, put = part.startswith(" "), begins(part, ids)
             theirs = {"always": not spaced, "first": start == 0 and not spaced}.get(prefix, True)
             if dummy and put != theirs:
                 differs()
@@ -166,10 +204,15 @@ def read_sentencepiece(
     return Vocabulary(
         split=split,
         split_plain=split_plain,
+        controls=controls,
+        split_parts=split_parts,
         spelling=tuple(spelling),
         leading_space=dummy,
         lossless=False,
-        id_of=({piece: index for index, piece in enumerate(pieces)} | added_ids).get,
+        id_of=(
+            {piece: index for index, piece in enumerate(pieces)}
+            | {token.content: index for index, token in cut.items()}
+        ).get,
         prepended=(bos,) if bos >= 0 else (),
         bos_text=pieces[bos] if bos >= 0 else None,
         eos_text=pieces[eos] if eos >= 0 else None,

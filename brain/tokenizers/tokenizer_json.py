@@ -7,7 +7,7 @@ space and, as a rule, byte fallback.
 import functools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 from brain.errors import Refused, one_line, shown, warn
 from brain.files import parse_json
 from brain.tokenizers.byte_level import byte_of_character, is_byte_token
-from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary, WarnOnce
+from brain.tokenizers.vocabulary import MOST_TOKENS, Vocabulary, WarnOnce, control_tokens
 
 SPACE = "▁"
 MOST_GROWTH = 64
@@ -100,10 +100,42 @@ def vocabulary_of(library: Library, spec: dict[str, Any], where: str) -> Vocabul
             words = " " + words
         return encoded(words, special=special)
 
-    strips = any(t.lstrip or t.rstrip for t in library.get_added_tokens_decoder().values())
+    added = library.get_added_tokens_decoder()
+    controls = control_tokens(added)
+
+    @functools.cache
+    def plain(scheme: str) -> Library:
+        # Made anew, which takes a second of a large vocabulary: only a text needs it that has
+        # control tokens written in it.
+        told = json.loads(library.to_str())
+        for token in told["added_tokens"]:
+            token["special"] |= token["id"] in controls
+        for step in _steps(told.get("pre_tokenizer"), "pretokenizers", where):
+            if step.get("prepend_scheme") == "first":
+                step["prepend_scheme"] = scheme
+        made = Library.from_str(json.dumps(told))
+        made.encode_special_tokens = True
+        return made
+
+    def split_parts(parts: Sequence[str | int]) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            with one_at_a_time, refusing(f"{where}: tokenizer cannot split a text"):
+                # Only where the text begins is there a first word to put a space before.
+                reader = plain("never" if index else "first")
+                words = " " + part if not index and takes_space and part[:1] == " " else part
+                ids += reader.encode(words, add_special_tokens=False).ids
+        return ids
+
+    strips = any(t.lstrip or t.rstrip for t in added.values())
     return Vocabulary(
         split=functools.partial(split, special=True),
         split_plain=functools.partial(split, special=False),
+        controls=controls,
+        split_parts=split_parts,
         spelling=spelling,
         leading_space=leading_space,
         lossless=byte_level and not (leading_space or strips or spec.get("normalizer")),

@@ -102,6 +102,8 @@ def _speechless(vocab_size: int) -> Tokenizer:
     vocabulary = Vocabulary(
         split=split,
         split_plain=split,
+        controls={},
+        split_parts=lambda parts: [],
         spelling=(None,) * vocab_size,
         leading_space=False,
         lossless=True,  # so every text but the empty one is refused
