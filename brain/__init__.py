@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brain.actions import Append, Boost, Cull, Pin, Redact, Replace
+    from brain.actions import Append, Boost, Cull, Pin, Redact, Replace, Rewind
     from brain.brain import Brain
     from brain.errors import BrainWarning, Refused
     from brain.mirror import Mirror
@@ -32,6 +32,7 @@ __all__ = [
     "Redact",
     "Refused",
     "Replace",
+    "Rewind",
     "Tick",
     "load",
     "open",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("Append", "Boost", "Cull", "Pin", "Redact", "Replace"), "actions"),
+    **dict.fromkeys(("Append", "Boost", "Cull", "Pin", "Redact", "Replace", "Rewind"), "actions"),
     **dict.fromkeys(("BrainWarning", "Refused"), "errors"),
     **dict.fromkeys(("load", "open", "open_brain"), "opening"),
     **{"Brain": "brain", "Mirror": "mirror", "Tick": "tick"},

@@ -67,7 +67,16 @@ class Redact:
     positions: Sequence[int]
 
 
-Action = Append | Cull | Replace | Pin | Boost | Redact
+@dataclass(frozen=True)
+class Rewind:
+    """Forgets every row after a position, and the token that has been said and has no row yet: the
+    next tick reads the row at that position again. Pinned rows go too.
+    """
+
+    position: int
+
+
+Action = Append | Cull | Replace | Pin | Boost | Redact | Rewind
 
 
 @dataclass
@@ -80,6 +89,7 @@ class Edit:
     boost: dict[int, float] = field(default_factory=dict)
     replacing: list[tuple[int, int, int]] = field(default_factory=list)  # token, position, source
     appending: list[tuple[int, int]] = field(default_factory=list)  # token, source
+    rewinds: bool = False  # whether the pending token is dropped
 
     def moved(self, positions: Sequence[int]) -> "Edit":
         """The same edit of rows that stood at ``positions``, ascending, and now stand densely."""
@@ -91,6 +101,7 @@ class Edit:
             boost={to[position]: amount for position, amount in self.boost.items()},
             replacing=[(token, to[position], source) for token, position, source in self.replacing],
             appending=self.appending,
+            rewinds=self.rewinds,
         )
 
 
@@ -163,6 +174,8 @@ def resolve(actions: Sequence[Action], index: RowIndex, limits: Limits) -> Edit:
             _remove(action.positions, edit, index, name)
         elif isinstance(action, Redact):
             edit.erase.update(_remove(action.positions, edit, index, name))
+        elif isinstance(action, Rewind):
+            _rewind(action, edit, index)
         elif isinstance(action, Replace):
             _replace(action, edit, index, limits)
         elif isinstance(action, Pin):
@@ -210,6 +223,14 @@ def _remove(positions: Sequence[int], edit: Edit, index: RowIndex, name: str) ->
     return checked
 
 
+def _rewind(action: Rewind, edit: Edit, index: RowIndex) -> None:
+    (position,) = _positions([action.position], index, "Rewind")
+    if edit.rewinds:
+        raise Refused("Rewind: a batch can hold one")
+    edit.rewinds = True
+    _remove([after for after in index.positions if after > position], edit, index, "Rewind")
+
+
 def _replace(action: Replace, edit: Edit, index: RowIndex, limits: Limits) -> None:
     ids = token_ids(action.ids, limits.vocab_size, "Replace")
     number = source_number(action.source)
@@ -227,6 +248,8 @@ def _check_whole(edit: Edit, index: RowIndex, limits: Limits) -> None:
     for position in (*edit.pin, *edit.boost):
         if position in edit.cull:
             raise Refused(f"position {position} is both removed and changed in one batch")
+    if edit.rewinds and (edit.appending or edit.replacing):
+        raise Refused("Rewind: a batch that rewinds cannot put tokens there too: give two")
     new = len(edit.replacing) + len(edit.appending) + bool(limits.pending and edit.appending)
     rows = limits.count - len(edit.cull) + new
     if rows > limits.capacity:

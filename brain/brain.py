@@ -427,6 +427,10 @@ class Brain:
             pending=account.uncommitted,
         )
         edit = resolve(actions, index, limits)
+        if edit.rewinds:
+            edits.edit(self.memory, index, edit)
+            self.resume_text(b"")  # what was said last may have ended amid a character
+            return
         if not edit.appending or not self.loop.stay_in_range(1 + len(edit.appending)):
             edits.edit(self.memory, index, edit)
             return

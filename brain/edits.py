@@ -361,7 +361,8 @@ def _planned(
     if any(new):
         at = rows[new.index(True)].position
         changes["novelty"] = _echoed(memory, index, at, strength, eviction)
-    if account.uncommitted and not (rows and rows[-1].position > account.position):
+    comes_later = rows and rows[-1].position > account.position
+    if account.uncommitted and not (comes_later or edit.rewinds):
         cursor, position, uncommitted = plan.cursor, account.position, True
     else:
         cursor, position = _cursor_after(memory, index, account, rows, arrivals)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from platformdirs import user_cache_path
+from platformdirs import user_cache_path, user_data_path
 
 from brain.errors import Refused, one_line
 
@@ -136,6 +136,20 @@ def cache_folder(given: Path | None = None) -> Path:
     raise Refused(
         "no folder is known to keep files in: set HOME (or XDG_CACHE_HOME) to a whole path, or "
         "give cache_dir=FOLDER"
+    )
+
+
+def data_folder() -> Path:
+    """Where to keep what a person makes and means to keep. Raises Refused if no home folder is
+    known.
+    """
+    with suppress(RuntimeError):
+        found = user_data_path("positronic-brain")
+        if found.is_absolute():
+            return found
+    raise Refused(
+        "no folder is known to keep conversations in: set HOME (or XDG_DATA_HOME) to a whole path, "
+        "or give talk.folder=FOLDER"
     )
 
 

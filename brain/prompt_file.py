@@ -17,18 +17,25 @@ def with_prompt(conf: Conf) -> Conf:
     """
     if conf.prompt_file is None:
         return conf
-    name = "standard input" if conf.prompt_file == STANDARD_INPUT else conf.prompt_file
+    return replace(conf, prompt=text_of(conf.prompt_file, "prompt_file"))
+
+
+def text_of(file: str, key: str) -> str:
+    """The text in a file; ``-`` is standard input. Raises Refused, naming ``key``, which asked for
+    it, if that is not to be had, empty, or not UTF-8.
+    """
+    name = "standard input" if file == STANDARD_INPUT else file
     try:
-        content = _content(conf.prompt_file)
+        content = _content(file)
     except OSError as error:
-        raise Refused(f"prompt_file: {name} cannot be read ({one_line(error)})") from None
+        raise Refused(f"{key}: {name} cannot be read ({one_line(error)})") from None
     if not content:
-        raise Refused(f"prompt_file: {name} is empty: give some text")
+        raise Refused(f"{key}: {name} is empty: give some text")
     try:
-        return replace(conf, prompt=content.decode())
+        return content.decode()
     except UnicodeDecodeError as error:
         raise Refused(
-            f"prompt_file: {name} is not UTF-8: byte 0x{content[error.start]:02x} at offset "
+            f"{key}: {name} is not UTF-8: byte 0x{content[error.start]:02x} at offset "
             f"{error.start}; convert it first, as with iconv"
         ) from None
 

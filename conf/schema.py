@@ -129,6 +129,32 @@ class LookupConf:
     trust: float = 0.7  # share of them that it must have got right
 
 
+class Thoughts(Enum):
+    """What becomes of a model's thoughts when its reply has ended."""
+
+    keep = "keep"
+    forget = "forget"  # their rows are culled
+
+
+@dataclass
+class TalkConf:
+    """``task=talk``: a conversation."""
+
+    name: str = "default"  # each has a folder of its own
+    folder: str | None = None  # that folder; null: in the user's data folder, by the name
+    system: str | None = None  # the system prompt; null: the model's own, if it has one
+    format: str = "auto"  # auto: as the model's chat template says; chatml
+    thoughts: Thoughts = Thoughts.keep
+    longest: int = 512  # tokens of a reply
+
+
+@dataclass
+class TalkTask:
+    """``task=talk``: talk with the model in the terminal."""
+
+    name: str = "talk"
+
+
 @dataclass
 class RunTask:
     """``task=run``: prime with the prompt and speak."""
@@ -259,6 +285,7 @@ class Conf:
     repair: RepairConf = MISSING
     lookup: LookupConf = field(default_factory=LookupConf)  # saves from before it have none
     task: Any = MISSING
+    talk: TalkConf = field(default_factory=TalkConf)
 
     path: str | None = None  # with model=folder: short for model.path
     prompt: str = MISSING
@@ -296,6 +323,15 @@ def register() -> None:
     for group, node in groups.items():
         store.store(group=group, name="schema", node=node)
     store.store(group="model", name=Source.named.value, node=ModelConf(source=Source.named))
-    tasks = (RunTask, GoldenTask, InspectTask, GraphsTask, BenchTask, EvalTask, CommandTask)
+    tasks = (
+        RunTask,
+        TalkTask,
+        GoldenTask,
+        InspectTask,
+        GraphsTask,
+        BenchTask,
+        EvalTask,
+        CommandTask,
+    )
     for task in (*tasks, ProfileTask):
         store.store(group="task", name=f"{task.name}_schema", node=task)

@@ -42,6 +42,7 @@ LAYERS = (
     "brain.auto",
     "brain.opening",
     "brain.record",
+    "brain.conversation",
     "brain.measure",
     "brain.tasks",
     "brain.app",

@@ -24,6 +24,7 @@ from conf.schema import Source
 TEXT_KEYS = (
     *("prompt", "prompt_file", "path", "model.path", "model.file", "model.wheel", "cache_dir"),
     *("task.path", "task.folder", "task.text", "task.actions"),
+    *("talk.name", "talk.folder", "talk.system"),
 )
 """Keys whose values are taken literally on the command line."""
 

@@ -11,6 +11,7 @@ pin        positions; ``"pinned": false`` releases them
 boost      positions, amount
 cull       positions
 redact     positions
+rewind     position: forgets all after it, and what has been said and is not remembered yet
 replace    positions (neighbours), and the text or ids to put there; source (default repair)
 inject     text or ids to add after the last token; source (default user). They are fed
            to the loop, so that a full memory makes room for them
@@ -26,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace
+from brain.actions import Action, Append, Boost, Cull, Pin, Redact, Replace, Rewind
 from brain.brain import Brain
 from brain.errors import Refused, Unwritten, did_you_mean, one_line, shown, unknown
 from brain.files import open_plain, parse_json, require_own
@@ -113,6 +114,7 @@ _READERS: dict[str, Callable[[_Fields], Action]] = {
     "boost": lambda f: Boost(f.positions(), f.take("amount", int, float)),
     "cull": lambda f: Cull(f.positions()),
     "redact": lambda f: Redact(f.positions()),
+    "rewind": lambda f: Rewind(f.take("position", int)),
     "replace": lambda f: Replace(f.positions(), *f.text("repair")),
     "inject": lambda f: Append(*f.text("user")),
 }
@@ -170,12 +172,12 @@ class Inbox:
         for line in whole.splitlines(keepends=True):
             self.read += len(line)  # a line without a break is still being written
             if line.strip():
-                applied += self.execute(line)
+                applied += "applied" in self.execute(line)
         return applied
 
-    def execute(self, line: bytes) -> bool:
-        """Applies or refuses one line and answers it; returns whether it was applied. Raises
-        Unwritten if the answer cannot be written.
+    def execute(self, line: bytes) -> dict[str, Any]:
+        """Applies or refuses one line and answers it; returns the answer, which has either
+        ``applied`` or ``refused``. Raises Unwritten if it cannot be written.
         """
         answer: dict[str, Any] = {"tick": self._brain.ticks}
         redacted: list[RedactedRow] = []
@@ -202,7 +204,7 @@ class Inbox:
             raise Unwritten(f"{self._answers} cannot be written ({one_line(error)})") from None
         if redacted and self.on_redaction is not None:
             self.on_redaction(redacted)
-        return "applied" in answer
+        return answer
 
     def _rows_to_redact(self, actions: Sequence[Action]) -> list[RedactedRow]:
         """The rows that these actions redact."""

@@ -46,7 +46,7 @@ FORMAT = 1
 SAVES, SETTINGS = "saves", "run.json"
 KEPT = 2  # saves that are kept
 FREE = (
-    *("task", "ticks", "stop_at_eos", "threads", "nvtx", "cache_dir", "prompt_file"),
+    *("task", "talk", "ticks", "stop_at_eos", "threads", "nvtx", "cache_dir", "prompt_file"),
     *("capture", "capture_top", "save_every"),
 )
 """Settings that may change when a run goes on: none of them changes what it says."""
@@ -162,6 +162,10 @@ class RunRecord:
     def tokens(self) -> list[int]:
         """Every token that was spoken and has not been redacted, in order."""
         return [token for _, token in self._files.tokens()]
+
+    def said(self) -> list[tuple[int, int]]:
+        """The same with the tick of each, [(tick, token)]."""
+        return self._files.tokens()
 
     def _require_own(self) -> None:
         """Raises Refused if anything in the folder leads out of it."""
