@@ -222,7 +222,7 @@ def _render(
         "variables": variables,
         "cases": cases,
         "now": today.isoformat(),
-        "seconds": SECONDS,
+        "seconds": SECONDS + 1,  # for when this process ends first
         "memory": MEMORY,
     }
     # Without the environment, which may hold secrets, and without what runs at Python's start.
