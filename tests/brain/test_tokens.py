@@ -487,7 +487,7 @@ def test_a_typed_control_token_is_plain_text(
         if "strips" not in kind and "▁" not in typed:
             told = before + typed + after
             assert tokenizer.decode(ids).replace(" ", "") == told.replace(" ", "")
-            # Some put spaces after control tokens; of a text, the one after a leading BOS is theirs.
+            # Some put spaces after control tokens; the one after a leading BOS is theirs.
             if kind not in ("llama always", "llama old") and not told.startswith("<s> "):
                 assert tokenizer.decode(ids) == told
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brain.chat import template as chat
 from brain.chat.template import ChatFormat, chat_format, chatml
+from brain.checkpoints import open_folder
 from brain.errors import BrainWarning, Refused
 from brain.tokens import Tokenizer, load_tokenizer
 from chat_templates import CHATML, FAMILIES, IM, Family, chat_folder
@@ -347,3 +349,22 @@ def test_chatml_on_purpose(tokenizer: Tokenizer, open_family: Open) -> None:
         plain = chatml(without)
     assert plain.reply_ends == without.eos_ids
     assert "hi<|im_end|>" in without.decode(plain.first_turn("hi"))
+
+
+def test_a_checkpoint_knows_its_format(tiny_folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_folder(tiny_folder, dtype=torch.float32)
+    with pytest.raises(Refused, match=f"{checkpoint.name} has no chat template; .*chatml"):
+        checkpoint.chat_format(today=DAY)
+    with pytest.raises(Refused, match=r"chat format: 'chatlm' is unknown; .*did you mean chatml"):
+        checkpoint.chat_format("chatlm", today=DAY)
+    with pytest.warns(BrainWarning, match="no token"):
+        assert checkpoint.chat_format("chatml", today=DAY).system
+    for path in tiny_folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    other = open_folder(tmp_path, dtype=torch.float32)
+    assert other.chat_format(today=DAY).opening == "<|im_start|>user\n"
+    told = other.chat_format(today=DAY, variables={"default": "hi"}).opening
+    assert told == "<|im_start|>system\nhi<|im_end|>\n<|im_start|>user\n"
+    assert other.vocabulary_sha256 == checkpoint.vocabulary_sha256
+    assert other.sha256 == checkpoint.sha256
