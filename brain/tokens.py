@@ -98,7 +98,7 @@ class Tokenizer:
             Refused: A text is not valid Unicode, the vocabulary cannot spell it, or has no way to
                 spell it without a control token.
         """
-        pieces = list(pieces)
+        pieces = [piece for piece in pieces if piece[0]]
         text = "".join(piece for piece, _ in pieces)
         self._require_unicode(text)
         trusted = [

@@ -9,6 +9,7 @@ ROOT = Path(brain.__file__).parents[1]
 
 COVERED = (
     ("compiled/test_blocks.py", "compiled", "matrix"),
+    ("brain/chat/test_template.py", "brain/chat", "render"),
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "checkpoint hf_config llama_names"),
     ("brain/checkpoints/test_folder.py", "brain/checkpoints", "packing safetensors_file stored"),
     ("brain/checkpoints/test_hub.py", "brain/checkpoints", "hub_files sources"),

@@ -222,7 +222,7 @@ def _render(
         "variables": variables,
         "cases": cases,
         "now": today.isoformat(),
-        "seconds": SECONDS,
+        "seconds": SECONDS + 1,  # for when this process ends first
         "memory": MEMORY,
     }
     # Without the environment, which may hold secrets, and without what runs at Python's start.
@@ -238,20 +238,23 @@ def _render(
             timeout=SECONDS,
             check=False,
         )
-        results = json.loads(done.stdout)
+        results = [
+            _Case(one.get("text", ""), one.get("error", "")) for one in json.loads(done.stdout)
+        ]
     except subprocess.TimeoutExpired:
         took = f"takes more than {SECONDS} seconds"
         raise Refused(f"{where}: its chat template {took}; {REMEDY}") from None
     except OSError as error:
-        raise Refused(f"chat template cannot be rendered ({one_line(error)})") from None
-    except ValueError:  # it died, or a template broke out
+        why = f"cannot be rendered, as no process can be started ({one_line(error)})"
+        raise Refused(f"{where}: its chat template {why}; try again") from None
+    except (ValueError, TypeError, AttributeError):  # it died, or a template broke out
         lines = done.stderr.decode(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no reason was given")
         raise Refused(
             f"{where}: its chat template ended the process that renders it "
             f"(exit code {done.returncode}: {last.strip()[:200]}); {REMEDY}"
         ) from None
-    return [_Case(one.get("text", ""), one.get("error", "")) for one in results]
+    return results
 
 
 class _Cut(NamedTuple):

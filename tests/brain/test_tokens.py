@@ -1,6 +1,8 @@
 """The contracts of ``brain.tokens``: nothing added, nothing dropped, no broken characters."""
 
+import functools
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from brain.errors import BrainWarning, Refused
-from brain.tokens import StreamDecoder, Tokenizer, load_tokenizer
-from texts import TEXTS
+from brain.tokens import StreamDecoder, Tokenizer, gguf_tokenizer, load_tokenizer
+from gguf_files import byte_level_fields, sentencepiece_fields
+from texts import TEXTS, train_sentencepiece
+from tokenizer_folders import Specimens, added, metaspace, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -360,3 +364,206 @@ def test_corrupt_settings_are_refused(tmp_path: Path, byte_level_json: str, name
         (tmp_path / name).write_text(content)
         with pytest.raises(Refused, match=name):
             load_tokenizer(tmp_path)
+
+
+# Texts of which only parts may hold control tokens ------------------------------------------------
+
+CONTROLS = ("<|user|>", "<|done|>", "<tool>", "<s>", "</s>")
+HARMLESS = [*TEXTS, "a < b | c >", "hello hello", "  hello", "s> <tool |user|"]
+TYPED = [
+    *(*CONTROLS, "<|user|", "|user|>", "a<|done|>b", " <tool> </s>", "<s><s>x", "<|done|>\n\n<s>"),
+    *("\u2000ꀀ\ue000<tool>", "\x00<s>\u202e", "mid<tool>", "<unk></s>", "\n", " "),
+]
+
+
+def with_controls(folder: Path, kind: str) -> Path:
+    """A folder whose tokenizer has CONTROLS, of which <tool> is not flagged as special."""
+    specimens = specimens_once()
+    library = specimens.llama_json if kind.startswith("llama") else specimens.byte_json
+    library = json.loads(json.dumps(library))
+    size = len(library["model"]["vocab"])
+    flags = {"rstrip": True, "lstrip": kind == "byte strips"} if "strips" in kind else {}
+    library["added_tokens"] += [
+        added(size + rank, text, special=text != "<tool>", **flags)
+        for rank, text in enumerate(CONTROLS[:3])
+    ]
+    library["added_tokens"].append(added(size + 3, "  ", special=False))  # white space is a text
+    if kind == "llama always":
+        library["pre_tokenizer"] = metaspace("always")
+    if kind == "llama old":
+        replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        steps = [{"type": "Prepend", "prepend": "▁"}, replaced]
+        library |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    if kind == "byte whole":
+        library["model"]["ignore_merges"] = True
+    return write_folder(folder, {"tokenizer.json": library})
+
+
+@functools.cache
+def specimens_once() -> Specimens:
+    return Specimens()
+
+
+def alone(folder: Path, **options: object) -> Path:
+    """A folder that has only a tokenizer.model with CONTROLS, some of them its maker's own."""
+    model = train_sentencepiece(
+        user_defined_symbols=["<tool>"], control_symbols=["<|user|>"], **options
+    )
+    size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+    return write_folder(folder, {"tokenizer.model": model, "added_tokens.json": {"<|done|>": size}})
+
+
+KINDS = ("byte", "byte strips", "byte whole", "llama", "llama always", "llama old", "llama strips")
+
+
+@pytest.fixture(scope="session")
+def pieced(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    """A tokenizer of each kind."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BrainWarning)
+        for kind in KINDS:
+            found[kind] = load_tokenizer(with_controls(tmp_path_factory.mktemp("k"), kind))
+        found["sentencepiece"] = load_tokenizer(alone(tmp_path_factory.mktemp("k")))
+        unigram = {"model_type": "unigram", "vocab_size": 300, "hard_vocab_limit": False}
+        found["unigram"] = load_tokenizer(alone(tmp_path_factory.mktemp("k"), **unigram))
+        told = json.loads(
+            (with_controls(tmp_path_factory.mktemp("k"), "byte") / "tokenizer.json").read_text()
+        )
+        fields = byte_level_fields(json.dumps(told), "gpt-2")
+        found["gguf bytes"] = gguf_tokenizer(fields, "x.gguf")
+        spm = train_sentencepiece(
+            user_defined_symbols=["<tool>", "<|done|>"], control_symbols=["<|user|>"]
+        )
+        found["gguf sentencepiece"] = gguf_tokenizer(sentencepiece_fields(spm), "x.gguf")
+    return found
+
+
+ALL_KINDS = (*KINDS, "sentencepiece", "unigram", "gguf bytes", "gguf sentencepiece")
+
+
+def controls_of(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The control tokens of a text, which are written out in it."""
+    named = {tokenizer.vocabulary.id_of(text): text for text in CONTROLS}
+    return [named[index] for index in tokenizer.encode(text) if index in named]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.filterwarnings("ignore::brain.errors.BrainWarning")
+def test_harmless_pieces_are_one_text(pieced: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = pieced[kind]
+    for text in HARMLESS:
+        for before, after in (
+            ("<|user|>\n", "<|done|>"),
+            ("<s>", " </s>\n"),
+            ("", ""),
+            ("he", "ll"),
+        ):
+            pieces = [(before, True), (text, False), (after, True)]
+            assert tokenizer.encode_pieces(pieces) == tokenizer.encode(before + text + after)
+    assert tokenizer.encode_pieces([]) == []
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.filterwarnings("ignore::brain.errors.BrainWarning")
+@given(typed=st.lists(st.sampled_from([*TYPED, *HARMLESS]) | st.text(max_size=4)).map("".join))
+@settings(deadline=None, max_examples=80)
+def test_a_typed_control_token_is_plain_text(
+    pieced: dict[str, Tokenizer], kind: str, typed: str
+) -> None:
+    tokenizer = pieced[kind]
+    named = {tokenizer.vocabulary.id_of(text): text for text in CONTROLS}
+    assert None not in named
+    for before, after in (
+        ("<|user|>\n", "<|done|>x"),
+        ("", ""),
+        ("<|us", "er|>"),
+        ("<s>", "|done|>"),
+    ):
+        ids = tokenizer.encode_pieces([(before, True), (typed, False), (after, True)])
+        trusted = (before, after) if typed else (before + after,)
+        written = [text for part in trusted for text in controls_of(tokenizer, part)]
+        assert [named[index] for index in ids if index in named] == written
+        if "strips" not in kind and "▁" not in typed:
+            told = before + typed + after
+            assert tokenizer.decode(ids).replace(" ", "") == told.replace(" ", "")
+            # Some put spaces after control tokens; the one after a leading BOS is theirs.
+            if kind not in ("llama always", "llama old") and not told.startswith("<s> "):
+                assert tokenizer.decode(ids) == told
+
+
+def test_what_has_no_other_spelling_is_refused(tmp_path: Path) -> None:
+    tokens = {"<unk>": 0, "stop": 1, "a": 2}
+    library = Library(models.WordLevel(vocab=tokens, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    library.add_special_tokens(["stop"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    told["model"]["vocab"] |= {"▁stop": 3, "stop": 1}
+    told["pre_tokenizer"]["prepend_scheme"] = "never"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_pieces([("stop", True)]) == [1]
+    with pytest.raises(Refused, match=r"becomes a control token.*change it: 'stop'"):
+        tokenizer.encode_pieces([("stop", False)])
+
+
+# Where a chat template is found -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings_file", "jinja", "found", "told"),
+    [
+        ({}, None, None, None),
+        ({"chat_template": "one"}, None, "one", None),
+        ({"chat_template": "one"}, "two\n", "two\n", "overrules chat_template"),
+        ({"chat_template": "one"}, "one", "one", None),
+        ({}, "two", "two", None),
+        (
+            {"chat_template": [{"name": n, "template": n[0]} for n in ("tool_use", "default")]},
+            *(None, "d", None),
+        ),
+        (
+            {"chat_template": [{"name": "rag", "template": "x"}, 7]},
+            *(None, None, "none called default"),
+        ),
+        ({"chat_template": 7}, None, None, "is no text"),
+    ],
+)
+def test_where_a_chat_template_is_found(
+    tmp_path: Path,
+    byte_level_json: str,
+    settings_file: dict[str, object],
+    jinja: str | None,
+    found: str | None,
+    told: str | None,
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_level_json)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | settings_file))
+    if jinja is not None:
+        (tmp_path / "chat_template.jinja").write_text(jinja)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BrainWarning)
+        tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == found
+    assert tokenizer.named == {"eos_token": "<|end|>"}
+    lines = [str(one.message) for one in caught if "chat_template" in str(one.message)]
+    assert len(lines) == (told is not None)
+    assert (told or "") in "".join(lines)
+    if told is None:  # else transformers reads the folder otherwise, or not at all
+        from transformers import AutoTokenizer
+
+        reference = AutoTokenizer.from_pretrained(tmp_path)
+        assert found == (reference.get_chat_template() if reference.chat_template else None)
+        assert reference.special_tokens_map == tokenizer.named
+
+
+def test_a_gguf_file_has_its_template_and_names(byte_level_json: str) -> None:
+    fields = byte_level_fields(byte_level_json, "gpt-2")
+    fields |= {"tokenizer.ggml.eos_token_id": 0, "tokenizer.chat_template": "hello"}
+    tokenizer = gguf_tokenizer(fields, "x.gguf")
+    assert tokenizer.chat_template == "hello"
+    assert tokenizer.named == {"eos_token": "<|end|>"}
+    assert gguf_tokenizer(fields | {"tokenizer.chat_template": 7}, "x.gguf").chat_template is None

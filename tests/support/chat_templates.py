@@ -1,5 +1,5 @@
-"""Chat templates that write conversations as those of known families do, each with a small tokenizer
-that has the family's special tokens.
+"""Chat templates that write conversations as those of known families do, each with a small
+tokenizer that has the family's special tokens.
 """
 
 from dataclasses import dataclass, field
