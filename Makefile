@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 WORKERS ?= 2
 
-.PHONY: help run test invariants lint format bench fuzz clean
+.PHONY: help run talk test invariants lint format bench fuzz clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -14,6 +14,9 @@ run: $(VENV)/.installed  ## install what is needed and speak (ARGS='prompt="Once
 
 # Tests start many short multi-threaded jobs; threads that spin while they wait would fight over few
 # cores.
+talk: $(VENV)/.installed  ## talk with the model (ARGS='talk.name=bern')
+	@$(BIN)/brain task=talk $(ARGS)
+
 test: $(VENV)/.installed-test  ## run the tests in WORKERS=2 processes (ARGS="tests/compiled -k patch")
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 

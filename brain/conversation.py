@@ -27,7 +27,6 @@ from brain.errors import Refused, one_line, shown
 from brain.files import RECORD_BYTES, read_json, require_own
 from brain.machine.integrity import to_disk
 from brain.record.run_record import RunRecord
-from brain.tick import Tick
 from conf.schema import Conf, Thoughts
 
 FILE, FORMAT = "conversation.json", 1
@@ -237,29 +236,27 @@ class Conversation:
         when the model ends it or it has ``talk.longest`` tokens. Whoever stops asking calls
         :meth:`stop`, or goes on later.
         """
-        turn, said = self.turns[-1], 0
+        turn = self.turns[-1]
         while not turn.complete:
             ticks = self.brain.speak(1)
             text = self.record.record_ticks(*ticks)
-            said += len(ticks)
             ended = any(tick.token in self.format.reply_ends for tick in ticks)
             if not ended and text:
                 yield text
-            if ended or said >= self._conf.talk.longest:
-                self._end(ticks[-1] if ended else None)
+            if ended or self.brain.ticks - turn.reply >= self._conf.talk.longest:
+                self._end()
             self.record.inbox.poll()
             self.record.save_if_due()
 
     def stop(self) -> None:
         """Ends the reply where it is."""
         if self.is_replying:
-            self._end(None)
+            self._end()
 
-    def _end(self, last: Tick | None) -> None:
+    def _end(self) -> None:
         turn = self.turns[-1]
         turn.complete = True
-        if last is None:
-            self.brain.finish_text()
+        self.brain.finish_text()
         self._write()
         if self._conf.talk.thoughts is Thoughts.forget:
             self._forget_thoughts(turn)

@@ -15,27 +15,63 @@ HELD_OFF = (*SIGNALS, *(getattr(signal, name) for name in ("SIGALRM",) if hasatt
 """Signals whose handlers may raise: Ctrl-C, SIGTERM, and a time limit."""
 
 
+class Asked:
+    """Whether the program was asked to stop, when called. ``to_end``: by more than Ctrl-C."""
+
+    def __init__(self) -> None:
+        self._event, self.to_end = threading.Event(), False
+
+    def __call__(self) -> bool:
+        """Whether it was asked."""
+        return self._event.is_set()
+
+    def set(self, number: int) -> None:
+        """Notes a signal."""
+        self.to_end = self.to_end or number != signal.SIGINT
+        self._event.set()
+
+
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Asked]:
     """Gives a function that returns whether the program was asked to stop. A second request is a
     KeyboardInterrupt at once, but that the terminal has gone is heard once: shell and system both
     say so. Only the main thread gets signals; elsewhere it returns False.
     """
-    asked = threading.Event()
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield asked
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
         if number == HANGUP:
             signal.signal(number, signal.SIG_IGN)
-        elif asked.is_set():
+        elif asked():
             raise KeyboardInterrupt
-        asked.set()
+        asked.set(number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS if _is_heard(number)}
     try:
-        yield asked.is_set
+        yield asked
+    finally:
+        _hear_as(before)
+
+
+@contextmanager
+def endings_raise(error: type[BaseException]) -> Iterator[None]:
+    """Makes SIGTERM, and that the terminal has gone, this error, within a ``with`` statement: where
+    Ctrl-C means less than they do. Only in the main thread.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if number == HANGUP:
+            signal.signal(number, signal.SIG_IGN)
+        raise error
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, end) for n in SIGNALS[1:] if _is_heard(n)}
+    try:
+        yield
     finally:
         _hear_as(before)
 

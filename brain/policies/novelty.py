@@ -51,4 +51,6 @@ class Novelty:
             return state.novelty
         youngest = torch.where(state.valid, state.born, 0).amax()
         age = (youngest - state.born).to(torch.float32)  # ticks, which no renumbering changes
-        return state.novelty * torch.exp(age / -self.lifetime)
+        # Not exp: MKL makes it with threads that spin for milliseconds afterwards, on processors
+        # that the read wants.
+        return state.novelty * torch.exp2(age * (-math.log2(math.e) / self.lifetime))

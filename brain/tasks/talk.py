@@ -8,10 +8,10 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from brain.auto import resolved
 from brain.conversation import Conversation
@@ -20,7 +20,7 @@ from brain.files import data_folder, given_path
 from brain.machine.graph_cache import kept_graphs
 from brain.machine.memory import without_collection
 from brain.machine.progress import progress_bar
-from brain.machine.signals import asked_to_stop
+from brain.machine.signals import asked_to_stop, endings_raise
 from brain.opening import open_brain
 from brain.prompt_file import text_of
 from brain.record.heatmap import GAP, remembered
@@ -104,49 +104,48 @@ class _Talk:
         note(f"/help tells what can be done; {self.folder}")
         if conversation.turns:
             note(f"going on after {len(conversation.turns)} turns")
-        if conversation.is_replying:
-            _print(f"> {conversation.turns[-1].user}\n{conversation.last_reply()}")
-            self.reply()
-        for text in self._lines():
-            try:
-                if text.startswith("/"):
-                    self._command(text)
-                else:
-                    self.say(text)
-            except Leaving:
-                return
-            except MemoryFull as full:
-                note(f"{full}; /clear makes room")
-            except Refused as refusal:
-                note(str(refusal))
-
-    def _lines(self) -> Iterator[str]:
-        """What the person types, one text after another. Ends with their input."""
         # Imported here: a pipe does without, and it takes a while.
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory
 
         session: PromptSession[str] = PromptSession(history=FileHistory(self.folder / HISTORY))
-        kept: list[str] = []  # of a text in three quotes that goes on
-        while True:
-            try:
-                line = session.prompt("... " if kept else "> ")
-            except KeyboardInterrupt:
-                note("Ctrl-D or /exit leaves")
-                kept = []
-                continue
-            except EOFError:
-                return
-            if kept or line.lstrip().startswith(QUOTES):
-                kept.append(line)
-                whole = "\n".join(kept).strip()
-                if len(whole) < 2 * len(QUOTES) or not whole.endswith(QUOTES):
-                    continue
-                line, kept = whole[len(QUOTES) : -len(QUOTES)].strip("\n"), []
-                if line:
-                    yield f" {line}" if line.startswith("/") else line
-            elif line.strip():
-                yield line
+        try:
+            with endings_raise(Ended):
+                if conversation.is_replying:
+                    _print(f"> {conversation.turns[-1].user}\n{conversation.last_reply()}")
+                    self.reply()
+                while True:
+                    try:
+                        self._do(self._typed(session))
+                    except KeyboardInterrupt:
+                        note("Ctrl-D or /exit leaves")
+                    except MemoryFull as full:
+                        note(f"{full}; /clear makes room")
+                    except Refused as refusal:
+                        note(str(refusal))
+        except Ended:
+            raise KeyboardInterrupt from None
+        except (Leaving, EOFError):
+            return
+
+    def _typed(self, session: Any) -> str:
+        """What the person types: a line, or several in three quotes. Raises EOFError where their
+        input ends, KeyboardInterrupt for Ctrl-C.
+        """
+        text: str = session.prompt("> ")
+        if not text.lstrip().startswith(QUOTES):
+            return text
+        while len(text.strip()) < 2 * len(QUOTES) or not text.rstrip().endswith(QUOTES):
+            text += "\n" + session.prompt("... ")
+        inner = text.strip()[len(QUOTES) : -len(QUOTES)].strip("\n")
+        return f" {inner}" if inner.startswith("/") else inner
+
+    def _do(self, text: str) -> None:
+        """Carries out what was typed."""
+        if text.startswith("/"):
+            self._command(text)
+        elif text.strip():
+            self.say(text)
 
     def say(self, text: str) -> None:
         """Says something, and prints the reply."""
@@ -165,6 +164,8 @@ class _Talk:
                         break
             finally:
                 _print("\n")
+            if asked.to_end:
+                raise Ended
 
     def _command(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -247,6 +248,10 @@ class _Talk:
 
 class Leaving(Exception):
     """The person leaves."""
+
+
+class Ended(SystemExit):
+    """The program is asked to end, or its terminal has gone. Event loops let this kind pass."""
 
 
 COMMANDS = {

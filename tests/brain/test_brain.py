@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import brain
-from brain import Append, Boost, Brain, Cull, Pin, Refused, Replace
+from brain import Append, Boost, Brain, Cull, Pin, Refused, Replace, Rewind
 from brain.brain import MOST_POSITIONS
 from brain.tick import Step
 from compiled.choose import Look
@@ -707,3 +707,51 @@ def test_what_may_not_be_ids_is_refused_in_one_line(
     with pytest.raises(Refused, match="did you mean user"):
         eager_brain.prime(IDS[:5], "usr")
     assert everything(eager_brain) == before
+
+
+def test_a_rewound_brain_stands_where_it_stood(either_brain: Brain) -> None:
+    """On the row that was last then: the same logits, the same next tick as far as the tick's
+    number lets it; what came after is forgotten, the pending token too.
+    """
+    b = either_brain
+    b.prime(IDS[:20])
+    before, expected = b.mirror, b.read().logits
+    for _ in range(3):
+        b.tick()
+    b.patch([Pin(b.mirror.position[-1:].tolist())])
+    last = int(before.position[-1])
+    b.patch([Rewind(last)])
+    assert b.mirror.position.tolist() == before.position.tolist()
+    assert b.mirror.token_id.tolist() == before.token_id.tolist()
+    assert not b.memory.account.uncommitted
+    assert int(b.cursor.position[0]) == last
+    assert int(b.cursor.token[0]) == before.token_id[-1]
+    torch.testing.assert_close(b.read().logits, expected, rtol=1e-4, atol=1e-4)
+    b.feed(IDS[20:24])
+    assert b.mirror.token_id[:23].tolist() == IDS[:23]
+    b.patch([Rewind(4)])
+    assert b.mirror.position.tolist() == list(range(5))
+    b.tick()
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ([Rewind(99)], "99"),
+        ([Rewind("last")], "not an integer"),  # type: ignore[arg-type]
+        ([Rewind(3), Rewind(4)], "a batch can hold one"),
+        ([Rewind(3), Append([5])], "cannot put tokens there too"),
+        ([Rewind(3), Cull([5])], "removed twice"),
+        ([Rewind(3), Boost([5], 1.0)], "both removed and changed"),
+    ],
+)
+def test_a_rewind_that_cannot_be_is_refused(
+    eager_brain: Brain, actions: list[Any], message: str
+) -> None:
+    b = eager_brain
+    b.prime(IDS[:10])
+    b.tick()
+    before = (b.mirror.position.tolist(), b.memory.account)
+    with pytest.raises(Refused, match=message):
+        b.patch(actions)
+    assert (b.mirror.position.tolist(), b.memory.account) == before
