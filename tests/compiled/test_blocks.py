@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_blocks import SCALES, random_rows, reference
 from torch import Tensor
 
 from brain.machine.cpu_operator import native_libraries
@@ -24,7 +25,6 @@ from compiled.matrix import dequantize, flat, num_rows, part
 from compiled.read import read, read_chunk
 from compiled.read_cpu import formats, operator
 from compiled.state import State, allocate_state
-from random_blocks import SCALES, random_rows, reference
 from toys import CPU, digest, toy_config, toy_weights
 
 WHOLE = [kind for kind, (_, weights, _) in KINDS.items() if weights > 1]

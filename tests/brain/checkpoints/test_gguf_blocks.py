@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from random_blocks import random_rows, reference
 from torch import Tensor
 
 import brain
@@ -30,7 +31,6 @@ from compiled.matrix import dequantize, part
 from conf.schema import WeightFormat
 from fixture_types import SaveLlama
 from gguf_files import Fields, Tensors, byte_level_fields, write_gguf
-from random_blocks import random_rows, reference
 from small_families import NEW, save_as_gguf, save_family
 
 WHOLE = [kind for kind, (_, weights, _) in KINDS.items() if weights > 1]
