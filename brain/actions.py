@@ -113,7 +113,8 @@ class Limits:
     capacity: int
     count: int  # rows that are remembered
     unforgettable: int  # rows that may be pinned before the loop finds nothing to forget
-    chunk: int  # rows that one patch can write, or redact
+    chunk: int  # tokens that are read, and written, at a time
+    erasable: int  # rows that one patch can redact
     pending: bool  # a spoken token waits for its row
 
 
@@ -267,8 +268,8 @@ def _check_whole(edit: Edit, index: RowIndex, limits: Limits) -> None:
             f"{pinned} pinned rows would leave nothing to forget: at most "
             f"{limits.unforgettable} can be pinned at this cull.target"
         )
-    if len(edit.erase) > limits.chunk:
-        raise Refused(f"{len(edit.erase)} rows to redact: at most {limits.chunk} in one batch")
+    if len(edit.erase) > limits.erasable:
+        raise Refused(f"{len(edit.erase)} rows to redact: at most {limits.erasable} in one batch")
     if new > limits.chunk and edit.cull:
         raise Refused(
             f"{new} new tokens in one batch with rows to remove: at most {limits.chunk}; "

@@ -14,7 +14,7 @@ from brain.files import given_path
 from brain.machine.compiler import require_capture
 from brain.machine.cpu_operator import native_libraries
 from brain.policies import CustomPolicy
-from conf.schema import Conf, DType, EngineConf
+from conf.schema import Conf, DType, EngineConf, WeightFormat
 
 GAINING = {
     "AVX2": "AVX2 reads 16-bit weights in half the time",
@@ -88,7 +88,8 @@ def _dtype(conf: Conf, device: torch.device) -> tuple[DType, str]:
         return DType.float32, because
     stored = stored_format(conf.model, conf.cache_dir)
     if keeps_blocks(conf, device):
-        return DType.float32, f"the weights stay in {stored}, so bfloat16 would gain nothing"
+        stay = f"stay in {stored}" if conf.weights is WeightFormat.model else "become four bits"
+        return DType.float32, f"the weights {stay}, so bfloat16 would gain nothing"
     if stored in PRECISE:
         return DType.float32, f"the weights are stored in {stored}"
     return DType.bfloat16, f"the weights come from {stored}, and {because}"

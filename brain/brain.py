@@ -424,6 +424,7 @@ class Brain:
             count=account.count,
             unforgettable=self.most_pinned,
             chunk=self.graphs.chunk,
+            erasable=self.graphs.patched,
             pending=account.uncommitted,
         )
         edit = resolve(actions, index, limits)

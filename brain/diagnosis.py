@@ -47,10 +47,10 @@ def damaged_tensor(checkpoint: Checkpoint) -> str | None:
     for field, parts in packed_parts(checkpoint.config).items():
         matrix = getattr(weights, field)
         if isinstance(matrix, Blocks):
-            rows = [rows for parts in matrix.layers for rows in parts]
-            for (name, _), of_part in zip(parts, rows, strict=True):
-                some = torch.split(of_part.bytes, FINITE_ROWS)
-                if not all(_is_finite(numbers(blocks, of_part.kind).view(-1)) for blocks in some):
+            stored = [rows for layer in matrix.layers for rows in layer]
+            for (name, _), rows in zip(parts, stored, strict=True):
+                some = torch.split(rows.bytes, FINITE_ROWS)
+                if not all(_is_finite(numbers(blocks, rows.kind).view(-1)) for blocks in some):
                     return name
             continue
         rounded = isinstance(matrix, Int8)

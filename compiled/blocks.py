@@ -62,7 +62,7 @@ def stacked(layers: tuple[tuple[Rows, ...], ...], neighbour_heads: tuple[int, ..
 
 
 def numbers(blocks: Tensor, kind: str) -> Tensor:
-    """Makes float32 of blocks, to the bit as llama.cpp does.
+    """Makes float32 of blocks: the same finite numbers as llama.cpp.
 
     Args:
         blocks: [rows, bytes of a row] uint8.
@@ -176,6 +176,7 @@ def looked_up(tokens: Tensor, embedding: Blocks) -> Tensor:
 
 FOUR_BITS = "Q4_1"
 """The kind that numbers are rounded to: four bits with a scale and a minimum, five in all."""
+LARGEST = 65504.0  # of float16
 FITS = 2
 """Times that scale and minimum are fitted to what was rounded with the ones before."""
 
@@ -184,13 +185,18 @@ def quantize(rows: Tensor) -> Rows:
     """Rounds numbers to four bits, each 32 with the scale and minimum that lose the least.
 
     Scale and minimum begin as the range of the 32, then are fitted by least squares to the whole
-    numbers that came of them, as long as that helps.
+    numbers that came of them, as long as that helps. They have sixteen bits: what is beyond 65504
+    becomes that, and what is less than 6e-8 becomes 0.
 
     Args:
         rows: [N, in] in any floating dtype, ``in`` a multiple of 32.
     Returns:
         Blocks of ``FOUR_BITS``.
+    Raises:
+        ValueError: Rows are not whole blocks.
     """
+    if rows.shape[-1] % KINDS[FOUR_BITS].weights:
+        raise ValueError(f"rows of {rows.shape[-1]} numbers are not whole blocks")
     numbers = rows.float().reshape(-1, 32)
     least, most = numbers.aminmax(dim=-1, keepdim=True)
     best = _rounded(numbers, (most - least) / 15, least)
@@ -217,7 +223,7 @@ class _Rounded(NamedTuple):
 
 def _rounded(numbers: Tensor, scale: Tensor, least: Tensor) -> _Rounded:
     """Numbers [N, 32] by these, themselves rounded first."""
-    scale, least = scale.half(), least.half()
+    scale, least = (some.clamp(-LARGEST, LARGEST).half() for some in (scale, least))
     step, low = scale.float(), least.float()
     whole = ((numbers - low) / step.where(step > 0, 1.0)).round().clamp(0, 15)
     loss = (whole * step + low - numbers).square().sum(-1, keepdim=True)

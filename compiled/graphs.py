@@ -258,11 +258,16 @@ class Graphs:
 
     @property
     def chunk(self) -> int:
-        """The most tokens that one read and one patch take when a text is committed. Of matrices in
-        blocks it is what the operator takes: without it they would be made float32 every time.
+        """The most tokens that one read takes when a text is committed. Of matrices in blocks it is
+        what the operator takes: without it they would be made float32 every time.
         """
-        most = self._widest if isinstance(self.weights.qkv, Blocks) else self.state.capacity
-        return min(self.spec.chunk or self.widths[-1], self.state.capacity, most)
+        in_blocks = isinstance(self.weights.qkv, Blocks)
+        return min(self.patched, self._widest or self.patched) if in_blocks else self.patched
+
+    @property
+    def patched(self) -> int:
+        """The most rows that one patch writes, or erases."""
+        return min(self.spec.chunk or self.widths[-1], self.state.capacity)
 
     def is_captured(self, num_tokens: int) -> bool:
         """Whether reads and edits of this many tokens are captured, padded to a width."""

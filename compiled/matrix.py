@@ -29,7 +29,8 @@ def part(matrix: Matrix, index: int | slice) -> Matrix:
 
 def flat(matrix: Matrix) -> tuple[Tensor, ...]:
     """Returns the tensors that graphs take of a matrix: one, or in eight bits two. Of blocks it is
-    their table, and of a matrix of one part its bytes, in which rows are looked up.
+    their table, and where there is one matrix of one part its bytes too: in an embedding rows are
+    looked up.
     """
     if isinstance(matrix, Blocks):
         only = matrix.layers[0] if len(matrix.layers) == 1 else ()

@@ -6,8 +6,8 @@
 // layer. The twin in PyTorch, and the meaning of every step, is `decoder_layer` in llama.py;
 // `read_cpu.py` calls this, and brain/machine/cpu_operator.py has it built.
 //
-// Numbers are float32 wherever they are not stored: a matrix, the cache and what the twin rounds
-// are in the model's dtype. Vectors are the compiler's own (GCC, Clang); only conversions, sums of
+// Numbers are float32 wherever they are not stored: the cache and what the twin rounds are in the
+// model's dtype, a matrix is in that, in bytes, or in a file's own blocks (blocks.h). Vectors are the compiler's own (GCC, Clang); only conversions, sums of
 // whole vectors and products of bfloat16 are named for a processor. No sum depends on how many
 // threads there are.
 
@@ -209,10 +209,6 @@ inline Floats sums(const Floats* vectors) {
   return ordered_sums(vectors);
 #endif
 }
-
-// Bytes from what is being read to what is asked for: memory answers late, and what a thread reads
-// lies in one piece. Rows one after another, not side by side, are 1.3 times as fast.
-constexpr int64_t AHEAD = 8192;
 
 template <class Number>
 inline void ask_for(const Number* from, int64_t numbers) {
@@ -830,7 +826,7 @@ struct Vectors<Real, InBlocks> {
       for (int64_t i = 0; i < d.tokens * columns; ++i) own.floats[i] = number(given[i]);
       x = own.floats;
     }
-    if (d.tokens > 1) return;
+    if (d.tokens > 1 || !blocks::MULTIPLIES) return;
     factors = blocks::factors_at(own.factors, columns);
     blocks::make_factors(x, columns, factors);
   }
@@ -848,7 +844,7 @@ struct Adding {
   }
 };
 
-// Rows of one kind. Of one vector they are multiplied as they lie. Of several some rows are unpacked
+// Rows of one kind. Of one vector they are multiplied as they lie, where blocks.h can. Of several some rows are unpacked
 // once, then multiplied piece by piece: so much of some vectors stays close to the processor.
 template <int64_t KIND, class Real, class Into>
 void multiply_part(const uint8_t* bytes, int64_t size, int64_t columns,

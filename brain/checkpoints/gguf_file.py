@@ -4,7 +4,9 @@ Face folder.
 Source of names and layouts: the GGUF specification and llama.cpp's ``convert_hf_to_gguf.py``.
 """
 
+import functools
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +26,7 @@ from brain.checkpoints.families import ARCHITECTURES, Family, remedy
 from brain.checkpoints.gguf_header import GgufFile, StoredTensor
 from brain.checkpoints.hf_config import CONVERTED_FROM, parse_config
 from brain.checkpoints.llama_names import EMBEDDING, HEAD, Part, packed_parts
-from brain.checkpoints.packing import BYTES, load_weights
+from brain.checkpoints.packing import bytes_of, load_weights
 from brain.checkpoints.safetensors_file import write_safetensors
 from brain.errors import Refused, shown, warn
 from brain.machine.integrity import files_sha256
@@ -128,6 +130,16 @@ def open_gguf(
 
 def gguf_format(path: Path) -> str:
     """The number format of the most numbers in a GGUF file. Raises Refused."""
+    try:
+        status = path.stat()
+    except OSError:
+        return _format(GgufFile(path))  # which says what is wrong
+    return _format_at(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(4)
+def _format_at(path: Path, changed: int, size: int) -> str:
+    """The same; it is asked for several times, and a header takes a while to read."""
     return _format(GgufFile(path))
 
 
@@ -208,7 +220,9 @@ class Dequantized(NamedTuple):
         kind = self.stored.kind.name
         if kind not in KINDS or len(self.shape) != 2:
             return None
-        return Rows(torch.from_numpy(self.file.stored(self.stored)), kind)
+        with warnings.catch_warnings():  # that it cannot be written: nobody means to
+            warnings.simplefilter("ignore", UserWarning)
+            return Rows(torch.from_numpy(self.file.stored(self.stored)), kind)
 
     def release(self) -> None:
         """Lets go of its resident pages."""
@@ -285,7 +299,7 @@ def _warn_of_size(
         stored = model.file.tensors[gguf_name(name)]
         form, each = str(dtype).removeprefix("torch."), float(dtype.itemsize)
         if len(shape) > 1 and (blocks or weights is WeightFormat.int8):
-            form, each = weights.value, BYTES[weights]
+            form, each = weights.value, bytes_of(shape[1], weights)
             if weights is WeightFormat.model:
                 form = "bfloat16"
                 if stored.kind.name in KINDS:  # stays as it is

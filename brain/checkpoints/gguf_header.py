@@ -53,8 +53,7 @@ class GgufFile:
         self.path = path
         try:
             with open_plain(path) as file:
-                # Private rather than read-only: torch warns about memory that it cannot write.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             header = _Header(self._map)
             self.fields = dict(header.fields())
             self.tensors = dict(header.tensors(self.fields.get("general.alignment", ALIGNMENT)))

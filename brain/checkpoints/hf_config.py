@@ -20,6 +20,7 @@ from compiled.rope import RopeScaling
 CONVERTED_FROM = "converted_from"
 """Our own key: the number format of the file that the folder was made of, as GGUF names it."""
 MAX_SIZE, MAX_LAYERS = 1 << 24, 4096
+MOST_SCALE = 1e6  # beyond it, float32 would not hold the squares
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -81,12 +82,17 @@ def parse_config(settings: Mapping[str, Any], where: str) -> LlamaConfig:
 
 def _scales(read: "_Settings") -> dict[str, float]:
     """Granite's four multipliers; one that is absent is 1, that of attention too."""
-    return {
-        "embedding_scale": read.number("embedding_multiplier", 1.0),
-        "residual_scale": read.number("residual_multiplier", 1.0),
-        "attention_scale": read.number("attention_multiplier", 1.0),
-        "logit_divisor": read.number("logits_scaling", 1.0),
+    keys = {
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention_scale": "attention_multiplier",
+        "logit_divisor": "logits_scaling",
     }
+    scales = {name: read.number(key, 1.0) for name, key in keys.items()}
+    for name, scale in scales.items():
+        if not 1 / MOST_SCALE <= scale <= MOST_SCALE:
+            raise read.refuse(keys[name], f"use a number from {1 / MOST_SCALE:g} to {MOST_SCALE:g}")
+    return scales
 
 
 def _rotary_kinds(read: "_Settings", layers: int) -> tuple[int, ...]:

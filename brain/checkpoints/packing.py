@@ -23,9 +23,6 @@ from compiled.matrix import Matrix
 from conf.schema import WeightFormat
 
 CACHE_LINE = 64
-BYTES = {WeightFormat.model: 2, WeightFormat.int8: 1, WeightFormat.int4: 0.625}
-"""What a number takes of a matrix that is not in the model's dtype; in ``model``, one that a file
-has in a kind of block which is not multiplied as it is."""
 
 
 class InFile(Protocol):
@@ -82,8 +79,8 @@ def load_weights(
         apart = keeps and all(len(shape) == 2 for _, shape in parts)
         (matrices if apart else plain)[field] = [tensors[name] for name, _ in parts]
     path = tensors[EMBEDDING].path
-    _require_room(plain.values(), matrices.values(), path, dtype, weights, device)
     four = weights is WeightFormat.int4
+    _require_room(plain.values(), matrices.values(), path, dtype, weights, device)
     packed: dict[str, Matrix] = {
         field: _pack(stored, dtype, device, four=four).view(shapes[field])
         for field, stored in plain.items()
@@ -101,17 +98,31 @@ def load_weights(
     return Weights(**packed, inverse_frequencies=frequencies.to(device))  # type: ignore[arg-type]
 
 
+def bytes_of(columns: int, weights: WeightFormat) -> float:
+    """What a number takes in memory, in a matrix of so many columns that is not kept in the model's
+    dtype: with ``model`` bfloat16, in place of blocks that are not multiplied as they are.
+    """
+    if weights is WeightFormat.int8:
+        return 1
+    kind = in_blocks.KINDS[_kind(columns) if weights is WeightFormat.int4 else "BF16"]
+    return kind.bytes / kind.weights
+
+
 def _count(parts: Sequence[InFile]) -> int:
     """Elements of all of them."""
     return sum(prod(part.shape) for part in parts)
 
 
-def _in_place(parts: Sequence[InFile], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def _in_place(
+    parts: Sequence[InFile], dtype: torch.dtype, device: torch.device, *, four: bool
+) -> Tensor | None:
     """The parts flattened, [elements], where they lie in their file as they are packed, so that no
-    copy is needed.
+    copy is needed. With ``four`` matrices are not: they are rounded.
     """
     stored = [part for part in parts if isinstance(part, Stored)]
     if len(stored) < len(parts) or device.type != "cpu":
+        return None
+    if four and any(len(part.shape) == 2 for part in parts):
         return None
     file, start = stored[0].file, stored[0].entry.start
     lies_so = (
@@ -131,13 +142,14 @@ def _require_room(
     device: torch.device,
 ) -> None:
     """Refuses weights whose copies do not fit: a file may claim more than there is on any disk."""
-    copied = [parts for parts in plain if _in_place(parts, dtype, device) is None]
+    four = weights is WeightFormat.int4
+    copied = [parts for parts in plain if _in_place(parts, dtype, device, four=four) is None]
     needed: float = sum(map(_count, copied)) * dtype.itemsize
     for parts in matrices:
         made = parts
-        if weights is WeightFormat.model:  # in blocks, and what is not is made so
+        if weights is WeightFormat.model:  # in blocks, and what is not is made bfloat16
             made = [part for part in parts if part.blocks() is None]
-        needed += _count(made) * BYTES[weights]
+        needed += sum(_count([part]) * bytes_of(part.shape[1], weights) for part in made)
     free = free_bytes(device)
     if free is not None and needed > free:
         raise Refused(
@@ -152,14 +164,13 @@ def _pack(
     """The parts flattened, one after the other: [elements]; with ``four`` their matrices rounded to
     four bits.
     """
-    rounds = four and any(len(part.shape) == 2 for part in parts)
-    if not rounds and (there := _in_place(parts, dtype, device)) is not None:
+    if (there := _in_place(parts, dtype, device, four=four)) is not None:
         return there
     packed = large_pages.zeros((_count(parts),), dtype, device)
     offset = 0
     for part in parts:
         for stored in part.rows():
-            rows = in_blocks.numbers(*in_blocks.quantize(stored)) if rounds else stored
+            rows = in_blocks.numbers(*_rounded(stored)) if four and len(part.shape) == 2 else stored
             packed[offset : offset + rows.numel()].copy_(rows.view(-1))
             offset += rows.numel()
         part.release()
@@ -197,20 +208,27 @@ def _in_blocks(
 def _made_blocks(part: InFile, *, four: bool) -> Rows:
     """A matrix in blocks of our own making, in memory."""
     rows, columns = part.shape
-    kind = in_blocks.FOUR_BITS if four else "BF16"
+    kind = _kind(columns) if four else "BF16"
     _, weights, size = in_blocks.KINDS[kind]
-    if columns % weights:
-        kind, weights, size = "BF16", 1, 2
     made = large_pages.zeros((rows, columns // weights * size), torch.uint8, torch.device("cpu"))
     at = 0
     for stored in part.rows():
-        blocks = in_blocks.quantize(stored).bytes if kind != "BF16" else _bytes(stored)
+        blocks = (_rounded(stored) if four else _bfloat16(stored)).bytes
         made[at : at + len(blocks)].copy_(blocks)
         at += len(blocks)
     part.release()
     return Rows(made, kind)
 
 
-def _bytes(rows: Tensor) -> Tensor:
-    """In bfloat16: [N, in] → [N, 2 in] uint8."""
-    return rows.to(torch.bfloat16).view(torch.uint8)
+def _kind(columns: int) -> str:
+    """What rows of so many numbers are rounded to for ``int4``: whole blocks, or bfloat16."""
+    return "BF16" if columns % in_blocks.KINDS[in_blocks.FOUR_BITS].weights else in_blocks.FOUR_BITS
+
+
+def _rounded(rows: Tensor) -> Rows:
+    """Rows as ``int4`` has them."""
+    return _bfloat16(rows) if _kind(rows.shape[1]) == "BF16" else in_blocks.quantize(rows)
+
+
+def _bfloat16(rows: Tensor) -> Rows:
+    return Rows(rows.to(torch.bfloat16).view(torch.uint8), "BF16")

@@ -115,7 +115,8 @@ def keeps_blocks(conf: Conf, device: torch.device) -> bool:
     """Whether matrices are kept in blocks: where they are, or are rounded to four bits, and the
     operator for the CPU can multiply them.
     """
-    if device.type != "cpu" or conf.engine.native is False:
+    plain = DType.float32 if conf.dtype is DType.auto else conf.dtype
+    if conf.engine.native is False or not formats(getattr(torch, plain.value), device, Blocks):
         return False
     if conf.weights is WeightFormat.model:
         return has_blocks(conf.model, conf.cache_dir)
@@ -139,7 +140,7 @@ def settings_of(conf: Conf, given: CustomPolicy | None = None) -> Settings:
     if conf.engine.captured:
         require_capture()
     dtype: torch.dtype = getattr(torch, conf.dtype.value)
-    if engine_name(conf.engine) == "native" and not known_formats(conf, dtype, device):
+    if engine_name(conf.engine) == "native" and not formats(dtype, device, torch.Tensor):
         raise Refused(
             f"engine=native has no operators for dtype={conf.dtype.value} on {device}: use "
             "engine=auto, or leave it out"

@@ -120,6 +120,7 @@ def _profiled(device: torch.device) -> Iterator[None]:
 
 
 def _title(report: dict[str, Any]) -> str:
-    rounded = ["int8 weights"] if report["weights"] == WeightFormat.int8.value else []
+    form = report["weights"]
+    rounded = [] if form == WeightFormat.model.value else [f"{form} weights"]
     facts = [report["model"], report["dtype"], *rounded, report["engine"], report["device"]]
     return ", ".join([*facts, report["profiler"]])

@@ -18,12 +18,14 @@ from random_blocks import random_rows, reference
 from torch import Tensor
 
 import brain
-from brain.actions import Cull
+from brain.actions import Cull, Redact
 from brain.checkpoints.families import FAMILIES
 from brain.checkpoints.folder import open_folder
 from brain.checkpoints.gguf_file import gguf_name, open_gguf
 from brain.checkpoints.llama_names import packed_parts
-from brain.errors import BrainWarning, NotFinite
+from brain.config.compose import compose_conf
+from brain.config.settings import keeps_blocks
+from brain.errors import BrainWarning, NotFinite, Refused
 from brain.measure.bench.job import Job
 from brain.measure.bench.llama_cpp_peer import LlamaCpp
 from compiled.blocks import KINDS, Blocks
@@ -283,11 +285,47 @@ def test_a_folder_in_four_bits_as_a_brain(save_llama: SaveLlama, tmp_path: Path)
 def test_rows_that_are_no_whole_blocks_become_bfloat16(
     save_llama: SaveLlama, tmp_path: Path
 ) -> None:
+    """In blocks or not: the same numbers."""
     save_llama(tmp_path, **{**SIZES, "intermediate_size": 72}, **HEADS)
     four = WeightFormat.int4
     weights = open_folder(tmp_path, dtype=torch.float32, weights=four, blocks=True).weights
+    plain = open_folder(tmp_path, dtype=torch.float32, weights=four).weights
+    for field in FIELDS:
+        assert torch.equal(as_plain(weights, field), getattr(plain, field)), field
     kinds = {field: getattr(weights, field).layers[0][0].kind for field in ("qkv", "down")}
     assert kinds == {"qkv": "Q4_1", "down": "BF16"}
+
+
+def test_room_for_four_bits_is_asked_for(
+    save_llama: SaveLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of it lies in place as it is."""
+    save_llama(tmp_path, **SIZES, **HEADS)
+    monkeypatch.setattr("brain.checkpoints.packing.free_bytes", lambda device: 1000)
+    for blocks in (False, True):
+        with pytest.raises(Refused, match="of memory but"):
+            open_folder(tmp_path, dtype=torch.float32, weights=WeightFormat.int4, blocks=blocks)
+
+
+@pytest.mark.parametrize("weights", ["model", "int4"])
+def test_float16_has_no_operator_and_keeps_no_blocks(file_of: Any, weights: str) -> None:
+    conf = compose_conf(["engine=compiled", "dtype=float16", f"weights={weights}"])
+    assert not keeps_blocks(conf, torch.device("cpu"))
+    path = file_of(["Q8_0"])
+    with pytest.warns(BrainWarning):
+        b = brain.open(
+            path, engine="eager", dtype="float16", device="cpu", capacity=64, weights=weights
+        )
+    assert isinstance(b.memory.checkpoint.weights.qkv, Tensor)
+    b.prime(IDS)
+    assert b.read().logits.isfinite().all()
+
+
+def test_a_redaction_may_name_more_rows_than_are_read_at_a_time(file_of: Any) -> None:
+    b = brain.open(file_of(["Q8_0"]), engine="native", dtype="float32", device="cpu", capacity=300)
+    b.prime([index % 250 for index in range(280)])
+    b.patch([Redact(list(range(20, 220)))])
+    assert len(b) == 80
 
 
 LLAMA_CPP = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K_M": 15, "Q5_K_M": 17}
