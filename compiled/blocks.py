@@ -148,9 +148,10 @@ def dequantize(matrix: Blocks) -> Tensor:
     """
     (parts,) = matrix.layers
     made = [numbers(*rows) for rows in parts]
-    for index, heads in enumerate(matrix.neighbour_heads):
-        made[index] = _apart(made[index], heads)
-    return torch.cat(made)
+    heads = [*matrix.neighbour_heads, *(0 for _ in parts)]
+    return torch.cat(
+        [_apart(rows, each) if each else rows for rows, each in zip(made, heads, strict=False)]
+    )
 
 
 def _apart(rows: Tensor, heads: int) -> Tensor:

@@ -295,7 +295,7 @@ def test_eight_bits_of_a_file(models: Path, command_line: CommandLine) -> None:
         (["model=/dev/null"], "/dev/null: not a GGUF file"),
         (["model=twin.gguf", "path=x"], "path=x does not apply to model=twin.gguf"),
         (["model=twin.gguf", "model.repo=a/b"], "model.repo=a/b does not apply to model=twin.gguf"),
-        (["model=twin.gguf", "task=bench"], "is a GGUF file: this task needs a model's folder"),
+        (["model=twin.gguf", "task=bench", "weights=int8"], "is timed as it lies, in F32"),
         (["model=named"], "model=named is no built-in model"),
         (["model=./folder", "model.name=x"], "model.name does not apply to model=./folder"),
     ],
