@@ -3,7 +3,9 @@
 The run is as any other (``brain/record/run_record.py``): the texts of the person are commands that
 put tokens into the loop, the replies are ticks. So it outlives its process, in the middle of a
 reply too. ``conversation.json`` holds what the record does not say: who said which text, and where
-each turn begins. It is written before a turn is told, so that one that was cut off is told again.
+each turn begins. It is written before a turn is told, and held against the record when it is
+opened: a turn that was told in part is told to its end, one that the record knows nothing of, after
+a power cut, has not been.
 
 The memory is never rendered again: each turn appends its own tokens (``brain/chat/template.py``).
 What holds the conversation together is pinned: what stands before the first text (BOS, the system
@@ -14,7 +16,7 @@ This module knows no terminal.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,30 +25,37 @@ import numpy as np
 
 from brain.brain import Brain
 from brain.chat.template import ChatFormat
-from brain.errors import Refused, one_line, shown
+from brain.errors import Refused, one_line, shown, warn
 from brain.files import RECORD_BYTES, read_json, require_own
 from brain.machine.integrity import to_disk
-from brain.record.run_record import RunRecord
+from brain.machine.signals import asked_to_stop
+from brain.record.heatmap import FILE as ROWS
+from brain.record.heatmap import remembered, write_rows
+from brain.record.run_record import SAVES, RunRecord
 from conf.schema import Conf, Thoughts
 
 FILE, FORMAT = "conversation.json", 1
 MARKED = 2  # newest turns whose marks are pinned
+AT_ONCE = 256  # tokens that are told between two looks at whether somebody wants to stop
+PROBES = ("a", "\n", " b", "1", "é")
+"""Beginnings of texts, which may change how what stands before them is split."""
 GONE = "…"
 """Stands for a text that was forgotten on request."""
 
 
 @dataclass
 class Turn:
-    """What was said to the model, and where its tokens and the reply's are. Ticks are numbered from
-    1, as everywhere; a token is remembered in the tick after it was told or said.
+    """What was said to the model, and where its tokens and the reply's are. Tokens are counted in
+    ticks of the brain: each that is told or said is one.
     """
 
     user: str
     begins: int  # ticks before its first token
     told: int  # tokens
     reply: int  # ticks before the first token of the reply that counts
+    first: bool  # whether nothing but the opening stands before it
+    closes: bool  # whether its tokens begin with the end of the reply before it
     complete: bool = False  # whether the reply has ended, or was stopped
-    marks: list[int] = field(default_factory=list)  # ticks of birth of marks that are pinned
 
 
 @dataclass
@@ -56,12 +65,16 @@ class Opening:
     system: str | None
     format: str  # auto, chatml
     today: str  # ISO
+    texts: list[str] | None = None  # of the chat format, once it is known
 
 
 class Conversation:
     """A brain that is talked to. Every method raises Refused if something cannot be done.
 
-    Attributes: ``brain``, ``record``, ``format``, ``turns``.
+    Attributes: ``brain``, ``record``, ``format``, ``turns``; ``broken``, whether something
+    interrupted a token between the memory and the record: then nothing is saved any more, and the
+    conversation goes on from its record when it is opened again; ``ending``, whether the program
+    was asked to end while a command was carried out.
     """
 
     def __init__(self, folder: Path, brain: Brain, conf: Conf) -> None:
@@ -72,27 +85,45 @@ class Conversation:
             brain: Nothing has been told it.
             conf: What it was opened with.
         """
-        self.brain, self._conf, self._path = brain, conf, folder / FILE
-        require_own([self._path])
-        self.opening, self.turns, self._begun = self._read()
+        self.brain, self._conf, self._folder = brain, conf, folder
+        self.broken = self.ending = False
+        self._path, self._draft = folder / FILE, folder / f"{FILE}.draft"
+        if not brain.settings.culling.target:
+            raise Refused("a conversation needs a memory that forgets: leave out cull=none")
+        require_own([self._path, self._draft])
+        self.opening, self.turns, self._clearing, self._begun = self._read()
+        if not self._begun and (folder / SAVES).exists():
+            raise Refused(f"{folder} has the record of a run that is no conversation: use another")
         self.format: ChatFormat = brain.checkpoint.chat_format(
             self.opening.format, today=date.fromisoformat(self.opening.today)
         )
+        f = self.format
+        texts = [f.opening, *(f.system or ()), f.to_reply, f.reply_end, f.before_user]
+        if self.opening.texts not in (None, texts):
+            raise Refused(
+                f"{self._path} began with another chat template than {brain.checkpoint.name} has "
+                "now: put the old one back, or give another talk.name"
+            )
+        self.opening.texts = texts
         self._preamble = self._checked_preamble(self.opening.system)
         self.record = RunRecord(folder, brain, conf)
         if self._begun:
             self._begin()
-            self._go_on()
+            self._reconcile()
 
     def _checked_preamble(self, system: str | None) -> list[int]:
-        """What stands before the first text, up to a control token, so that no text of the person's
-        changes how it is split. Raises Refused if it cannot be pinned.
+        """What stands before the first text but for the mark that begins it, which comes with the
+        text. No text of the person's changes how it is split. Raises Refused if it cannot be
+        pinned.
         """
         before, brain = self.format.preamble(system), self.brain
-        controls = brain.tokenizer.vocabulary.controls
-        count = max((i + 1 for i, token in enumerate(before) if token in controls), default=1)
         if not before:
             raise Refused(f"{brain.checkpoint.name}: its chat template begins with nothing to read")
+        mark = brain.tokenizer.encode_pieces([(self.format.before_user, True)])
+        count = len(before) - _alike(before[::-1], mark[::-1])
+        for probe in PROBES:
+            count = min(count, _alike(before, self.format.first_turn(probe, system)))
+        count = max(count, 1)
         if count > brain.most_pinned:
             raise Refused(
                 f"the system prompt has {count} tokens, and at most {brain.most_pinned} can be "
@@ -112,20 +143,22 @@ class Conversation:
 
     # Its file
 
-    def _read(self) -> tuple[Opening, list[Turn], bool]:
+    def _read(self) -> tuple[Opening, list[Turn], bool, bool]:
         talk = self._conf.talk
         given = Opening(talk.system, talk.format, date.today().isoformat())
         try:
             told = read_json(self._path, RECORD_BYTES)
         except FileNotFoundError:
-            return given, [], False
+            return given, [], False, False
         except (OSError, ValueError) as error:
             raise Refused(f"{self._path} cannot be read ({one_line(error)})") from None
         try:
             if told["format"] != FORMAT:
                 raise ValueError(f"format {shown(told['format'])}")
             opening, turns = Opening(**told["opening"]), [Turn(**turn) for turn in told["turns"]]
+            clearing = told["clearing"]
             date.fromisoformat(opening.today)
+            _check(opening, turns, clearing)
         except (KeyError, TypeError, ValueError) as error:
             raise Refused(f"{self._path} is damaged ({one_line(error)})") from None
         for key, was, now in (
@@ -137,16 +170,15 @@ class Conversation:
                     f"{self._path.parent} has a conversation that began with {key}={shown(was)}: "
                     "leave it out to go on, or give another talk.name"
                 )
-        return opening, turns, True
+        return opening, turns, clearing, True
 
     def _write(self) -> None:
-        told = {"format": FORMAT, "opening": asdict(self.opening)}
+        told = {"format": FORMAT, "clearing": self._clearing, "opening": asdict(self.opening)}
         told["turns"] = [asdict(turn) for turn in self.turns]
-        draft = self._path.with_suffix(".draft")
         try:
-            draft.write_text(json.dumps(told, ensure_ascii=False, indent=1), "utf-8")
-            to_disk(draft)
-            draft.replace(self._path)
+            self._draft.write_text(json.dumps(told, ensure_ascii=False, indent=1), "utf-8")
+            to_disk(self._draft)
+            self._draft.replace(self._path)
         except OSError as error:
             raise Refused(f"{self._path} cannot be written ({one_line(error)})") from None
 
@@ -155,16 +187,31 @@ class Conversation:
     def _begin(self) -> None:
         """The record of the run, with what stands before the first text remembered and pinned."""
         self.record.begin(lambda: self.brain.prime(self._preamble, "system"))
-        self._begun = True
-        mirror = self.brain.mirror
-        first = mirror.position[: len(self._preamble)][~mirror.pinned[: len(self._preamble)]]
-        if self.brain.ticks == 0 and len(first):
-            self._command({"do": "pin", "positions": first.tolist()})
+        mirror, count = self.brain.mirror, len(self._preamble)
+        loose = mirror.position[:count][~mirror.pinned[:count]]
+        if self.brain.ticks == 0 and len(loose):
+            self._command({"do": "pin", "positions": loose.tolist()})
 
-    def _go_on(self) -> None:
-        """Tells what was to be told when the process before this one ended."""
-        if self.turns and self.brain.ticks == self.turns[-1].begins:
-            self._tell(self.turns[-1])
+    def _reconcile(self) -> None:
+        """Makes turns and memory agree, whatever the process before this one was doing."""
+        ticks = self.brain.ticks
+        if self._clearing:
+            self._finish_clearing()
+        lost = [turn for turn in self.turns if turn.begins > ticks]
+        if lost:
+            warn(f"{self._path}: {len(lost)} turns were lost with the power; say them again")
+            self.turns = [turn for turn in self.turns if turn not in lost]
+        if self.turns:
+            last = self.turns[-1]
+            if ticks < last.begins + last.told:
+                self._tell(last)
+            elif lost or ticks < last.reply:  # as much of it as there is
+                last.reply = min(last.reply, ticks)
+                last.complete = ticks > last.reply and self._last() in self.format.reply_ends
+            elif ticks == last.reply > last.begins + last.told and not last.complete:
+                self._rewind(last)
+        self._pin_marks()
+        self._write()
 
     @property
     def is_replying(self) -> bool:
@@ -175,61 +222,90 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Tells the model what the person says; :meth:`reply` is next. A long text is read with
-        forgetting. Raises Refused, with nothing told, where it cannot be encoded or is empty.
+        forgetting. Raises Refused, with nothing told, where it cannot be encoded or is empty, and
+        KeyboardInterrupt where it was stopped amid the text, as far as which it has been told.
         """
         if not text:
             raise Refused("nothing was said: give some text")
-        ids = self._turn_ids(text)
+        self.stop()
+        if self._begun:
+            self.record.inbox.poll()  # what came meanwhile comes before the text
+        turn = Turn(
+            user=text,
+            begins=self.brain.ticks,
+            told=0,
+            reply=0,
+            first=not self.turns,
+            closes=bool(self.turns) and self._last() != self.format.reply_end_id,
+        )
+        turn.told = len(self._turn_ids(turn, text))
+        turn.reply = turn.begins + turn.told
+        self.turns.append(turn)
+        self._write()
         if not self._begun:
-            self.turns, self._begun = [Turn(text, 0, len(ids), len(ids))], True
-            self._write()
-            self._begin()
-        else:
-            begins = self.brain.ticks
-            self.turns.append(Turn(text, begins, len(ids), begins + len(ids)))
-            self._write()
-        self._tell(self.turns[-1])
+            try:
+                self._begin()
+            except Refused:
+                self.turns.clear()
+                if not (self._folder / SAVES).exists():
+                    self._path.unlink(missing_ok=True)
+                raise
+            self._begun = True
+        self._tell(turn)
+        self._pin_marks()
 
-    def _turn_ids(self, text: str) -> list[int]:
-        """The tokens that a turn with this text appends."""
-        if not self.turns:
-            ids = self.format.first_turn(text, self.opening.system)
-            return ids[len(self._preamble) :]
-        return self.format.next_turn(text, closes=self.record.last != self.format.reply_end_id)
+    def _last(self) -> int:
+        """The newest token of the text: the one that is read next."""
+        return int(self.brain.cursor.token[0])
+
+    def _turn_ids(self, turn: Turn, text: str) -> list[int]:
+        """The tokens that a turn appends, with this text for what the person says."""
+        if turn.first:
+            return self.format.first_turn(text, self.opening.system)[len(self._preamble) :]
+        return self.format.next_turn(text, closes=turn.closes)
 
     def _tell(self, turn: Turn) -> None:
-        earlier, self.turns = self.turns, [one for one in self.turns if one is not turn]
-        ids, marks = self._turn_ids(turn.user), self._turn_ids("")
-        self.turns = earlier
-        self._command({"do": "inject", "ids": ids, "source": "user"})
-        before = _alike(ids, marks)
-        after = min(_alike(ids[::-1], marks[::-1]), len(marks) - before, len(ids) - before)
-        self._pin_marks(turn, ids, {*range(before), *range(len(ids) - after, len(ids))})
+        """Tells what has not been told of a turn, some tokens at a time."""
+        ids = self._turn_ids(turn, turn.user)
+        while (told := self.brain.ticks - turn.begins) < len(ids):
+            some = ids[told : told + AT_ONCE]
+            stopped = self._command({"do": "inject", "ids": some, "source": "user"})
+            if stopped and self.brain.ticks - turn.begins < len(ids):
+                turn.told = self.brain.ticks - turn.begins
+                turn.reply, turn.complete = self.brain.ticks, True
+                self._write()
+                raise KeyboardInterrupt
 
-    def _pin_marks(self, turn: Turn, ids: Sequence[int], places: set[int]) -> None:
-        """Pins the marks of this turn, as far as they are remembered, and releases those of a turn
-        that is not among the newest any more.
+    def _marks(self, turn: Turn) -> dict[int, int]:
+        """The tokens of a turn that are not the person's text, by the tick in which each came to be
+        remembered: one after the tick that told it.
         """
-        last, mirror = self.brain.memory.account.position, self.brain.mirror
-        found = {int(position): index for index, position in enumerate(mirror.position)}
-        rows = [
-            found[at]
-            for place in sorted(places)
-            if (at := last - len(ids) + 1 + place) in found
-            and mirror.token_id[found[at]] == ids[place]
-        ]
-        released = [mark for old in self.turns[:-MARKED] for mark in old.marks]
-        free = mirror.position[np.isin(mirror.born, released) & mirror.pinned]
+        bare, other = self._turn_ids(turn, ""), self._turn_ids(turn, PROBES[0])
+        before = _alike(bare, other)
+        after = min(_alike(bare[::-1], other[::-1]), len(bare) - before)
+        born = turn.begins + 2
+        marks = {born + place: bare[place] for place in range(before)}
+        return marks | {born + turn.told - back: bare[-back] for back in range(1, after + 1)}
+
+    def _pin_marks(self) -> None:
+        """Pins the marks of the newest turns, as far as they are remembered and there is room, and
+        releases those of the turns before them.
+        """
+        mirror = self.brain.mirror
+        wanted = [self._marks(turn) for turn in self.turns[-MARKED:]]
+        older = [born for turn in self.turns[:-MARKED] for born in self._marks(turn)]
+        free = mirror.position[np.isin(mirror.born, older) & mirror.pinned]
         if len(free):
             self._command({"do": "pin", "positions": free.tolist(), "pinned": False})
-        room = self.brain.most_pinned - int(self.brain.mirror.pinned.sum())
-        rows = rows[: max(room, 0)]
-        if rows:
-            self._command({"do": "pin", "positions": mirror.position[rows].tolist()})
-        turn.marks = mirror.born[rows].tolist()
-        for old in self.turns[:-MARKED]:
-            old.marks = []
-        self._write()
+            mirror = self.brain.mirror
+        room = self.brain.most_pinned - int(mirror.pinned.sum())
+        loose = [
+            int(mirror.position[row])
+            for row in np.flatnonzero(~mirror.pinned)
+            if any(marks.get(int(mirror.born[row])) == mirror.token_id[row] for marks in wanted)
+        ]
+        if loose[: max(room, 0)]:
+            self._command({"do": "pin", "positions": loose[:room]})
 
     def reply(self) -> Iterator[str]:
         """The reply, or what is left of one that was cut off, piece by piece as it is said. Ends
@@ -238,15 +314,16 @@ class Conversation:
         """
         turn = self.turns[-1]
         while not turn.complete:
+            self.broken = True
             ticks = self.brain.speak(1)
             text = self.record.record_ticks(*ticks)
+            self.broken = False
             ended = any(tick.token in self.format.reply_ends for tick in ticks)
-            if not ended and text:
-                yield text
             if ended or self.brain.ticks - turn.reply >= self._conf.talk.longest:
                 self._end()
-            self.record.inbox.poll()
             self.record.save_if_due()
+            if not ended and text:
+                yield text
 
     def stop(self) -> None:
         """Ends the reply where it is."""
@@ -276,25 +353,32 @@ class Conversation:
             return
         # The mark that opens a thought may be the template's, before the reply.
         start = max(text.find(opened), 0)
-        self._cull(_rows_at(spelled, first, start, end + len(closed)))
-
-    def _cull(self, rows: Sequence[int]) -> None:
-        positions = self.brain.mirror.position[list(rows)].tolist()
-        if positions:
-            self._command({"do": "cull", "positions": positions})
+        rows = _rows_at(spelled, first, start, end + len(closed))
+        if rows:
+            self._command({"do": "cull", "positions": mirror.position[rows].tolist()})
 
     def regenerate(self) -> None:
         """Forgets the last reply, so that :meth:`reply` draws another one. Raises Refused."""
         if not self.turns:
             raise Refused("there is no reply yet")
         turn, mirror = self.turns[-1], self.brain.mirror
-        told = turn.begins + turn.told + 1  # the tick of birth of the last token that was told
-        kept = mirror.position[mirror.born <= told]
-        if not len(kept) or not (mirror.born == told).any():
-            raise Refused("the end of what you said last is forgotten already: say it again")
-        self._command({"do": "rewind", "position": int(kept[-1])})
-        turn.reply, turn.complete = self.brain.ticks, False
+        self.stop()
+        if self.brain.ticks > turn.reply:
+            if not (mirror.born == turn.begins + turn.told + 1).any():
+                raise Refused("the end of what you said last is forgotten already: say it again")
+            turn.reply, turn.complete = self.brain.ticks, False
+            self._write()
+            self._rewind(turn)
+        turn.complete = False
         self._write()
+
+    def _rewind(self, turn: Turn) -> None:
+        """Forgets all after what was told in a turn, whose last token was remembered in the tick
+        after it.
+        """
+        mirror = self.brain.mirror
+        kept = mirror.position[mirror.born <= turn.begins + turn.told + 1]
+        self._command({"do": "rewind", "position": int(kept[-1])})
 
     def clear(self) -> int:
         """Forgets everything but what the conversation begins with and what was pinned by hand;
@@ -303,51 +387,71 @@ class Conversation:
         if not self._begun:
             return 0
         self.stop()
-        marks = [mark for turn in self.turns for mark in turn.marks]
+        self._clearing = True
+        self._write()
+        self._finish_clearing()
+        return len(self.brain)
+
+    def _finish_clearing(self) -> None:
+        marks = [born for turn in self.turns for born in self._marks(turn)]
         mirror = self.brain.mirror
         kept = mirror.pinned & ~np.isin(mirror.born, marks)
-        gone = mirror.position[~kept].tolist()
+        kept[: len(self._preamble)] = True
         last = int(mirror.position[kept][-1])
-        before = [position for position in gone if position < last]
-        if before:
-            self._command({"do": "cull", "positions": before})
-        self._command({"do": "rewind", "position": last})
-        self.turns = []
+        before = [position for position in mirror.position[~kept].tolist() if position < last]
+        cull = [{"do": "cull", "positions": before}] if before else []
+        self._command(*cull, {"do": "rewind", "position": last})
+        self.turns, self._clearing = [], False
         self._write()
-        return len(self.brain)
 
     # What is remembered
 
     def rows_with(self, text: str) -> list[int]:
-        """The positions of all rows that hold a part of a text, wherever it is remembered."""
-        mirror, wanted = self.brain.mirror, text.encode()
-        spelled = [self.brain.tokenizer.token_bytes(token) for token in mirror.token_id]
-        whole = b"".join(spelled)
-        found: set[int] = set()
-        at = whole.find(wanted) if wanted else -1
-        while at >= 0:
-            found.update(_rows_at(spelled, 0, at, at + len(wanted)))
-            at = whole.find(wanted, at + 1)
-        return [int(mirror.position[row]) for row in sorted(found)]
+        """The positions of all rows that hold a part of a text, wherever it is remembered whole:
+        not across gaps, and not in what the template writes. Raises Refused.
+        """
+        mirror = self.brain.mirror
+        marks = [born for turn in self.turns for born in self._marks(turn)]
+        written = np.isin(mirror.born, marks)
+        written[: len(self._preamble)] = True
+        ends = np.flatnonzero((np.diff(mirror.position) > 1) | (np.diff(written) != 0)) + 1
+        found: list[int] = []
+        for run in np.split(np.arange(len(mirror)), ends):
+            if len(run) and not written[run[0]]:
+                spelled = [self._spelled(mirror.token_id[row]) for row in run]
+                found += mirror.position[run[_places(spelled, text)]].tolist()
+        return found
+
+    def _spelled(self, token: int) -> bytes:
+        return self.brain.tokenizer.token_bytes(token)
 
     def pin(self, text: str) -> int:
         """Pins the rows of a text; returns how many. Raises Refused."""
-        return self._do_with(text, {"do": "pin"})
-
-    def forget(self, text: str) -> int:
-        """Redacts the rows of a text, and takes it out of what the person said; returns how many
-        rows. Raises Refused.
-        """
-        count = self._do_with(text, {"do": "redact"})
-        for turn in self.turns:
-            turn.user = turn.user.replace(text, GONE)
-        self._write()
-        return count
-
-    def _do_with(self, text: str, action: dict[str, Any]) -> int:
         positions = self.rows_with(text)
         if positions:
-            self._command({**action, "positions": positions})
+            self._command({"do": "pin", "positions": positions})
+        return len(positions)
+
+    def forget(self, text: str) -> int:
+        """Redacts the rows of a text, takes it out of what the person and the model have said, and
+        makes a save that alone is kept; returns how many rows. Raises Refused.
+        """
+        if text and text in (self.opening.system or ""):
+            raise Refused("the system prompt holds it: begin another conversation, talk.name=NAME")
+        positions = self.rows_with(text)
+        said = self.record.said() if self._begun else []
+        spoken = _places([self._spelled(token) for _, token in said], text)
+        for turn in self.turns:
+            turn.user = turn.user.replace(text, GONE) if text else turn.user
+        if self._begun:
+            self._write()
+        if spoken and said[spoken[-1]][0] == self.brain.ticks:
+            # The last token may not be a row yet: it is not to become one.
+            self._command({"do": "rewind", "position": int(self.brain.mirror.position[-1])})
+        if positions:
+            self._command({"do": "redact", "positions": positions})
+        if spoken:
+            self.record.redact([said[place] for place in spoken])
         return len(positions)
 
     def leans_on(self, most: int) -> list[tuple[float, str]]:
@@ -375,23 +479,72 @@ class Conversation:
         ids = [token for tick, token in self.record.said() if tick > self.turns[-1].reply]
         return self.brain.tokenizer.decode([i for i in ids if i not in self.format.reply_ends])
 
-    def save(self) -> None:
-        """Writes a save of the brain."""
-        if self._begun:
+    def save(self) -> bool:
+        """Writes a save of the brain; returns False where there is nothing to save yet."""
+        if self._begun and not self.broken:
             self.record.save()
+        return self._begun
 
     def close(self) -> None:
-        """Saves and closes everything."""
-        if self._begun:
-            self.record.save()
-            self.record.finish("")
+        """Saves, writes what is remembered into ``memory.json``, and closes everything."""
+        if not self._begun:
+            return
+        if self.broken:
+            self.record.close()
+            return
+        self.record.save()
+        write_rows(remembered(self.brain), self._folder / ROWS)
+        self.record.finish("")
 
-    def _command(self, action: dict[str, Any]) -> None:
-        """Carries an action out, as a command of the run. Raises Refused."""
-        line = json.dumps([action]).encode() + b"\n"
-        answer = self.record.inbox.execute(line)
+    def _command(self, *actions: dict[str, Any]) -> bool:
+        """Carries actions out, as one command of the run; signals wait. Returns whether somebody
+        asked to stop meanwhile. Raises Refused.
+        """
+        line = json.dumps(actions).encode() + b"\n"
+        with asked_to_stop() as asked:
+            self.broken = True
+            answer = self.record.inbox.execute(line)
+            self.broken = False
+        self.ending = self.ending or asked.to_end
         if "refused" in answer:
             raise Refused(answer["refused"])
+        return asked()
+
+
+def _check(opening: Opening, turns: Sequence[Turn], clearing: Any) -> None:
+    """Raises ValueError unless all fields are of their types, and turns follow one another."""
+    texts = opening.texts
+    sound = (
+        isinstance(clearing, bool)
+        and isinstance(opening.format, str)
+        and (opening.system is None or isinstance(opening.system, str))
+        and isinstance(texts, list)
+        and all(isinstance(text, str) for text in texts)
+    )
+    ticks = 0
+    for turn in turns:
+        numbers = (turn.begins, turn.told, turn.reply)
+        sound = sound and isinstance(turn.user, str) and all(type(n) is int for n in numbers)
+        sound = sound and all(type(f) is bool for f in (turn.first, turn.closes, turn.complete))
+        if not sound or not ticks <= turn.begins <= turn.reply or turn.told < 0:
+            raise ValueError("a turn is not as turns are")
+        ticks = turn.begins
+    if not sound:
+        raise ValueError("its opening is not as openings are")
+
+
+def _places(spelled: Sequence[bytes], text: str) -> list[int]:
+    """Which of some tokens hold a part of a text, wherever it stands whole. Raises Refused."""
+    try:
+        wanted = text.encode()
+    except UnicodeEncodeError:
+        raise Refused("that is no valid Unicode: give the text as it was said") from None
+    whole, found = b"".join(spelled), set()
+    at = whole.find(wanted) if wanted else -1
+    while at >= 0:
+        found.update(_rows_at(spelled, 0, at, at + len(wanted)))
+        at = whole.find(wanted, at + 1)
+    return sorted(found)
 
 
 def _alike(some: Sequence[int], others: Sequence[int]) -> int:

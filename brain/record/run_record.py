@@ -163,6 +163,12 @@ class RunRecord:
         """Every token that was spoken and has not been redacted, in order."""
         return [token for _, token in self._files.tokens()]
 
+    def redact(self, said: Sequence[tuple[int, int]]) -> None:
+        """Takes what was said in these ticks, [(tick, token)], out of tokens and transcript,
+        remembered or not, and drops all earlier saves and journals.
+        """
+        self._redact([RedactedRow(tick + 1, token, spoken=True) for tick, token in said])
+
     def said(self) -> list[tuple[int, int]]:
         """The same with the tick of each, [(tick, token)]."""
         return self._files.tokens()

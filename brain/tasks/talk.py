@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from brain.auto import resolved
 from brain.conversation import Conversation
-from brain.errors import MemoryFull, Refused, did_you_mean, one_line, printable, shown
+from brain.errors import Refused, Unwritten, did_you_mean, one_line, printable, shown
 from brain.files import data_folder, given_path
 from brain.machine.graph_cache import kept_graphs
 from brain.machine.memory import without_collection
@@ -32,6 +32,7 @@ from conf.schema import Conf
 HISTORY = "history"
 SAFE = re.compile(r"[\w.@ +-]{1,100}")
 MOST_SHOWN = 8  # rows that /why shows
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 QUOTES = '"""'
 
 
@@ -49,13 +50,15 @@ def run(conf: Conf, run_dir: Path) -> None:
     """
     if conf.talk.longest < 1:
         raise Refused(f"talk.longest must be at least 1, not {conf.talk.longest}")
+    if conf.prompt_file is not None or conf.capture or conf.lookup.width:
+        raise Refused("task=talk has no use for prompt_file, capture and lookup: leave them out")
     folder = _folder(conf)
     with sole_writer(folder):
         cache = None if conf.cache_dir is None else given_path(conf.cache_dir)
         note(f"loading {conf.model.name} …")
         # The text of a run is what a conversation's own file says.
         conf, reason = resolved(as_recorded(dataclasses.replace(conf, prompt="-"), folder))
-        if reason is not None and sys.stdin.isatty():
+        if reason is not None and sys.stdin is not None and sys.stdin.isatty():
             note(reason)
         graphs = kept_graphs(cache) if conf.engine.captured else nullcontext(lambda: None)
         with graphs as record_graphs:
@@ -94,11 +97,10 @@ class _Talk:
     def run(self) -> None:
         """Until the person leaves."""
         conversation = self.conversation
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             text = text_of("-", "task=talk").strip()
             if not text:
                 raise Refused("standard input holds white space alone: say something")
-            conversation.stop()
             self.say(text)
             return
         note(f"/help tells what can be done; {self.folder}")
@@ -112,17 +114,21 @@ class _Talk:
         try:
             with endings_raise(Ended):
                 if conversation.is_replying:
-                    _print(f"> {conversation.turns[-1].user}\n{conversation.last_reply()}")
+                    turn = conversation.turns[-1]
+                    _print(_safe(f"> {turn.user}\n{conversation.last_reply()}"))
                     self.reply()
-                while True:
+                while not conversation.ending:
                     try:
                         self._do(self._typed(session))
                     except KeyboardInterrupt:
+                        if conversation.broken:
+                            raise
                         note("Ctrl-D or /exit leaves")
-                    except MemoryFull as full:
-                        note(f"{full}; /clear makes room")
+                    except Unwritten:
+                        raise
                     except Refused as refusal:
                         note(str(refusal))
+                raise Ended
         except Ended:
             raise KeyboardInterrupt from None
         except (Leaving, EOFError):
@@ -210,8 +216,8 @@ class _Talk:
 
     def save(self, _: str) -> None:
         """Saves."""
-        self.conversation.save()
-        note(f"saved in {self.folder}")
+        saved = self.conversation.save()
+        note(f"saved in {self.folder}" if saved else "nothing has been said yet")
 
     def read(self, name: str) -> None:
         """Says what is in a file."""
@@ -279,8 +285,8 @@ def _without(history: Path, text: str) -> None:
 
 
 def _safe(text: str) -> str:
-    """A model's text without what would control the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else printable(c) for c in text)
+    """A text without what would control the terminal, or turn the direction of others."""
+    return CONTROLS.sub(lambda found: printable(found[0]), text)
 
 
 def _print(text: str) -> None:

@@ -3,6 +3,8 @@ that it goes on wherever its process ended.
 """
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from brain.config.compose import compose_conf
 from brain.conversation import FILE, GONE, Conversation
-from brain.errors import Refused
+from brain.errors import BrainWarning, Refused
 from brain.opening import open_brain
 from brain.record.run_files import TOKENS, TRANSCRIPT
 from conf.schema import Conf
@@ -124,6 +126,68 @@ def test_a_kill_at_any_write_loses_no_turn(talk: Talk) -> None:
     assert nth == 40  # it is done with fewer
 
 
+def test_a_power_cut_takes_turns_back(talk: Talk, tmp_path: Path) -> None:
+    """The record may end before what ``conversation.json`` says: then the turns have not been, and
+    the reply that was cut off goes on.
+    """
+    c = talk()
+    exchange(c, NAME)
+    exchange(c, "What is my name?")
+    (journal,) = (tmp_path / "talk" / "saves").glob("*.journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    spoken = [index for index, line in enumerate(lines) if b'"said"' in line]
+    begins = next(index for index in range(len(lines)) if index > spoken[0] and index not in spoken)
+    journal.write_bytes(b"".join(lines[: begins - 2]))  # two tokens of the first reply are lost too
+    with pytest.warns(BrainWarning, match="1 turns were lost with the power"):
+        again = talk()
+    assert [turn.user for turn in again.turns] == [NAME]
+    assert again.is_replying
+    rest = "".join(again.reply())
+    assert rest
+    assert again.last_reply().endswith(rest)
+    assert "name?" not in again.brain.mirror.text()
+
+
+def test_a_text_may_be_stopped_amid_it(talk: Talk) -> None:
+    """What has been told is told; memory and record agree, and the conversation goes on."""
+    c = talk()
+    exchange(c, NAME)
+    held = c.record.inbox.execute
+    calls: list[int] = []
+
+    def execute(line: bytes) -> dict[str, Any]:
+        if b"inject" in line:
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+        return held(line)
+
+    c.record.inbox.execute = execute  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        c.say("It was a dark and stormy night; the rain fell in torrents. " * 60)
+    assert len(calls) == 2
+    assert not c.broken
+    assert not c.is_replying
+    assert c.brain.ticks == c.turns[-1].begins + c.turns[-1].told
+    before = (c.brain.ticks, remembered(c))
+    again = talk()  # killed here
+    assert (again.brain.ticks, remembered(again)) == before
+    assert exchange(again, "Thank you.")
+    assert again.turns[-1].closes
+
+
+def test_a_run_is_not_talked_into(talk: Talk, tmp_path: Path) -> None:
+    (tmp_path / "talk" / "saves").mkdir(parents=True)
+    with pytest.raises(Refused, match="the record of a run that is no conversation"):
+        talk()
+    assert not (tmp_path / "talk" / FILE).exists()
+
+
+def test_a_memory_that_forgets_nothing_is_refused(talk: Talk) -> None:
+    with pytest.raises(Refused, match="needs a memory that forgets"):
+        talk(cull="none")
+
+
 def test_another_reply_takes_the_place_of_the_last(talk: Talk) -> None:
     c = talk()
     c.say("Name a colour.")
@@ -162,14 +226,16 @@ def test_a_conversation_longer_than_the_memory_keeps_what_holds_it(talk: Talk) -
     assert "Momo" in mirror.text()
     pinned = mirror.text().count("<|im_start|>")
     assert pinned >= 2 + 2 * 2
-    marked = [turn for turn in c.turns if turn.marks]
-    assert marked == c.turns[-2:]
-    for turn in marked:
-        at = np.isin(mirror.born, turn.marks)
-        assert mirror.pinned[at].all()
+    for turn in c.turns[:-2]:
+        assert not mirror.pinned[np.isin(mirror.born, list(c._marks(turn)))].any()
+    for turn in c.turns[-2:]:
+        at = np.isin(mirror.born, list(c._marks(turn)))
+        # The last mark of all was pending when marks were pinned.
+        assert (~mirror.pinned[at]).sum() == (turn is c.turns[-1])
+        assert [c._marks(turn)[born] for born in mirror.born[at]] == mirror.token_id[at].tolist()
         assert "assistant" in c.brain.tokenizer.decode(mirror.token_id[at].tolist())
-    momo = len(c.rows_with("Momo"))
-    assert mirror.pinned.sum() == len(c._preamble) + momo + sum(len(t.marks) for t in marked)
+    marks = sum(len(c._marks(turn)) for turn in c.turns[-2:]) - 1
+    assert mirror.pinned.sum() == len(c._preamble) + len(c.rows_with("Momo")) + marks
 
 
 def test_clear_keeps_the_beginning_and_what_was_pinned(talk: Talk) -> None:
@@ -197,6 +263,9 @@ def test_what_is_forgotten_on_request_is_nowhere(talk: Talk, tmp_path: Path) -> 
     c.save()
     assert c.forget("Zanzibar-77") > 0
     assert c.forget("Zanzibar-77") == 0
+    with pytest.raises(Refused, match="no valid Unicode"):
+        c.forget("\udcff")
+    assert c.rows_with("assistant") == c.rows_with("im_start") == []  # the template's
     assert "Zanzibar-77" not in c.brain.mirror.text()
     assert c.turns[0].user == f"The password is {GONE}. Keep it."
     c.close()
@@ -268,12 +337,36 @@ def test_what_cannot_begin_is_refused(talk: Talk, options: dict[str, Any], messa
         talk(**options)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 9}', '{"format": 1, "turns": []}'])
-def test_a_damaged_file_is_refused(talk: Talk, tmp_path: Path, content: str) -> None:
-    (tmp_path / "talk").mkdir()
-    (tmp_path / "talk" / FILE).write_text(content)
-    with pytest.raises(Refused, match=FILE):
-        talk()
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """Without opening a brain: each way a field can be wrong."""
+    opening: dict[str, Any] = {"system": None, "format": "auto", "today": "2026-01-01", "texts": []}
+    turn = {"user": "a", "begins": 0, "told": 2, "reply": 2, "first": True, "closes": False}
+    sound = {"format": 1, "clearing": False, "opening": opening, "turns": [turn]}
+    path, conf = tmp_path / FILE, conf_of()
+    reader = Conversation.__new__(Conversation)
+    reader._conf, reader._path = conf, path
+
+    def read(content: str) -> Any:
+        path.write_text(content)
+        return reader._read()
+
+    assert read(json.dumps(sound))[3]
+    damaged: list[Any] = [
+        "",
+        "{",
+        "[]",
+        {"format": 9},
+        {**sound, "turns": 5},
+        {**sound, "clearing": 1},
+    ]
+    for key, value in (("system", 5), ("format", None), ("today", "soon"), ("texts", [1])):
+        damaged.append({**sound, "opening": {**opening, key: value}})
+    for key, value in (("user", 5), ("begins", -1), ("reply", None), ("told", "2"), ("first", 1)):
+        damaged.append({**sound, "turns": [{**turn, key: value}]})
+    damaged.append({**sound, "turns": [{**turn, "begins": 9, "reply": 9}, turn]})
+    for content in damaged:
+        with pytest.raises(Refused, match=FILE):
+            read(content if isinstance(content, str) else json.dumps(content))
 
 
 def test_thoughts_may_be_forgotten(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
