@@ -14,9 +14,10 @@ PATIENCE = 0.2  # seconds: another process may be checking whether the folder is
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path, other: str = "hydra.run.dir") -> Iterator[None]:
     """Holds a run folder for this process, within a ``with`` statement; the lock goes with it where
-    nothing was written. Raises Refused if another process has it.
+    nothing was written. Raises Refused if another process has it; ``other`` is the setting that
+    names another folder.
     """
     require_own([folder / LOCK])
     before = {*os.listdir(folder), LOCK} if not (folder / LOCK).exists() else set()
@@ -26,7 +27,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         except TimeoutError:
             raise Refused(
                 f"{folder} belongs to a brain that is running: wait for it, send it commands "
-                "(task=command), or choose another folder with hydra.run.dir"
+                f"(task=command), or choose another folder with {other}"
             ) from None
         except OSError as error:
             raise Refused(f"{folder} cannot be locked ({one_line(error)})") from None

@@ -53,7 +53,15 @@ def run(conf: Conf, run_dir: Path) -> None:
     if conf.prompt_file is not None or conf.capture or conf.lookup.width:
         raise Refused("task=talk has no use for prompt_file, capture and lookup: leave them out")
     folder = _folder(conf)
-    with sole_writer(folder):
+    try:
+        _talk(conf, folder)
+    finally:
+        with contextlib.suppress(OSError):  # something was said
+            folder.rmdir()
+
+
+def _talk(conf: Conf, folder: Path) -> None:
+    with sole_writer(folder, "talk.name"):
         cache = None if conf.cache_dir is None else given_path(conf.cache_dir)
         note(f"loading {conf.model.name} …")
         # The text of a run is what a conversation's own file says.

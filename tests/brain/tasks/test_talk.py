@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from brain.record.lock import sole_writer
 from fixture_types import CommandLine
 from processes import ENVIRONMENT
 
@@ -75,7 +76,12 @@ def test_a_conversation_has_a_name(
         assert "is no name" in errors
     status, _, errors = command_line("task=talk", *FAST)
     assert (status, "standard input is empty" in errors) == (2, True)
-    assert (tmp_path / "data/positronic-brain/talk/default").is_dir()
+    assert not (tmp_path / "data/positronic-brain/talk/default").exists()  # nothing was said
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    with sole_writer(folder):
+        status, _, errors = command_line("task=talk", f"talk.folder={folder}", *FAST)
+    assert (status, "choose another folder with talk.name" in errors) == (2, True)
 
 
 @contextmanager
