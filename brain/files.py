@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -129,27 +129,25 @@ def cache_folder(given: Path | None = None) -> Path:
     """
     if given is not None:
         return given
-    with suppress(RuntimeError):
-        found = user_cache_path("positronic-brain")
-        if found.is_absolute():
-            return found
-    raise Refused(
-        "no folder is known to keep files in: set HOME (or XDG_CACHE_HOME) to a whole path, or "
-        "give cache_dir=FOLDER"
-    )
+    return _users(user_cache_path, "keep files in", "XDG_CACHE_HOME", "cache_dir")
 
 
 def data_folder() -> Path:
     """Where to keep what a person makes and means to keep. Raises Refused if no home folder is
     known.
     """
+    return _users(user_data_path, "keep conversations in", "XDG_DATA_HOME", "talk.folder")
+
+
+def _users(path_of: Callable[[str], Path], use: str, variable: str, setting: str) -> Path:
+    """The user's folder for this program. Raises Refused if it is not known, with what to set."""
     with suppress(RuntimeError):
-        found = user_data_path("positronic-brain")
+        found = path_of("positronic-brain")
         if found.is_absolute():
             return found
     raise Refused(
-        "no folder is known to keep conversations in: set HOME (or XDG_DATA_HOME) to a whole path, "
-        "or give talk.folder=FOLDER"
+        f"no folder is known to {use}: set HOME (or {variable}) to a whole path, or give "
+        f"{setting}=FOLDER"
     )
 
 
