@@ -158,9 +158,7 @@ def _require_room(
         )
 
 
-def _pack(
-    parts: list[InFile], dtype: torch.dtype, device: torch.device, *, four: bool = False
-) -> Tensor:
+def _pack(parts: list[InFile], dtype: torch.dtype, device: torch.device, *, four: bool) -> Tensor:
     """The parts flattened, one after the other: [elements]; with ``four`` their matrices rounded to
     four bits.
     """

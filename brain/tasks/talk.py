@@ -66,7 +66,7 @@ def _talk(conf: Conf, folder: Path) -> None:
         note(f"loading {conf.model.name} …")
         # The text of a run is what a conversation's own file says.
         conf, reason = resolved(as_recorded(dataclasses.replace(conf, prompt="-"), folder))
-        if reason is not None and sys.stdin is not None and sys.stdin.isatty():
+        if reason is not None and _is_typed():
             note(reason)
         graphs = kept_graphs(cache) if conf.engine.captured else nullcontext(lambda: None)
         with graphs as record_graphs:
@@ -96,6 +96,11 @@ def _folder(conf: Conf) -> Path:
     return folder
 
 
+def _is_typed() -> bool:
+    """Whether a person types, rather than a pipe or nothing at all."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 class _Talk:
     """What a person sees of a conversation."""
 
@@ -105,7 +110,7 @@ class _Talk:
     def run(self) -> None:
         """Until the person leaves."""
         conversation = self.conversation
-        if sys.stdin is None or not sys.stdin.isatty():
+        if not _is_typed():
             text = text_of("-", "task=talk").strip()
             if not text:
                 raise Refused("standard input holds white space alone: say something")
@@ -123,7 +128,7 @@ class _Talk:
             with endings_raise(Ended):
                 if conversation.is_replying:
                     turn = conversation.turns[-1]
-                    _print(_safe(f"> {turn.user}\n{conversation.last_reply()}"))
+                    print(_safe(f"> {turn.user}\n{conversation.last_reply()}"), end="", flush=True)
                     self.reply()
                 while not conversation.ending:
                     try:
@@ -172,12 +177,12 @@ class _Talk:
         with asked_to_stop() as asked:
             try:
                 for text in self.conversation.reply():
-                    _print(_safe(text))
+                    print(_safe(text), end="", flush=True)
                     if asked():
                         self.conversation.stop()
                         break
             finally:
-                _print("\n")
+                print(flush=True)
             if asked.to_end:
                 raise Ended
 
@@ -295,8 +300,3 @@ def _without(history: Path, text: str) -> None:
 def _safe(text: str) -> str:
     """A text without what would control the terminal, or turn the direction of others."""
     return CONTROLS.sub(lambda found: printable(found[0]), text)
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
